@@ -1,0 +1,43 @@
+"""dpopt: memory-frugal optimizers under differential privacy.
+
+The names below load when first used, so that `import dpopt` (and with it `run.py --help`) does not import torch.
+
+    plan      = dpopt.PrivacyPlan.calibrate(epsilon=8, delta=1e-5, dataset_size=50_000, batch_size=4096, steps=2000)
+    private   = dpopt.PrivateGradient(model, loss_fn, plan, clip=dpopt.clipping.Flat(1.0))
+    optimizer = dpopt.optim.MicroAdam(model.parameters(), lr=1e-3)
+    for batch in dpopt.poisson_batches(dataset, plan):
+        private.backward(batch)     # p.grad now holds the privatised mean
+        optimizer.step()
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpopt import clipping, data, models, optim
+    from dpopt.plan import PrivacyPlan
+    from dpopt.privacy.gradients import PrivateGradient
+    from dpopt.privacy.sampling import poisson_batches
+    from dpopt.store import load
+
+__version__ = "0.1.0"
+__all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "load", "models", "optim", "poisson_batches"]
+
+_HOME = {
+    "PrivacyPlan": "dpopt.plan:PrivacyPlan",
+    "PrivateGradient": "dpopt.privacy.gradients:PrivateGradient",
+    "poisson_batches": "dpopt.privacy.sampling:poisson_batches",
+    "load": "dpopt.store:load",
+    "clipping": "dpopt.privacy.clipping",
+    "data": "dpopt.data",
+    "models": "dpopt.models",
+    "optim": "dpopt.optim",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpopt' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    value = import_module(module)
+    return getattr(value, attribute) if attribute else value

@@ -1,0 +1,245 @@
+"""The typed configuration: what `run.py` accepts, how a run is named, and the one place where components are built.
+
+This module imports no torch, so that `--help`, `--cfg job` and TAB completion answer at once.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+COMPONENTS = ("dataset", "model", "optimizer", "clipping", "schedule", "logger")
+# What may change without making another run: where things are, what is watched, how fast it goes.
+NOT_IDENTITY = {
+    *("dry_run", "fresh", "logger", "diagnostics", "output_dir", "data_dir", "time_limit", "checkpoint_every"),
+    *("device", "workers", "micro_batch"),
+}
+
+
+@dataclass
+class Config:
+    """The root of the configuration. Component groups are Python calls: `_target_` plus arguments."""
+
+    dataset: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    clipping: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    # The budget: exactly two of epsilon, noise_multiplier, and steps or epochs; the third follows.
+    private: bool = True  # false only through privacy=none: no clipping and no noise
+    epsilon: Optional[float] = None  # noqa: UP045 (OmegaConf reads Optional)
+    noise_multiplier: Optional[float] = None  # noqa: UP045
+    steps: Optional[int] = None  # noqa: UP045
+    epochs: Optional[float] = None  # noqa: UP045
+    delta: float = 1e-5
+    accountant: str = "pld"  # pld, rdp or prv
+    clip_norm: float = 1.0
+    secure_rng: bool = False  # key sampling, augmentation and noise by the operating system
+    # Training.
+    batch_size: int = 4096  # expected; the realised size is Poisson
+    views: int = 1  # augmentation multiplicity K
+    holdout: float = 0.0  # fraction of the training set that is not trained on
+    ema: Optional[float] = None  # noqa: UP045 (decay of the weight average that is evaluated and exported)
+    precision: str = "fp32"  # fp32, bf16 (autocast) or fp64
+    seed: int = 0
+    tag: str = ""  # makes an otherwise equal run another run
+    # Running: none of these changes a result, and none but eval_every and diagnostics changes what is recorded.
+    eval_every: int = 50
+    checkpoint_every: int = 50
+    time_limit: Optional[float] = None  # noqa: UP045 (seconds, after which the run stops with a result, to be continued)
+    diagnostics: bool = False  # record raw statistics of private data, outside ε
+    dry_run: bool = False  # print the plan, train nothing
+    fresh: bool = False  # retrain a finished run
+    data_dir: str = "data"
+    output_dir: str = "runs"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, …
+    workers: int = 2  # data-loading processes, for image folders
+    micro_batch: int = 64  # examples whose gradients are held at once
+
+    def __post_init__(self) -> None:
+        if not self.private:
+            if self.epsilon is not None or self.noise_multiplier is not None:
+                raise ValueError(
+                    "privacy=none trains without privacy, so epsilon and noise_multiplier have no meaning: drop them, "
+                    "or choose a budget with privacy=eps8 (epsilon=inf clips without noise)"
+                )
+            if self.steps is None and self.epochs is None:
+                raise ValueError("privacy=none needs the number of steps: set steps or epochs")
+            if self.steps is not None and self.epochs is not None:
+                raise ValueError("steps and epochs say the same thing twice: set one of them to null")
+        positive = ("batch_size", "views", "eval_every", "checkpoint_every", "micro_batch")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, choices in (("precision", ("fp32", "bf16", "fp64")), ("accountant", ("pld", "rdp", "prv"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")
+        for name in ("steps", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be positive")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout={self.holdout} must be a fraction in [0, 1)")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must be a decay in [0, 1), or null for no weight average")
+        if not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"clip_norm={self.clip_norm} must be a positive number")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must be 0 or more")
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def from_hydra(cfg: DictConfig) -> Config:
+    """Turn Hydra's composition into a checked Config.
+
+    Raises:
+        ValueError: for a key that is no field of Config, or values that contradict each other.
+    """
+    known = {f.name for f in fields(Config)}
+    unknown = [str(key) for key in cfg if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]}: the keys are {', '.join(sorted(known))}")
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    return config
+
+
+def identity(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """What makes the run: the configuration without what cannot change its result, numbers as floats."""
+    values = asdict(config) if isinstance(config, Config) else config
+    return {key: _canonical(value) for key, value in values.items() if key not in NOT_IDENTITY}
+
+
+def run_name(config: Config) -> str:
+    """A readable stem and a hash of `identity`; free of `=`, `,` and spaces."""
+    digest = hashlib.blake2b(json.dumps(identity(config), sort_keys=True).encode(), digest_size=5).hexdigest()
+    if not config.private:
+        budget = "nonprivate"
+    elif config.epsilon is not None:
+        budget = f"eps{config.epsilon:g}"
+    else:
+        budget = f"sigma{config.noise_multiplier:g}"
+    parts = [*(target_name(getattr(config, name)) for name in ("dataset", "model", "optimizer")), budget]
+    tag = [_safe(config.tag)] if config.tag else []
+    return "-".join([*parts, f"seed{config.seed}", *tag, digest])
+
+
+def target_name(component: Mapping[str, Any]) -> str:
+    """The last word of a component's `_target_`, in lower case."""
+    return _safe(str(component.get("_target_", "none")).rsplit(".", 1)[-1].lower())
+
+
+def check_components(config: Config) -> None:
+    """Check every component's keys and types against the signature of its target, before anything is built.
+
+    Raises:
+        ValueError: naming the key and what the target takes.
+    """
+    for group in COMPONENTS:
+        node = getattr(config, group)
+        target = _target(group, node)
+        signature = inspect.signature(target)
+        hints = _hints(target)
+        for key, value in node.items():
+            if key in ("_target_", "_partial_", "_convert_"):
+                continue
+            parameter = signature.parameters.get(key)
+            if parameter is None:
+                accepted = [name for name in signature.parameters if name not in ("self", "params", "optimizer")]
+                raise ValueError(
+                    f"{group}.{key} is not an argument of {node['_target_']}: it takes {', '.join(accepted) or 'none'}"
+                )
+            hint = hints.get(key, type(parameter.default) if parameter.default not in (None, parameter.empty) else Any)
+            if not _fits(value, hint) and not (group == "schedule" and value is None):
+                raise ValueError(f"{group}.{key}={value} does not fit {node['_target_']}, which takes {_words(hint)}")
+
+
+def build(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
+    """The component as a function that awaits its remaining arguments (the only use of Hydra's `instantiate`).
+
+    Raises:
+        ValueError: when the target cannot be found.
+    """
+    _target(group, node)
+    built: partial[Any] = instantiate({**node, "_partial_": True, "_convert_": "all"})
+    return built
+
+
+def accepted(function: Callable[..., Any], names: Collection[str]) -> list[str]:
+    """Those of `names` that the function takes as arguments."""
+    return [name for name in names if name in inspect.signature(function).parameters]
+
+
+def _target(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
+    if "_target_" not in node:
+        raise ValueError(f"{group} has no _target_: choose one of the files in conf/{group}/")
+    try:
+        target = get_object(node["_target_"])
+    except (ImportError, HydraException, ValueError) as error:
+        raise ValueError(f"{group}._target_={node['_target_']} cannot be imported: {error}") from error
+    if not callable(target):
+        raise ValueError(f"{group}._target_={node['_target_']} is not a function or class")
+    return target
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        if origin is tuple and Ellipsis not in arguments:
+            return len(value) == len(arguments) and all(map(_fits, value, arguments))
+        return all(_fits(item, arguments[0]) for item in value)
+    return hint is Any or not isinstance(value, str | bool | int | float) or not inspect.isclass(hint)
+
+
+def _words(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    return repr(float(value))
+
+
+def _safe(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._" else "_" for c in text)

@@ -1,0 +1,44 @@
+"""The weight-standardised convolution (Qiao et al., 1903.10520; scaling of Brock et al., 2101.08692).
+
+Each filter is used with its mean removed and its norm fixed:
+
+    ŵ = (w − mean(w)) · gain · (max(var(w) · fan_in, 1e-4))^(−½)
+
+with the biased variance over the filter, so that only the filter's direction, its gain and its bias are learned.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution with standardised filters, initialised N(0, 1/fan_in), zero-padded to keep the size at stride 1.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: odd.
+        stride: stride.
+        affine: learn a gain (1 at first) and a bias (0 at first) per output channel.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, affine: bool = True
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=affine)
+        self.fan_in = self.weight[0].numel()
+        nn.init.normal_(self.weight, std=self.fan_in**-0.5)
+        self.gain = nn.Parameter(torch.ones(out_channels)) if affine else None
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def standardized_weight(self) -> Tensor:
+        """The filters that the convolution uses, (out, in, k, k)."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        scale = torch.rsqrt((variance * self.fan_in).clamp(min=1e-4))
+        if self.gain is not None:
+            scale = scale * self.gain.view(-1, 1, 1, 1)
+        return (self.weight - mean) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.standardized_weight(), self.bias)

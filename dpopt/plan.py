@@ -1,0 +1,147 @@
+"""The privacy plan: the one frozen record from which sampler, noise and accountant all read.
+
+A plan fixes the noise multiplier σ, the expected batch size qN, the number of steps T, N and δ before training starts.
+Two of (ε, σ, T) give the third. Neighbouring data sets differ by one example added or removed, batches are Poisson
+samples, and N is taken to be public.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from dpopt.privacy import accounting
+from dpopt.privacy.streams import RandomKey
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """What a private run may do; make one with `calibrate`.
+
+    Attributes:
+        noise_multiplier: σ, the noise's standard deviation over the sensitivity of the sum; 0 adds no noise (ε = ∞).
+        dataset_size: N, the number of training examples, taken to be public.
+        batch_size: qN, the *expected* number of examples in a batch.
+        steps: T, the number of noisy releases.
+        delta: the δ of (ε, δ).
+        accountant: `pld`, `rdp` or `prv`.
+        key: the key of sampling, augmentation and noise; secret, from the operating system, unless a seed is given.
+    """
+
+    noise_multiplier: float
+    dataset_size: int
+    batch_size: int
+    steps: int
+    delta: float
+    accountant: str = "pld"
+    key: RandomKey = field(default_factory=RandomKey.from_os, repr=False, compare=False)
+
+    relation: ClassVar[str] = "add_or_remove_one"
+    sampler: ClassVar[str] = "poisson"
+
+    def __post_init__(self) -> None:
+        _check("delta", self.delta, 0 < self.delta < 1, "a probability between 0 and 1, well below 1/dataset_size")
+        _check("dataset_size", self.dataset_size, self.dataset_size >= 1, "at least 1")
+        _check("steps", self.steps, self.steps >= 1, "at least 1")
+        _check("noise_multiplier", self.noise_multiplier, 0 <= self.noise_multiplier < math.inf, "0 or more, finite")
+        if not 1 <= self.batch_size <= self.dataset_size:
+            raise ValueError(
+                f"batch_size={self.batch_size:,} must lie between 1 and the {self.dataset_size:,} training examples: "
+                "lower batch_size"
+            )
+        if self.accountant not in accounting.ACCOUNTANTS:
+            raise ValueError(f"accountant={self.accountant} must be one of {', '.join(accounting.ACCOUNTANTS)}")
+
+    @classmethod
+    def calibrate(
+        cls,
+        *,
+        delta: float,
+        dataset_size: int,
+        batch_size: int,
+        epsilon: float | None = None,
+        steps: int | None = None,
+        epochs: float | None = None,
+        noise_multiplier: float | None = None,
+        accountant: str = "pld",
+        seed: int | None = None,
+    ) -> "PrivacyPlan":
+        """Make the plan from two of (ε, σ, T) and derive the third.
+
+        Args:
+            delta: the δ of (ε, δ).
+            dataset_size: N.
+            batch_size: the expected batch size qN.
+            epsilon: the target ε; infinity gives σ = 0 (clipping without noise).
+            steps: T.
+            epochs: T in passes over the data: T = round(epochs · N / batch_size). Instead of `steps`.
+            noise_multiplier: σ.
+            accountant: `pld` (tightest), `rdp` or `prv`.
+            seed: makes sampling, augmentation and noise reproducible, and known to whoever knows the seed. Without one
+                they are keyed by the operating system.
+
+        Returns:
+            A plan with target·(1 − 1e-4) ≤ ε ≤ target when σ was derived, and ε(T) ≤ target < ε(T + 1) when T was.
+
+        Raises:
+            ValueError: when not exactly two of the three are given, or the target cannot be met.
+        """
+        if steps is not None and epochs is not None:
+            raise ValueError("steps and epochs say the same thing twice: set one of them to null")
+        given = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "steps or epochs": steps or epochs}
+        missing = [name for name, value in given.items() if value is None]
+        if not missing:
+            raise ValueError(
+                "epsilon, noise_multiplier and steps are all set, and two of them decide the third: set one to null"
+            )
+        if len(missing) > 1:
+            raise ValueError(
+                f"{' and '.join(missing)} are null, but two of epsilon, noise_multiplier and steps are needed: set "
+                f"{missing[0]} (for a run without privacy: privacy=none)"
+            )
+        if epsilon is not None:
+            _check("epsilon", epsilon, epsilon > 0, "a positive number (inf clips without noise)")
+        if epochs is not None:
+            _check("epochs", epochs, 0 < epochs < math.inf, "a positive number")
+            steps = max(1, round(epochs * dataset_size / batch_size)) if batch_size > 0 else 1
+        key = RandomKey.from_os() if seed is None else RandomKey.from_seed(seed)
+        # Built first with what is known, so that a bad value is reported before any time goes into calibration.
+        plan = cls(noise_multiplier or 0.0, dataset_size, batch_size, steps or 1, delta, accountant, key)
+        if noise_multiplier is None:
+            assert epsilon is not None
+            if math.isfinite(epsilon):
+                sigma = accounting.calibrate_noise(epsilon, plan.sample_rate, plan.steps, delta, accountant)
+                plan = replace(plan, noise_multiplier=sigma)
+        elif steps is None:
+            assert epsilon is not None
+            if noise_multiplier == 0 or math.isinf(epsilon):
+                raise ValueError("with no noise, or an infinite epsilon, the number of steps must be given: set steps")
+            fitting = accounting.calibrate_steps(epsilon, noise_multiplier, plan.sample_rate, delta, accountant)
+            plan = replace(plan, steps=fitting)
+        return plan
+
+    @property
+    def sample_rate(self) -> float:
+        """q, the probability with which each example enters a batch."""
+        return self.batch_size / self.dataset_size
+
+    def epsilon_at(self, step: int, accountant: str | None = None) -> float:
+        """The ε spent after `step` steps, by the plan's accountant unless another one is named."""
+        return accounting.compute_epsilon(
+            self.noise_multiplier, self.sample_rate, step, self.delta, accountant or self.accountant
+        )
+
+    @cached_property
+    def epsilon(self) -> float:
+        """The ε of the whole plan."""
+        return self.epsilon_at(self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values, without the key."""
+        values = {name: value for name, value in asdict(replace(self, key=RandomKey(b""))).items() if name != "key"}
+        return values | {"sample_rate": self.sample_rate, "relation": self.relation, "sampler": self.sampler}
+
+
+def _check(name: str, value: float, good: bool, meaning: str) -> None:
+    if not good or math.isnan(value):
+        raise ValueError(f"{name}={value} must be {meaning}")

@@ -1,0 +1,1 @@
+"""Everything left of `p.grad`: keyed randomness, Poisson sampling, gradients, clipping, noise, accounting."""

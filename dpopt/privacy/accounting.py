@@ -1,0 +1,168 @@
+"""The ε of T steps of the Poisson-subsampled Gaussian mechanism, neighbours differing by one added or removed example.
+
+Three accountants: `pld` (privacy loss distributions, dp-accounting: the tightest, and an upper bound), `rdp` (Rényi,
+Opacus) and `prv` (privacy random variables, Opacus: its upper bound). The inverse problems, the smallest noise for a
+target ε and the largest number of steps, are solved on top of any of them.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+ACCOUNTANTS = ("pld", "rdp", "prv")
+_RDP_ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**k for k in range(6, 13)]
+_PLD_GRID = 1e-4  # dp-accounting's discretisation of the privacy loss: three digits of ε
+_NOISE_LIMITS = (0.05, 1e4)  # outside, a discretised loss distribution is meaningless or does not fit into memory
+_MAX_STEPS = 10**8
+
+
+@lru_cache(maxsize=64)
+def _one_step_pld(noise_multiplier: float, sample_rate: float, grid: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    # The losses of a step spread like 1/σ²: below σ = 0.5 a fixed grid would need gigabytes for an ε nobody reports.
+    interval = grid * max(1.0, 0.25 / noise_multiplier**2)
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, value_discretization_interval=interval, sampling_prob=sample_rate
+    )
+
+
+@lru_cache(maxsize=4096)
+def compute_epsilon(
+    noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str = "pld"
+) -> float:
+    """Return ε after `steps` steps at the given δ.
+
+    Args:
+        noise_multiplier: standard deviation of the noise over the sensitivity; 0 gives an infinite ε.
+        sample_rate: the probability q with which an example enters a batch.
+        steps: number of steps taken, empty batches included.
+        delta: the δ of (ε, δ).
+        accountant: `pld`, `rdp` or `prv`.
+
+    Raises:
+        ValueError: for an unknown accountant.
+    """
+    if accountant not in ACCOUNTANTS:
+        raise ValueError(f"unknown accountant {accountant!r}: use one of {', '.join(ACCOUNTANTS)}")
+    if steps == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    if accountant == "pld":
+        return _pld_epsilon(noise_multiplier, sample_rate, steps, delta, _PLD_GRID)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Opacus warns at the edges of a search, where no answer is read off
+        if accountant == "rdp":
+            from opacus.accountants.analysis import rdp
+
+            divergences = rdp.compute_rdp(
+                q=sample_rate, noise_multiplier=noise_multiplier, steps=steps, orders=_RDP_ORDERS
+            )
+            return max(0.0, float(rdp.get_privacy_spent(orders=_RDP_ORDERS, rdp=divergences, delta=delta)[0]))
+        from opacus.accountants import PRVAccountant
+
+        prv = PRVAccountant()
+        prv.history = [(noise_multiplier, sample_rate, steps)]
+        return float(prv.get_epsilon(delta=delta))
+
+
+def _pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, grid: float) -> float:
+    one_step = _one_step_pld(noise_multiplier, sample_rate, grid)
+    return float(one_step.self_compose(steps).get_epsilon_for_delta(delta))
+
+
+def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str = "pld") -> float:
+    """The noise multiplier whose ε after `steps` steps lies in [ε(1 − 1e-4), ε].
+
+    Raises:
+        ValueError: when no noise multiplier between 0.05 and 10,000 reaches the target.
+    """
+
+    def solve(epsilon_of: Callable[[float], float], tolerance: float, guess: float | None = None) -> float:
+        def excess(log_noise: float) -> float:
+            value = epsilon_of(math.exp(log_noise))
+            return math.log(max(value, 1e-12) / epsilon) + 0.5e-4  # aims at the middle of the accepted interval
+
+        return _root(excess, *map(math.log, _NOISE_LIMITS), tolerance, guess)
+
+    try:
+        # Rényi accounting costs milliseconds and a coarse grid a tenth of a fine one: they say where to look.
+        guess = solve(lambda noise: compute_epsilon(noise, sample_rate, steps, delta, "rdp"), 1e-3)
+        if accountant == "pld":
+            guess = solve(lambda noise: _pld_epsilon(noise, sample_rate, steps, delta, 10 * _PLD_GRID), 1e-5, guess)
+        return math.exp(solve(lambda noise: compute_epsilon(noise, sample_rate, steps, delta, accountant), 4e-5, guess))
+    except ArithmeticError:
+        raise ValueError(
+            f"no noise multiplier in [{_NOISE_LIMITS[0]:g}, {_NOISE_LIMITS[1]:g}] gives epsilon={epsilon:g} at "
+            f"delta={delta:g} over {steps:,} steps with sample rate {sample_rate:.3g}: "
+            "choose a larger epsilon, fewer steps or a smaller batch_size"
+        ) from None
+
+
+def calibrate_steps(
+    epsilon: float, noise_multiplier: float, sample_rate: float, delta: float, accountant: str = "pld"
+) -> int:
+    """The largest T with ε(T) ≤ ε.
+
+    Raises:
+        ValueError: when one step already costs more, or when more than 1e8 steps would fit.
+    """
+
+    def fits(steps: int) -> bool:
+        return compute_epsilon(noise_multiplier, sample_rate, steps, delta, accountant) <= epsilon
+
+    if not fits(1):
+        raise ValueError(
+            f"a single step with noise_multiplier={noise_multiplier:g} and sample rate {sample_rate:.3g} already costs "
+            f"more than epsilon={epsilon:g}: raise noise_multiplier or epsilon, or lower batch_size"
+        )
+    low, high = 1, 2
+    while fits(high):
+        if high > _MAX_STEPS:
+            raise ValueError(
+                f"more than {_MAX_STEPS:,} steps fit into epsilon={epsilon:g} with noise_multiplier="
+                f"{noise_multiplier:g}: set steps (or epochs) and set noise_multiplier=null"
+            )
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def gdp_mu(noise_multiplier: float, sample_rate: float, steps: int) -> float:
+    """μ of the central-limit approximation by Gaussian DP (Bu et al., 2020): for orientation, not a guarantee."""
+    if noise_multiplier == 0:
+        return math.inf
+    return sample_rate * math.sqrt(steps * math.expm1(min(noise_multiplier**-2, 700)))
+
+
+def _root(
+    function: Callable[[float], float], low: float, high: float, tolerance: float, guess: float | None = None
+) -> float:
+    """A point where the decreasing `function` is within ±tolerance of 0: secant steps, kept inside a bracket.
+
+    Raises:
+        ArithmeticError: when there is none between `low` and `high`.
+    """
+    points: list[tuple[float, float]] = []
+    x = (low + high) / 2 if guess is None else min(max(guess, low), high)
+    for _ in range(200):
+        value = function(x)
+        if abs(value) <= tolerance:
+            return x
+        low, high = (x, high) if value > 0 else (low, x)
+        points = [*points[-1:], (x, value)]
+        if len(points) == 1:
+            x = x + 0.5 * value if math.isfinite(value) else (low + high) / 2  # ε falls at least like 1/σ
+        else:
+            (x0, y0), (x1, y1) = points
+            x = x1 - y1 * (x1 - x0) / (y1 - y0) if y1 != y0 and math.isfinite(y0 - y1) else math.nan
+        if not low < x < high:
+            x = (low + high) / 2
+        if high - low < 1e-12:
+            break
+    raise ArithmeticError("no root in the interval")

@@ -1,0 +1,87 @@
+"""Poisson batches: at every step each example enters independently with probability q, so batches differ in size.
+
+A logical batch is handed out in micro-batches of one constant, padded shape under a mask; it is never materialised
+whole. An empty batch is one micro-batch of padding: a step like any other. Which examples enter, and how they are
+augmented, is keyed by (plan.key, step) and independent of the micro-batch size.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dpopt.plan import PrivacyPlan
+from dpopt.sources import Source, as_source
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PoissonBatch:
+    """One logical batch: iterate over it, once, for (inputs, targets, mask).
+
+    Attributes:
+        plan: the plan that sampled it.
+        step: its number, from 0.
+        indices: the sampled examples, int64 of shape (n,), ascending; their number is private.
+        micro_batches: inputs (micro_batch, views, …), targets (micro_batch, …) and mask (micro_batch,), False on pads.
+    """
+
+    plan: PrivacyPlan
+    step: int
+    indices: torch.Tensor
+    micro_batches: Iterator[MicroBatch]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.micro_batches
+
+
+def sample_indices(plan: PrivacyPlan, step: int) -> torch.Tensor:
+    """The examples of a step: int64, ascending, each present independently with probability q."""
+    return torch.nonzero(plan.key.uniform(plan.dataset_size, "sample", step) < plan.sample_rate).flatten()
+
+
+def poisson_batches(
+    dataset: Any, plan: PrivacyPlan, start: int = 0, views: int = 1, micro_batch: int = 64
+) -> Iterator[PoissonBatch]:
+    """Yield the plan's batches from step `start` to its last.
+
+    Args:
+        dataset: a `dpopt.sources.Source`, a pair of tensors (inputs, targets), or any map-style Dataset of such pairs.
+        plan: decides q, the number of steps and the random key.
+        start: the first step to yield; a resumed run passes the number of steps it has taken.
+        views: augmentation multiplicity K; the views of an example stay together.
+        micro_batch: examples per micro-batch, a performance setting.
+
+    Raises:
+        ValueError: when the data set does not have `plan.dataset_size` examples.
+    """
+    source = as_source(dataset)
+    if len(source) != plan.dataset_size:
+        raise ValueError(
+            f"the data set has {len(source):,} examples but the plan was made for {plan.dataset_size:,}: "
+            "calibrate the plan with dataset_size=len(dataset)"
+        )
+    return _batches(source, plan, start, views, micro_batch)
+
+
+def _batches(source: Source, plan: PrivacyPlan, start: int, views: int, micro_batch: int) -> Iterator[PoissonBatch]:
+    sampled = ((step, sample_indices(plan, step)) for step in range(start, plan.steps))
+    ours, theirs = itertools.tee(sampled)
+    loaded = source.views(theirs, plan.key, views, micro_batch)
+    for step, indices in ours:
+        pieces = (_pad(*next(loaded), micro_batch) for _ in indices.split(micro_batch))  # nothing: one empty piece
+        yield PoissonBatch(plan, step, indices, pieces)
+        for _ in pieces:  # a caller that broke off must not shift the stream for the next step
+            pass
+
+
+def _pad(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> MicroBatch:
+    missing = size - len(inputs)
+    mask = torch.arange(size, device=inputs.device) < len(inputs)
+    if missing:
+        inputs = torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])])
+        targets = torch.cat([targets, targets.new_zeros(missing, *targets.shape[1:])])
+    return inputs, targets, mask

@@ -1,0 +1,218 @@
+"""What a person sees: the plan before, one live line during, the result after."""
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dpopt.config import Config, target_name
+from dpopt.estimate import Estimate
+from dpopt.plan import PrivacyPlan
+from dpopt.privacy.accounting import gdp_mu
+
+_HOUR = 3600
+_SILENCE = 60  # seconds after which a log file gets a line although nothing was evaluated
+
+
+def console() -> Console:
+    """A console on stdout, as wide as the terminal, 100 columns elsewhere."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=100)
+
+
+def plan_panel(name: str, config: Config, plan: PrivacyPlan, guess: Estimate, device: str, dry: bool) -> None:
+    """Print the plan; warn when it is long."""
+    rows = [
+        ("data", f"{target_name(config.dataset)}, N = {plan.dataset_size:,} (public)"),
+        (
+            "sampling",
+            f"Poisson, q = {plan.sample_rate:.6g}, batch {plan.batch_size:,}, {plan.steps:,} steps"
+            f" = {plan.steps * plan.sample_rate:.4g} epochs" + _views(config),
+        ),
+        ("privacy", _privacy(config, plan)),
+    ]
+    if config.private and plan.noise_multiplier > 0:
+        mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
+        other = " · ".join(f"{a} ε = {plan.epsilon_at(plan.steps, a):.4g}" for a in ("pld", "rdp"))
+        rows += [
+            (
+                "noise",
+                f"σ = {plan.noise_multiplier:.4f}, {target_name(config.clipping)} clip, C = {config.clip_norm:g}",
+            ),
+            ("accounting", f"{plan.accountant} · {other} · μ-GDP = {mu:.3g} (approximate)"),
+        ]
+    state = "unknown"
+    if guess.optimizer_state_bytes is not None:
+        each = guess.optimizer_state_bytes / guess.parameters
+        state = (
+            f"{_bytes(guess.optimizer_state_bytes)} = {each:.2f} B/parameter (Adam: {_bytes(guess.adam_state_bytes)})"
+        )
+    memory = "unknown"
+    if guess.memory_bytes is not None:
+        memory = f"≥ {_bytes(guess.memory_bytes)} (activations not counted; micro-batch {config.micro_batch})"
+    rows += [
+        (
+            "model",
+            f"{target_name(config.model)}, {guess.parameters:,} trainable parameters, {config.precision} on {device}",
+        ),
+        ("optimizer", f"{target_name(config.optimizer)}, lr = {config.optimizer.get('lr', '?')}, state {state}"),
+        ("peak memory", memory),
+        ("time", _time(guess.seconds)),
+    ]
+    title = f"{'plan' if dry else 'run'} · {name}"
+    console().print(_panel(title, rows, "cyan"))
+    if guess.seconds is not None and guess.seconds > _HOUR and device == "cpu":
+        console().print(
+            "[yellow]This plan takes more than an hour on this machine. For a first look: "
+            "python run.py +experiment=quickstart[/yellow]"
+        )
+
+
+def result_panel(result: dict[str, Any], directory: str) -> None:
+    """Print the result."""
+    private = math.isfinite(result["epsilon"])
+    rows = [
+        ("test accuracy", f"{result['test_accuracy']:.2%}   (test loss {result['test_loss']:.4f})"),
+        (
+            "privacy",
+            f"ε = {result['epsilon']:.4g} at δ = {result['delta']:g} ({result['accountant']}), "
+            f"{result['epsilon_rdp']:.4g} by rdp"
+            if private
+            else "none: ε = ∞",
+        ),
+        (
+            "steps",
+            f"{result['steps']:,} of {result['planned_steps']:,} in {_duration(result['wall_seconds'])}, "
+            f"{result['examples_per_second']:,.0f} examples/s",
+        ),
+        (
+            "memory",
+            f"optimizer state {_bytes(result['optimizer_state_bytes'])}, peak {_bytes(result['peak_memory_bytes'])}",
+        ),
+        ("files", f"{directory}/"),
+    ]
+    done = result["status"] == "finished"
+    title = "result" if done else f"{result['status']}: the same command continues"
+    console().print(_panel(title, rows, "green" if done else "yellow"))
+
+
+def already_finished(result: dict[str, Any], directory: str, commit: str | None) -> None:
+    """One line for a run that was finished earlier; a warning when the code has moved on."""
+    epsilon = result["epsilon"]
+    console().print(
+        f"finished: {directory}: accuracy {result['test_accuracy']:.2%}, ε = {epsilon:.4g}, "
+        f"commit {str(result.get('git_commit'))[:12]} (fresh=true retrains)",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if commit and result.get("git_commit") and commit != result["git_commit"]:
+        console().print(f"[yellow]  the code is at {commit[:12]} now: this result may be out of date[/yellow]")
+
+
+class Progress:
+    """The live line: rewritten in place on a terminal, a line per evaluation or minute elsewhere.
+
+    Args:
+        plan: for the number of steps and the target ε.
+        start: step of this process's first step.
+    """
+
+    def __init__(self, plan: PrivacyPlan, start: int) -> None:
+        self.plan, self.start, self.began = plan, start, time.perf_counter()
+        self.console = console()
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self.values: dict[str, float] = {}
+        self.printed = self.began
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def step(self, step: int) -> None:
+        """A step was taken."""
+        if self.console.is_terminal:
+            self.live.update(Text(self._line(step)))
+        elif time.perf_counter() - self.printed > _SILENCE:
+            self._print(step)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """New metrics are there."""
+        self.values = values
+        if self.console.is_terminal:
+            self.step(step)
+        else:
+            self._print(step)
+
+    def _print(self, step: int) -> None:
+        self.console.print(self._line(step), highlight=False, soft_wrap=True)
+        self.printed = time.perf_counter()
+
+    def _line(self, step: int) -> str:
+        elapsed = time.perf_counter() - self.began
+        done = step - self.start
+        rate = done * self.plan.batch_size / max(elapsed, 1e-9)
+        left = elapsed / done * (self.plan.steps - step) if done else math.nan
+        parts = [f"step {step:,}/{self.plan.steps:,}"]
+        if "test/accuracy" in self.values:
+            parts.append(f"accuracy {self.values['test/accuracy']:.2%}")
+        if "private/train_loss" in self.values:
+            parts.append(f"train loss {self.values['private/train_loss']:.3f}")
+        if math.isfinite(self.values.get("privacy/epsilon", math.inf)):
+            parts.append(f"ε {self.values['privacy/epsilon']:.3g} of {self.plan.epsilon:.3g}")
+        parts.append(f"{rate:,.0f} examples/s")
+        if math.isfinite(left):
+            parts.append(f"{_duration(left)} left")
+        return " · ".join(parts)
+
+
+def _panel(title: str, rows: list[tuple[str, str]], colour: str) -> Panel:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for name, text in rows:
+        grid.add_row(name, Text(text))
+    return Panel(grid, title=Text(title), title_align="left", border_style=colour, expand=False)
+
+
+def _privacy(config: Config, plan: PrivacyPlan) -> str:
+    if not config.private:
+        return "none: no clipping, no noise"
+    if plan.noise_multiplier == 0:
+        return f"none: clipping at C = {config.clip_norm:g} without noise, ε = ∞"
+    secret = "secret randomness" if config.secure_rng else f"research randomness (seed {config.seed})"
+    return f"ε = {plan.epsilon:.4g}, δ = {plan.delta:g} = {plan.delta * plan.dataset_size:.2g}/N, {secret}"
+
+
+def _views(config: Config) -> str:
+    return f", {config.views} views" if config.views > 1 else ""
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"about {_duration(seconds)} (from one timed micro-batch on this machine, evaluation not counted)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * _HOUR:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / _HOUR:.0f} h" if seconds < 72 * _HOUR else f"{seconds / _HOUR / 24:.0f} days"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

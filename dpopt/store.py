@@ -1,0 +1,168 @@
+"""Run directories: finding the one that belongs to a configuration, claiming it, and reading a trained model back.
+
+A run directory holds config.yaml, metrics.csv, checkpoint.pt, result.json, privacy_card.md and model.safetensors, and
+while a run with secure randomness is unfinished its key. Files appear whole or not at all.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from dpopt.config import Config, accepted, build, identity, run_name
+from dpopt.privacy.streams import RandomKey
+
+RESULT, CHECKPOINT, METRICS, CONFIG = "result.json", "checkpoint.pt", "metrics.csv", "config.yaml"
+CARD, WEIGHTS, KEY, ERROR, LOCK = "privacy_card.md", "model.safetensors", "secret.key", "error.txt", ".lock"
+
+
+def locate(config: Config) -> Path:
+    """The directory of this run: by name or, should a key have joined the configuration since, by its stored content.
+
+    Raises:
+        ValueError: when `output_dir` is not a directory.
+    """
+    root = Path(config.output_dir)
+    for part in (root, *root.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise ValueError(f"output_dir={root} cannot be made, because {part} is a file: choose another")
+            break
+    directory = root / run_name(config)
+    if not directory.exists() and root.is_dir():
+        wanted = identity(config)
+        for result in root.glob(f"*/{RESULT}"):
+            if _same(read_json(result).get("config", {}), wanted):
+                return result.parent
+    return directory
+
+
+def _same(stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a stored configuration is this one, where keys that it lacks have their default today."""
+    defaults = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
+    return bool(stored) and identity(defaults | stored) == wanted
+
+
+def finished(directory: Path) -> dict[str, Any] | None:
+    """The result of a run that has completed, else None."""
+    path = directory / RESULT
+    result = read_json(path) if path.exists() else {}
+    return result if result.get("status") == "finished" else None
+
+
+@contextlib.contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Make the directory and hold it against other processes.
+
+    Raises:
+        ValueError: when another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another process is training in {directory}: wait for it, or add tag=NAME for a run of your own"
+            ) from None
+        yield
+
+
+def clear(directory: Path) -> None:
+    """Forget everything about a run but its lock and its loggers' files."""
+    for name in (RESULT, CHECKPOINT, METRICS, CONFIG, CARD, WEIGHTS, ERROR):
+        (directory / name).unlink(missing_ok=True)
+    erase_key(directory)
+
+
+def secret_key(directory: Path) -> RandomKey:
+    """The run's secret key: kept, readable by the owner alone, until the run is finished."""
+    path = directory / KEY
+    if not path.exists():
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+    material = path.read_bytes()
+    if len(material) != 32:
+        raise ValueError(f"{path} is damaged, so the run cannot continue: start again with fresh=true")
+    return RandomKey(material, secure=True)
+
+
+def erase_key(directory: Path) -> None:
+    """Overwrite and remove the run's secret key, if it has one."""
+    path = directory / KEY
+    if path.exists():
+        path.write_bytes(bytes(32))
+        path.unlink()
+
+
+def write_atomic(path: Path, content: str) -> None:
+    """Write a text file so that a crash leaves either the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(content)
+    replace_durably(temporary, path)
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Move a finished file into place; on the disk before this returns."""
+    for target in (temporary, path.parent):
+        if target == path.parent:
+            os.replace(temporary, path)
+        handle = os.open(target, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file atomically; infinite numbers are written as Infinity."""
+    write_atomic(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an unreadable file counts as empty."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def build_model(config: Config, classes: int, channels: int, **overrides: Any) -> nn.Module:
+    """The model of a configuration, initialised by its seed; `overrides` replace arguments that the model takes."""
+    import torch
+
+    make = build("model", config.model)
+    sizes = {"num_classes": classes, "in_channels": channels} | overrides
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RandomKey.from_seed(config.seed).seed("init"))
+        model: nn.Module = make(**{name: sizes[name] for name in accepted(make, sizes)})
+    return model.double() if config.precision == "fp64" else model
+
+
+def load(run_dir: str | Path) -> nn.Module:
+    """The trained model of a run directory (the weight average, where one was kept), on the CPU, in eval mode.
+
+    Raises:
+        ValueError: when the run has not produced a model.
+    """
+    from safetensors.torch import load_file
+
+    directory = Path(run_dir)
+    if not (directory / WEIGHTS).exists():
+        raise ValueError(f"{directory} holds no {WEIGHTS}: run the experiment to its end first")
+    config = Config(**yaml.safe_load((directory / CONFIG).read_text()))
+    spec = build("dataset", config.dataset)()
+    offline = {"pretrained": False, "weights": None}
+    model = build_model(config, spec.classes, spec.shape[0], **offline)
+    model.load_state_dict(load_file(directory / WEIGHTS))
+    return model.eval()

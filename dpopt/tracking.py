@@ -1,0 +1,160 @@
+"""Tracking: metrics.csv, which is the truth, and beside it Weights & Biases or TensorBoard.
+
+A tracker that fails is dropped with one line of warning: it never ends a run, and never makes it wait for long.
+"""
+
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+_wandb_online_failed = False  # remembered for the rest of a sweep: one wait for a dead server is enough
+
+
+class Tracker(Protocol):
+    """What training asks of a tracker."""
+
+    def start(self, directory: Path, name: str, config: dict[str, Any]) -> None:
+        """Open the tracker for the run in `directory`; may raise anything."""
+        ...
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values of a step."""
+        ...
+
+    def finish(self) -> None:
+        """Close the tracker."""
+        ...
+
+
+class CsvOnly:
+    """No tracker beside metrics.csv."""
+
+    def start(self, directory: Path, name: str, config: dict[str, Any]) -> None: ...
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Wandb:
+    """Weights & Biases: offline without a key or without an answering server, and never a prompt.
+
+    Args:
+        project: the project's name.
+        entity: the team or user, when it is not the key's own.
+    """
+
+    def __init__(self, project: str = "dpopt", entity: str | None = None) -> None:
+        self.project, self.entity = project, entity
+        self.run: Any = None
+
+    def start(self, directory: Path, name: str, config: dict[str, Any]) -> None:
+        global _wandb_online_failed
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None or _wandb_online_failed:
+            online = not _wandb_online_failed and wandb.login(prompt=False, verify=False)
+            mode = "online" if online else "offline"
+        arguments: dict[str, Any] = dict(
+            project=self.project,
+            entity=self.entity,
+            dir=directory,
+            name=name,
+            id=name[-64:],
+            config=config,
+            resume="allow",
+            reinit="finish_previous",
+        )
+        settings = wandb.Settings(init_timeout=10, silent=True)
+        try:
+            self.run = wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
+        except Exception as error:
+            _wandb_online_failed = True
+            warn(f"W&B does not answer ({type(error).__name__}): recording offline")
+            wandb.teardown()  # else the run's id counts as taken
+            self.run = wandb.init(mode="offline", settings=settings, **arguments)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+class TensorBoard:
+    """TensorBoard event files below the run directory; needs the package `tensorboard`."""
+
+    def start(self, directory: Path, name: str, config: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(directory / "tensorboard")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class Metrics:
+    """metrics.csv and a tracker behind it.
+
+    Args:
+        path: the csv file; `offset` bytes of it are kept, what a crashed run wrote beyond its checkpoint is cut off.
+        offset: 0 for a new run.
+        tracker: beside the file.
+        name: the run's name.
+        config: shown by the tracker.
+    """
+
+    def __init__(self, path: Path, offset: int, tracker: Tracker, name: str, config: dict[str, Any]) -> None:
+        self.file = open(path, "a+", newline="")  # noqa: SIM115 (closed by `close`)
+        self.file.truncate(offset)
+        self.file.seek(0)
+        self.columns: list[str] = next(csv.reader(self.file), [])
+        self.file.seek(0, os.SEEK_END)
+        self.tracker: Tracker | None = tracker
+        self._guard(lambda t: t.start(path.parent, name, config))
+
+    def log(self, step: int, values: dict[str, float], unsaved: dict[str, float]) -> None:
+        """Append a row; `unsaved` values go to the tracker only, because a resumed run cannot repeat them."""
+        row: dict[str, float] = {"step": step, **values}
+        if not self.columns:
+            self.columns = list(row)
+            csv.writer(self.file).writerow(self.columns)
+        csv.writer(self.file).writerow([_text(row.get(column)) for column in self.columns])
+        self.file.flush()
+        self._guard(lambda t: t.log(step, values | unsaved))
+
+    def sync(self) -> int:
+        """Put the file on the disk; return its length in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        """Close file and tracker."""
+        self._guard(lambda t: t.finish())
+        self.file.close()
+
+    def _guard(self, action: Any) -> None:
+        if self.tracker is None:
+            return
+        try:
+            action(self.tracker)
+        except Exception as error:
+            warn(f"{type(self.tracker).__name__} failed ({error}); going on with metrics.csv alone")
+            self.tracker = None
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"dpopt: {message}", file=sys.stderr)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)

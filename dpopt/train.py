@@ -1,0 +1,300 @@
+"""One run, top to bottom: plan → loop → result.
+
+Everything that can be refused is refused before the run directory is made. From then on the directory always holds a
+state from which the same command continues, or the finished result.
+"""
+
+import platform
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dpopt import checkpoint, report, store
+from dpopt.card import privacy_card
+from dpopt.config import Config, build, check_components, identity
+from dpopt.data import DataSpec
+from dpopt.estimate import estimate, optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
+from dpopt.optim.probe import StepProbe
+from dpopt.plan import PrivacyPlan
+from dpopt.privacy.gradients import PrivateGradient, check_model
+from dpopt.privacy.sampling import poisson_batches
+from dpopt.privacy.streams import RandomKey
+from dpopt.sources import Source, as_source
+from dpopt.tracking import Metrics
+
+
+def run(config: Config) -> dict[str, Any] | None:
+    """Train what the configuration says, or continue it, or print what it has come to.
+
+    Returns:
+        The result, as in result.json; None for a dry run.
+
+    Raises:
+        ValueError: for a configuration that cannot be trained as asked; OSError for missing files.
+    """
+    check_components(config)
+    directory = store.locate(config)
+    done = store.finished(directory)
+    if done and not config.fresh and not config.dry_run:
+        report.already_finished(done, str(directory), _git_commit())
+        return done
+
+    device = _device(config.device)
+    spec: DataSpec = build("dataset", config.dataset)()
+    plan = make_plan(config, spec)
+    clip = build("clipping", config.clipping)() if config.private else None
+    offline = {"pretrained": False, "weights": None} if config.dry_run else {}
+    model = store.build_model(config, spec.classes, spec.shape[0], **offline).to(device)
+    check_model(model, private=config.private)
+    make_optimizer = build("optimizer", config.optimizer)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trainable)
+    averaged = config.ema is not None
+    guess = estimate(
+        model, make_optimizer, F.cross_entropy, plan, spec.shape, config.views, config.micro_batch, averaged
+    )
+    if config.dry_run:
+        report.plan_panel(directory.name, config, plan, guess, device.type, dry=True)
+        return None
+
+    train, test, held_out = load_data(config, spec, device)
+    with store.claim(directory):
+        try:
+            if config.fresh:
+                store.clear(directory)
+            (directory / store.ERROR).unlink(missing_ok=True)
+            report.plan_panel(directory.name, config, plan, guess, device.type, dry=False)
+            result = _train(config, directory, plan, model, optimizer, clip, train, test, held_out)
+        except Exception as error:
+            store.write_atomic(directory / store.ERROR, f"{type(error).__name__}: {error}\n")
+            raise
+    report.result_panel(result, str(directory))
+    if result["status"] == "interrupted":
+        raise KeyboardInterrupt  # the user wants the whole sweep to stop
+    return result
+
+
+def make_plan(config: Config, spec: DataSpec) -> PrivacyPlan:
+    """The privacy plan of a configuration; without privacy, the same plan with σ = 0."""
+    size = spec.train_size - round(config.holdout * spec.train_size)
+    budget = {"epsilon": config.epsilon, "noise_multiplier": config.noise_multiplier}
+    return PrivacyPlan.calibrate(
+        **(budget if config.private else {"epsilon": float("inf")}),
+        steps=config.steps,
+        epochs=config.epochs,
+        delta=config.delta,
+        dataset_size=size,
+        batch_size=config.batch_size,
+        accountant=config.accountant,
+    )
+
+
+def load_data(config: Config, spec: DataSpec, device: torch.device) -> tuple[Source, Source, Source | None]:
+    """Training, test and held-out data; the hold-out is split off by the seed."""
+    loaded = spec.load(Path(config.data_dir).expanduser(), device, config.workers)
+    train, test = (as_source(part, device, config.workers) for part in loaded)
+    if len(train) != spec.train_size:
+        raise ValueError(f"{spec.name} has {len(train):,} training examples, not {spec.train_size:,} as announced")
+    held = round(config.holdout * len(train))
+    if not held:
+        return train, test, None
+    order = torch.argsort(RandomKey.from_seed(config.seed).uniform(len(train), "split"))
+    return train.subset(order[held:].sort().values), test, train.subset(order[:held].sort().values)
+
+
+def _train(
+    config: Config,
+    directory: Path,
+    plan: PrivacyPlan,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip: Any,
+    train: Source,
+    test: Source,
+    held_out: Source | None,
+) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    schedule = _schedule(config, optimizer, plan.steps)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
+    final = ema.module if ema is not None else model
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
+    fingerprint = train.fingerprint()
+    facts = {"name": directory.name, "configuration": identity(config), "plan": plan.to_dict(), "data_set": fingerprint}
+    path = directory / store.CHECKPOINT
+    step, progress = 0, {"wall_seconds": 0.0, "metrics_bytes": 0}
+    if path.exists():
+        step, progress = checkpoint.load(path, facts, parts)
+    key = store.secret_key(directory) if config.secure_rng else None
+    key = key or RandomKey.from_seed(config.seed, directory.name, fingerprint)
+    plan = replace(plan, key=key)
+
+    store.write_atomic(directory / store.CONFIG, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    tracker = build("logger", config.logger)()
+    metrics = Metrics(directory / store.METRICS, progress["metrics_bytes"], tracker, directory.name, asdict(config))
+    private = PrivateGradient(
+        model, F.cross_entropy, plan, clip, start=step, precision=config.precision, diagnostics=config.diagnostics
+    )
+    reset_peak_memory(device)
+    clock, first, training = time.perf_counter() - progress["wall_seconds"], step, 0.0
+    values: dict[str, float] = {}
+    status = "finished"
+
+    def save() -> None:
+        progress.update(wall_seconds=time.perf_counter() - clock, metrics_bytes=metrics.sync())
+        checkpoint.save(path, step, facts, parts, progress)
+
+    with _stop_signals() as stop, report.Progress(plan, step) as live:
+        try:
+            batches = poisson_batches(train, plan, step, config.views, config.micro_batch)
+            for batch in batches:
+                began = time.perf_counter()
+                private.backward(batch)
+                log = batch.step + 1 == plan.steps or (batch.step + 1) % config.eval_every == 0
+                probe = StepProbe(optimizer) if log else None
+                lr = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                schedule.step()
+                if ema is not None:
+                    ema.update_parameters(model)
+                step += 1
+                training += time.perf_counter() - began
+                if probe is not None:
+                    wall = time.perf_counter() - clock
+                    speed = (step - first) * plan.batch_size / training
+                    values = evaluate(final, test, config.precision, "test/")
+                    values |= {"privacy/epsilon": plan.epsilon_at(step), "optimizer/lr": float(lr)}
+                    values |= probe.measure() | private.statistics
+                    if config.diagnostics and held_out is not None:
+                        values |= evaluate(final, held_out, config.precision, "private/holdout_")
+                    values |= {"memory/optimizer_state_bytes": optimizer_state_bytes(optimizer)}
+                    values |= {"time/wall_seconds": wall, "time/examples_per_second": speed}
+                    metrics.log(step, values, {"memory/peak_bytes": peak_memory_bytes(device)})
+                    live.evaluated(step, values)
+                live.step(step)
+                if stop or (config.time_limit is not None and time.perf_counter() - clock > config.time_limit):
+                    status = "interrupted" if stop else "time_limit"
+                if step < plan.steps and (step % config.checkpoint_every == 0 or status != "finished"):
+                    save()
+                if status != "finished" and step < plan.steps:
+                    break
+            status = "finished" if step == plan.steps else status
+            save()
+        finally:
+            metrics.close()
+    if "test/accuracy" not in values or status != "finished":
+        values |= evaluate(final, test, config.precision, "test/")
+    result = {
+        "status": status,
+        "run": directory.name,
+        "test_accuracy": values["test/accuracy"],
+        "test_loss": values["test/loss"],
+        "epsilon": plan.epsilon_at(step),
+        "epsilon_rdp": plan.epsilon_at(step, "rdp"),
+        "accountant": plan.accountant,
+        "steps": step,
+        "planned_steps": plan.steps,
+        **{name: value for name, value in plan.to_dict().items() if name not in ("steps", "accountant")},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "optimizer_state_bytes": optimizer_state_bytes(optimizer),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "examples_per_second": (step - first) * plan.batch_size / training if training else 0.0,
+        "wall_seconds": time.perf_counter() - clock,
+        "seed": config.seed,
+        "data_fingerprint": fingerprint,
+        "git_commit": _git_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "config": asdict(config),
+    }
+    sensitivity = clip.sensitivity if clip is not None else None
+    store.write_atomic(directory / store.CARD, privacy_card(config, plan, sensitivity, step, result))
+    if status == "finished":
+        weights = directory / f".{store.WEIGHTS}.tmp"
+        save_file({name: tensor.contiguous().clone() for name, tensor in final.state_dict().items()}, weights)
+        store.replace_durably(weights, directory / store.WEIGHTS)
+        store.erase_key(directory)
+    store.write_json(directory / store.RESULT, result)
+    return result
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, source: Source, precision: str = "fp32", prefix: str = "") -> dict[str, float]:
+    """Accuracy in [0, 1] and mean cross-entropy of the model on all examples, in eval mode.
+
+    Returns:
+        `{prefix}accuracy` and `{prefix}loss`.
+    """
+    was_training = model.training
+    model.eval()
+    reference = next(model.parameters())
+    autocast = torch.autocast(reference.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    correct, loss, count = 0, 0.0, 0
+    for inputs, targets in source.plain(512):
+        with autocast:
+            outputs = model(inputs.to(reference.dtype))
+        loss += float(F.cross_entropy(outputs.double(), targets, reduction="sum"))
+        correct += int((outputs.argmax(1) == targets).sum())
+        count += len(targets)
+    model.train(was_training)
+    return {f"{prefix}accuracy": correct / max(count, 1), f"{prefix}loss": loss / max(count, 1)}
+
+
+def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    lengths = {name: steps for name in ("T_max", "total_iters", "total_steps")}  # null there means: the whole run
+    node = {k: lengths.get(k, v) if v is None else v for k, v in config.schedule.items()}
+    schedule: torch.optim.lr_scheduler.LRScheduler = build("schedule", node)(optimizer)
+    return schedule
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, to stop after the step in hand; a second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name} is no device: use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}, but torch sees no GPU here: use device=cpu or auto")
+    return device
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,40 @@
+"""Train one network, or a sweep, under differential privacy.
+
+python run.py +experiment=quickstart                     a minute on a laptop
+python run.py optimizer=dp_microadam epsilon=8           CIFAR-10, WRN-16-4
+python run.py optimizer=dp_microadam dry_run=true        the plan only
+python run.py -m +experiment=quickstart epsilon=1,3,8    a sweep
+"""
+
+import sys
+
+import hydra
+from hydra.errors import CompactHydraException, InstantiationException
+from omegaconf import DictConfig
+
+from dpopt.config import from_hydra
+
+
+class UserError(CompactHydraException, ValueError):
+    """Printed as one sentence, with exit code 1; HYDRA_FULL_ERROR=1 shows the stack."""
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Check the configuration, then plan and train."""
+    try:
+        config = from_hydra(cfg)
+        from dpopt.train import run
+
+        run(config)
+    except InstantiationException as error:
+        raise UserError(str(error.__cause__ or error)) from error
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:  # after the run in hand has written its result
+        sys.exit(130)
