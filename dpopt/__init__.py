@@ -14,8 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpopt import clipping, data, models, optim
+    from dpopt import data, models, optim
     from dpopt.plan import PrivacyPlan
+    from dpopt.privacy import clipping
     from dpopt.privacy.gradients import PrivateGradient
     from dpopt.privacy.sampling import poisson_batches
     from dpopt.store import load

@@ -1,8 +1,8 @@
 """Data sets by name. A `DataSpec` says what a data set is before any file is read, so that a plan needs no files.
 
-`load` reads the files: digits ship with scikit-learn; CIFAR and Fashion-MNIST come through torchvision, downloaded where
-the network allows; ImageNet is a folder tree. Training and test sets are what the data set's authors made them, except
-digits, of which a fixed fifth is the test set.
+`load` reads the files: digits ship with scikit-learn; CIFAR and Fashion-MNIST come through torchvision, downloaded
+where the network allows; ImageNet is a folder tree. Training and test sets are what the authors of the data made them,
+except digits, of which a fixed fifth is the test set.
 """
 
 from collections.abc import Callable
@@ -48,10 +48,11 @@ def digits() -> DataSpec:
         images, targets = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
         images = (images.view(-1, 1, 8, 8) * 15).to(torch.uint8)  # 0…16 → 0…240
         order = torch.argsort(RandomKey.from_seed(0, "digits").uniform(len(images), "split"))
-        train, test = order[360:], order[:360]
-        return tuple(
-            TensorSource(images[i].to(device), targets[i].long().to(device), (0.29,), (0.35,)) for i in (train, test)
-        )
+
+        def part(at: torch.Tensor) -> TensorSource:
+            return TensorSource(images[at].to(device), targets[at].long().to(device), (0.29,), (0.35,))
+
+        return part(order[360:]), part(order[:360])
 
     return DataSpec("digits", 1437, 10, (1, 8, 8), load)
 

@@ -3,6 +3,7 @@
 Each figure names its basis; what cannot be said is None.
 """
 
+import contextlib
 import copy
 import resource
 import time
@@ -71,10 +72,8 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
 
 
 def peak_memory_bytes(device: torch.device) -> int:

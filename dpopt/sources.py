@@ -170,7 +170,7 @@ class MapSource:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader[Any] = DataLoader(
             keyed,
-            batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
+            batch_sampler=batches,  # any iterable of lists will do
             collate_fn=partial(_stack, empty),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",

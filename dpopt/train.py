@@ -133,7 +133,8 @@ def _train(
     fingerprint = train.fingerprint()
     facts = {"name": directory.name, "configuration": identity(config), "plan": plan.to_dict(), "data_set": fingerprint}
     path = directory / store.CHECKPOINT
-    step, progress = 0, {"wall_seconds": 0.0, "metrics_bytes": 0}
+    step = 0
+    progress: dict[str, Any] = {"wall_seconds": 0.0, "metrics_bytes": 0}
     if path.exists():
         step, progress = checkpoint.load(path, facts, parts)
     key = store.secret_key(directory) if config.secure_rng else None

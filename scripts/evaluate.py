@@ -1,6 +1,6 @@
 """Evaluate a finished run's model on the test set of its data set.
 
-    python scripts/evaluate.py runs/digits-cnn-microadam-eps8-seed0-… [data_dir]
+python scripts/evaluate.py runs/digits-cnn-microadam-eps8-seed0-… [data_dir]
 """
 
 import sys

@@ -5,7 +5,7 @@ Weights come by timm's names from its hub, or from a local file of a state dict 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -45,8 +45,8 @@ def _deit(
         ) from error
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # the fused kernel has no batching rule: vmap would fall back to a slow loop
-    head = model.get_classifier()
+            setattr(module, "fused_attn", False)  # noqa: B010 (the fused kernel has no batching rule: vmap would loop)
+    head: Any = model.get_classifier()  # type: ignore[operator]  # timm types its models as plain modules
     if zero_head:
         nn.init.zeros_(head.weight)
     if train == "head":

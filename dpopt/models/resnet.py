@@ -19,5 +19,5 @@ def resnet18(num_classes: int = 1000, in_channels: int = 3, groups: int = 32, sm
         model.conv1 = nn.Conv2d(in_channels, 64, kernel, stride, padding, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     if small_images:
-        model.maxpool = nn.Identity()  # type: ignore[assignment]  # torchvision announces a MaxPool2d
+        model.maxpool = nn.Identity()
     return model

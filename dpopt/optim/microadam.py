@@ -194,12 +194,12 @@ class MicroAdam(torch.optim.Optimizer):
 def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     size = parameter.numel()
     k = size if size <= group["dense_size"] else math.ceil(group["density"] * size)
-    new = {"device": parameter.device}
+    device, dtype = parameter.device, parameter.dtype
     state = {
         "step": 0,
-        "window_indices": torch.zeros(group["window"], k, dtype=torch.int32, **new),
-        "window_values": torch.zeros(group["window"], k, dtype=parameter.dtype, **new),
+        "window_indices": torch.zeros(group["window"], k, dtype=torch.int32, device=device),
+        "window_values": torch.zeros(group["window"], k, dtype=dtype, device=device),
     }
     if group["error_feedback"] and k < size:
-        state["error_feedback"] = torch.zeros(size, dtype=parameter.dtype, **new)
+        state["error_feedback"] = torch.zeros(size, dtype=dtype, device=device)
     return state

@@ -86,7 +86,8 @@ def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float
             value = epsilon_of(math.exp(log_noise))
             return math.log(max(value, 1e-12) / epsilon) + 0.5e-4  # aims at the middle of the accepted interval
 
-        return _root(excess, *map(math.log, _NOISE_LIMITS), tolerance, guess)
+        low, high = map(math.log, _NOISE_LIMITS)
+        return _root(excess, low, high, tolerance, guess)
 
     try:
         # Rényi accounting costs milliseconds and a coarse grid a tenth of a fine one: they say where to look.
