@@ -110,7 +110,7 @@ def _seconds(
         while True:
             inputs = torch.zeros(size, views, *shape, dtype=reference.dtype, device=reference.device)
             targets = torch.zeros(size, dtype=torch.long, device=reference.device)
-            for _ in range(2 if size == 1 else 1):  # the first call pays for what is set up once
+            for _ in range(2):  # the first call at a size pays for its memory
                 start = time.perf_counter()
                 _, losses = per_example_gradients(model, loss_fn, inputs, targets)
                 float(losses.sum())

@@ -1,0 +1,95 @@
+"""Shared fixtures: a command-line runner, a tiny private problem, and where CIFAR-10 lies."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dpopt
+from dpopt.privacy.streams import RandomKey
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python run.py ARGUMENTS` with its runs below tmp_path; returns the completed process."""
+
+    def run(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        where = [] if any(a.startswith("output_dir=") for a in arguments) else [f"output_dir={tmp_path}/runs"]
+        command = [sys.executable, str(ROOT / "run.py"), *arguments, *where]
+        env = {**os.environ, **environment}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, timeout=timeout, env=env, stdin=subprocess.DEVNULL
+        )
+
+    return run
+
+
+def make_plan(sigma: float = 1.0, size: int = 64, batch: int = 16, steps: int = 20, seed: int = 0, delta: float = 1e-3):
+    """A plan with a reproducible key."""
+    return dpopt.PrivacyPlan(sigma, size, batch, steps, delta, key=RandomKey.from_seed(seed, "test"))
+
+
+def rekeyed(plan: dpopt.PrivacyPlan, seed: int) -> dpopt.PrivacyPlan:
+    """The same plan under another key."""
+    return replace(plan, key=RandomKey.from_seed(seed, "test"))
+
+
+def small_model(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """A two-layer network of 5 inputs and 3 classes."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def small_data(size: int = 64, views: int = 0, dtype: torch.dtype = torch.float64):
+    """Inputs (size, 5) and targets (size,)."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(size, *([views] if views else []), 5, generator=generator, dtype=dtype)
+    return inputs, torch.randint(0, 3, (size,), generator=generator)
+
+
+def loop_oracle(model: nn.Module, loss_fn, inputs: torch.Tensor, targets: torch.Tensor, clip) -> list[torch.Tensor]:
+    """Σ_i w(g_i)·g_i example by example, with autograd alone; inputs (n, K, …)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
+    for views, target in zip(inputs, targets, strict=True):
+        loss = loss_fn(model(views), target.expand(len(views)))
+        gradient = torch.autograd.grad(loss, parameters)
+        norm = torch.sqrt(sum(g.square().sum() for g in gradient))
+        if not norm.isfinite():
+            continue
+        weight = clip.weight(norm)
+        for t, g in zip(total, gradient, strict=True):
+            t += weight * g
+    return total
+
+
+def train(plan, model, data, optimizer, micro_batch=16, views=1, clip=None, start=0, stop=None, loss_fn=F.cross_entropy):
+    """The library's loop; returns the flattened parameters after every step."""
+    private = dpopt.PrivateGradient(model, loss_fn, plan, clip=clip or dpopt.clipping.Flat(1.0), start=start)
+    trajectory = []
+    for batch in dpopt.poisson_batches(data, plan, start=start, views=views, micro_batch=micro_batch):
+        if batch.step == stop:
+            break
+        private.backward(batch)
+        optimizer.step()
+        trajectory.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return trajectory
+
+
+@pytest.fixture(scope="session")
+def cifar_dir() -> Path:
+    """Where torchvision finds CIFAR-10."""
+    folder = Path(os.environ.get("DPOPT_DATA_DIR", ROOT / "data"))
+    if not (folder / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 in {folder}: set DPOPT_DATA_DIR")
+    return folder
