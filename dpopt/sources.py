@@ -174,6 +174,7 @@ class MapSource:
             collate_fn=partial(_stack, empty),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own, so that the global one is left alone
         )
         for inputs, targets in loader:
             yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)

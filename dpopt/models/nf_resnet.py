@@ -28,10 +28,8 @@ class _Bottleneck(nn.Module):
         self.conv1 = StandardizedConv2d(in_channels, inner, 1, affine=False)
         self.conv2 = StandardizedConv2d(inner, inner, 3, stride, affine=False)
         self.conv3 = StandardizedConv2d(inner, out_channels, 1, affine=False)
-        self.shortcut: nn.Module | None = None
-        if in_channels != out_channels:
-            pool = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
-            self.shortcut = nn.Sequential(pool, StandardizedConv2d(in_channels, out_channels, 1, affine=False))
+        project = in_channels != out_channels
+        self.shortcut = StandardizedConv2d(in_channels, out_channels, 1, stride, affine=False) if project else None
         self.skip_gain = nn.Parameter(torch.tensor(skip_gain))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -176,6 +176,15 @@ class MicroAdam(torch.optim.Optimizer):
                 )
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Restore a saved state, with the dtypes that it was saved in (torch would cast indices to floats)."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, name in zip(group["params"], saved["params"], strict=True):
+                for key, value in state_dict["state"].get(name, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][key] = value.clone().to(parameter.device)
+
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """The norm of the error feedback over all parameters: what selection has kept back so far."""

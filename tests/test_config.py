@@ -1,0 +1,175 @@
+"""The configuration tree: every YAML is a valid call, names are what they should be, presets behave."""
+
+import inspect
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from dpopt.config import COMPONENTS, NOT_IDENTITY, Config, check_components, from_hydra, identity, run_name
+
+CONF = ROOT / "conf"
+GROUPS = sorted(p.relative_to(CONF).with_suffix("") for g in COMPONENTS for p in (CONF / g).glob("*.yaml"))
+PRESETS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+
+
+def configure(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_hydra(compose("config", list(overrides)))
+
+
+def test_there_is_something_to_test():
+    assert len(GROUPS) >= 20 and len(PRESETS) >= 2
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=str)
+def test_every_component_mirrors_its_call(path):
+    """Every key is an argument and every value fits; the file opens with its command and its source."""
+    lines = (CONF / path).with_suffix(".yaml").read_text().splitlines()
+    assert lines[0].startswith("# python run.py ") and lines[1].startswith("# ")
+    group, name = path.parts
+    config = configure(f"{group}={name}")
+    check_components(config)
+    node = getattr(config, group)
+    inspect.signature(get_object(node["_target_"])).bind_partial(**{k: v for k, v in node.items() if k != "_target_"})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_opens_with_its_command(name):
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_" and lines[1] == f"# python run.py +experiment={name}"
+    assert "epsilon:" not in "\n".join(lines)  # a preset chooses a budget with `override /privacy`
+    check_components(configure(f"+experiment={name}"))
+
+
+@pytest.mark.parametrize("name", ["", *PRESETS])
+def test_budgets_behave_under_every_preset(name):
+    preset = [f"+experiment={name}"] if name else []
+    assert configure(*preset, "privacy=eps3").epsilon == 3
+    assert configure(*preset, "epsilon=1").epsilon == 1
+    assert not configure(*preset, "privacy=none").private
+    with pytest.raises(ValueError, match="privacy=none trains without privacy"):
+        configure(*preset, "privacy=none", "epsilon=8")
+
+
+# A changed value for every field; those in NOT_IDENTITY must not change the name, all others must.
+CHANGED = dict(
+    dataset=["dataset=cifar100"],
+    model=["model=wrn_40_4"],
+    optimizer=["optimizer.density=0.05"],
+    clipping=["clipping=automatic"],
+    schedule=["schedule=cosine"],
+    logger=["logger=tensorboard"],
+    private=["privacy=none"],
+    epsilon=["epsilon=2"],
+    noise_multiplier=["noise_multiplier=2", "steps=null"],
+    steps=["steps=77"],
+    epochs=["epochs=3", "steps=null"],
+    delta=["delta=1e-6"],
+    accountant=["accountant=rdp"],
+    clip_norm=["clip_norm=2"],
+    secure_rng=["secure_rng=true"],
+    batch_size=["batch_size=100"],
+    views=["views=4"],
+    holdout=["holdout=0.1"],
+    ema=["ema=0.5"],
+    precision=["precision=bf16"],
+    seed=["seed=1"],
+    tag=["tag=x"],
+    eval_every=["eval_every=7"],
+    checkpoint_every=["checkpoint_every=7"],
+    time_limit=["time_limit=100"],
+    diagnostics=["diagnostics=true"],
+    dry_run=["dry_run=true"],
+    fresh=["fresh=true"],
+    data_dir=["data_dir=/elsewhere"],
+    output_dir=["output_dir=/elsewhere"],
+    device=["device=cpu"],
+    workers=["workers=7"],
+    micro_batch=["micro_batch=7"],
+)
+
+
+def test_the_table_of_changes_is_complete():
+    assert set(CHANGED) == {f.name for f in fields(Config)} and NOT_IDENTITY < set(CHANGED)
+
+
+@pytest.mark.parametrize("key", CHANGED)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_makes_a_run(key, preset):
+    base, changed = configure(f"+experiment={preset}"), configure(f"+experiment={preset}", *CHANGED[key])
+    assert getattr(base, key) != getattr(changed, key)
+    assert (run_name(base) == run_name(changed)) == (key in NOT_IDENTITY)
+
+
+def test_numbers_are_numbers():
+    assert run_name(configure("epsilon=8")) == run_name(configure("epsilon=8.0"))
+    assert run_name(configure("optimizer.lr=1")) == run_name(configure("optimizer.lr=1.0"))
+    assert run_name(configure("optimizer.lr=1")) != run_name(configure("optimizer.lr=1.1"))
+
+
+def test_names_are_safe_file_names():
+    name = run_name(configure("tag='a=b, c/d'", "epsilon=0.5"))
+    assert not set(name) & set("=, /") and name.startswith("cifar10-wrn_16_4-microadam-eps0.5-seed0-a_b__c_d-")
+    assert "eps" not in run_name(configure("privacy=none")) and "sigma2" in run_name(
+        configure("noise_multiplier=2", "epsilon=null")
+    )
+
+
+def test_identity_survives_yaml():
+    config = configure("+experiment=quickstart")
+    again = Config(**OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(asdict(config)))))
+    assert identity(again) == identity(config) == identity(asdict(config))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["+no_such_key=1"], "unknown key no_such_key"),
+        (["+optimizer.windw=3"], r"optimizer.windw is not an argument of .*window"),
+        (["optimizer.lr=abc"], r"optimizer.lr=abc does not fit .* float"),
+        (["optimizer.window=1.5"], "optimizer.window=1.5 does not fit .* int"),
+        (["optimizer.betas=[0.9]"], "optimizer.betas"),
+        (["optimizer.error_feedback=3"], "optimizer.error_feedback"),
+        (["optimizer=dp_sgd", "optimizer.momentum=null"], "optimizer.momentum=None"),
+        (["model._target_=dpopt.models.nothing"], "cannot be imported"),
+        (["model=deit_tiny", "model.train=some"], "model.train=some"),
+        (["views=0"], "views=0"),
+        (["precision=fp8"], "precision=fp8"),
+        (["holdout=1"], "holdout=1"),
+        (["ema=1"], "ema=1"),
+        (["clip_norm=0"], "clip_norm=0"),
+        (["seed=-1"], "seed=-1"),
+        (["privacy=none", "steps=null"], "set steps or epochs"),
+    ],
+)
+def test_bad_configurations(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_components(configure(*overrides))
+
+
+def test_a_new_torch_optimizer_is_one_yaml(tmp_path):
+    config = configure("+experiment=quickstart")
+    check_components(replace(config, optimizer={"_target_": "torch.optim.RMSprop", "lr": 0.01, "alpha": 0.9}))
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys, runpy; sys.argv = ['run.py', '--cfg', 'job']\n"
+        "try: runpy.run_path('run.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "epsilon: 8.0" in done.stdout
+
+
+def test_no_file_is_forgotten():
+    assert {p.name for p in Path(CONF).iterdir() if p.is_dir()} == {*COMPONENTS, "privacy", "experiment"}
