@@ -84,7 +84,10 @@ class PrivateGradient:
         accumulate = self._accumulate_plain if self.clip is None else self._accumulate_clipped
         sums = {n: torch.zeros_like(p, dtype=_sum_dtype(p)) for n, p in parameters.items()}
         raw = _RawStatistics()
+        dtype = next(iter(parameters.values())).dtype
         for inputs, targets, mask in batch:
+            if inputs.is_floating_point():
+                inputs = inputs.to(dtype)
             accumulate(parameters, sums, inputs, targets, mask, raw)
         if self.diagnostics:
             self.statistics = raw.summary(sums, self.noise_std * self.plan.batch_size)
@@ -119,10 +122,10 @@ class PrivateGradient:
         weights = torch.where(valid, self.clip.weight(norms), 0.0)
         for name, gradient in gradients.items():
             column = (-1,) + (1,) * (gradient.ndim - 1)
-            gradient = gradient.to(sums[name].dtype)
-            # Elementwise, not a matrix product: TF32 or autocast would round it, and the norm could exceed S.
-            gradient = gradient.masked_fill_(~valid.view(column), 0.0).mul_(weights.view(column))
-            sums[name] += gradient.sum(0)
+            # Elementwise, not a matrix product: TF32 or autocast would round it, and the norm could exceed S. The first
+            # operation makes a copy: a gradient that is the same for all examples comes as one expanded tensor.
+            selected = gradient.to(sums[name].dtype).masked_fill(~valid.view(column), 0.0)
+            sums[name] += selected.mul_(weights.view(column)).sum(0)
         if self.diagnostics:
             raw.add(losses[valid], weights[valid] * norms[valid] < norms[valid] * (1 - 1e-6), int(mask.sum()))
 

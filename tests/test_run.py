@@ -1,0 +1,270 @@
+"""The command line end to end: refusals, results, resume after kill -9, sweeps."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import dpopt
+
+# The quickstart, shrunk to a few seconds.
+SHORT = ("+experiment=quickstart", "steps=6", "batch_size=64", "eval_every=2", "checkpoint_every=2", "ema=0.5")
+
+
+def only_run(tmp_path: Path) -> Path:
+    runs = [p.parent for p in (tmp_path / "runs").glob("*/config.yaml")]
+    assert len(runs) == 1
+    return runs[0]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["epsilon=-1"], "epsilon=-1.0 must be a positive number"),
+        (["epsilon=nan"], "epsilon=nan must be"),
+        (["epsilon=null"], "set epsilon"),
+        (["delta=2"], "delta=2.0 must be"),
+        (["batch_size=2000"], "lower batch_size"),
+        (["optimizer=nothing"], "Could not find 'optimizer/nothing'"),
+        (["privacy=none", "epsilon=8"], "choose a budget with privacy=eps8"),
+        (["noise_multiplier=3"], "set one to null"),
+        (["epsilon=0.0001", "steps=100000"], "choose a larger epsilon"),
+        (["no_such_key=1"], "no_such_key"),
+        (["+no_such_key=1"], "unknown key no_such_key"),
+        (["+optimizer.windw=3"], "optimizer.windw is not an argument"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc does not fit"),
+        (["optimizer.bits=4"], "bits=4 must be 32"),
+        (["model._target_=torchvision.models.resnet18", "~model.widths"], "GroupNorm"),
+        (["dataset=cifar10", "data_dir=nowhere"], "set data_dir"),
+        (["dataset=imagenet", "data_dir=nowhere", "batch_size=64"], "set data_dir"),
+        (["device=cuda"], "use device=cpu"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence(cli, tmp_path, arguments, words):
+    if arguments == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = cli(*SHORT, *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_output_below_a_file(cli, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = cli(*SHORT, f"output_dir={tmp_path}/file/runs")
+    assert done.returncode != 0 and "is a file: choose another" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_result_and_files(cli, tmp_path):
+    done = cli(*SHORT, "diagnostics=true", "holdout=0.1", "time_limit=1000")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") < 30 and "result" in done.stdout and "step 6/6" in done.stdout
+    run = only_run(tmp_path)
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "finished" and 0 <= result["test_accuracy"] <= 1
+    assert result["dataset_size"] == 1293 and result["steps"] == 6 and result["seed"] == 0
+    assert 8 * (1 - 1e-4) <= result["epsilon"] <= 8 < result["epsilon_rdp"]
+    assert result["sample_rate"] == 64 / 1293 and result["noise_multiplier"] > 0
+    assert result["parameters"] == 21_578 and result["optimizer_state_bytes"] > 0 < result["peak_memory_bytes"]
+    assert result["examples_per_second"] > 0 < result["wall_seconds"] and result["test_loss"] > 0
+    assert {"delta", "git_commit", "versions", "device", "config"} <= set(result)
+    for name in ("metrics.csv", "privacy_card.md", "checkpoint.pt", "model.safetensors"):
+        assert (run / name).stat().st_size > 0
+    assert "private/" in (run / "privacy_card.md").read_text()
+    table = rows(run)
+    assert [row["step"] for row in table] == ["2", "4", "6"]
+    assert {"private/train_loss", "private/holdout_accuracy", "private/clipped_fraction"} <= set(table[0])
+    assert float(table[-1]["privacy/epsilon"]) == result["epsilon"]
+
+    model = dpopt.load(run)
+    assert not model.training and sum(p.numel() for p in model.parameters()) == 21_578
+    evaluate = [sys.executable, str(ROOT / "scripts/evaluate.py"), str(run)]
+    seen = subprocess.run(evaluate, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert f"accuracy {result['test_accuracy']:.4%}" in seen.stdout, seen.stderr
+
+
+def test_nothing_private_is_recorded_by_default(cli, tmp_path):
+    assert cli(*SHORT, "holdout=0.1").returncode == 0
+    run = only_run(tmp_path)
+    assert not [name for name in rows(run)[0] if name.startswith("private/")]
+    assert "diagnostics" not in (run / "privacy_card.md").read_text()
+
+
+def test_controls(cli, tmp_path):
+    sweep = cli("-m", *SHORT, "privacy=none,eps1")
+    assert sweep.returncode == 0, sweep.stderr
+    assert cli(*SHORT, "epsilon=inf").returncode == 0
+    cards = {p.parent.name.split("-")[3]: p.read_text() for p in (tmp_path / "runs").glob("*/privacy_card.md")}
+    results = {p.parent.name.split("-")[3]: json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")}
+    assert set(cards) == {"nonprivate", "eps1", "epsinf"}
+    assert "not private" in cards["nonprivate"] and "non-private control" in cards["nonprivate"]
+    assert "not private" in cards["epsinf"] and "sensitivity 1" in cards["epsinf"]
+    assert "not private" not in cards["eps1"] and "ε = 1" in cards["eps1"]
+    assert results["nonprivate"]["noise_multiplier"] == results["epsinf"]["noise_multiplier"] == 0
+    assert results["eps1"]["epsilon"] <= 1 and results["epsinf"]["epsilon"] == float("inf")
+
+
+def test_dry_run_touches_nothing(cli, tmp_path):
+    arguments = ("optimizer=dp_microadam", "epsilon=8", "dry_run=true", "data_dir=nowhere", "steps=1100")
+    done = cli(*arguments, "accountant=rdp", "holdout=0.1", "batch_size=4096")
+    assert done.returncode == 0, done.stderr
+    assert "cifar10" in done.stdout and "2,753,818" in done.stdout and "quickstart" in done.stdout
+    sigma = float(done.stdout.split("σ = ")[1].split(",")[0])
+    assert sigma == pytest.approx(2.08, abs=0.02)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_is_not_repeated(cli, tmp_path):
+    assert cli(*SHORT).returncode == 0
+    run = only_run(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in run.iterdir() if p.name != ".lock"}
+    again = cli(*SHORT, "device=cpu", "micro_batch=9")
+    assert again.returncode == 0 and "finished:" in again.stdout and "step" not in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    weights = (run / "model.safetensors").read_bytes()
+    assert cli(*SHORT, "fresh=true").returncode == 0
+    assert (run / "result.json").stat().st_mtime_ns > before[run / "result.json"]
+    assert (run / "model.safetensors").read_bytes() == weights  # the same seed: the same run
+
+
+def test_a_failing_job_stops_no_other(cli, tmp_path):
+    done = cli("-m", *SHORT, "optimizer.lr=abc,0.01", "seed=0,1")
+    assert done.returncode != 0 and "optimizer.lr=abc" in done.stderr and "Traceback" not in done.stderr
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2
+
+
+def test_ablation_makes_distinct_runs(cli, tmp_path):
+    done = cli("-m", *SHORT, "steps=1", "optimizer.density=.001,.01,.05", "optimizer.window=5,10")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 6
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """Start a run, kill -9 it once its metrics have grown to a random length; returns its directory."""
+
+    def kill(*arguments: str) -> Path:
+        command = [sys.executable, str(ROOT / "run.py"), *arguments, f"output_dir={tmp_path}/runs"]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = random.randint(2, 6)
+        for _ in range(6000):
+            files = list((tmp_path / "runs").glob("*/metrics.csv"))
+            if files and len(files[0].read_text().splitlines()) > wanted:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not list((tmp_path / "runs").glob("*/result.json")), "the run was over before it could be killed"
+        return files[0].parent
+
+    return kill
+
+
+@pytest.mark.parametrize("options", [(), ("secure_rng=true",), ("optimizer=dp_sgd", "schedule=cosine")], ids=str)
+def test_kill_and_resume_is_bit_exact(cli, killed, tmp_path, options):
+    arguments = (*SHORT, "steps=60", "eval_every=1", "checkpoint_every=4", *options)
+    run = killed(*arguments)
+    if options == ("secure_rng=true",):  # the reference must replay the same secret key
+        assert (run / "secret.key").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "other" / run.name).mkdir(parents=True)
+        shutil.copy(run / "secret.key", tmp_path / "other" / run.name / "secret.key")
+    resumed = cli(*arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    reference = cli(*arguments, f"output_dir={tmp_path}/other")
+    assert reference.returncode == 0, reference.stderr
+    other = tmp_path / "other" / run.name
+    assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert rows(run) == rows(other) and len(rows(run)) == 60
+    assert not (run / "secret.key").exists()
+    first = int(next(line for line in resumed.stdout.splitlines() if line.startswith("step ")).split()[1].split("/")[0])
+    assert first > 1 and (first - 1) % 4 == 0  # it went on from a checkpoint
+
+
+def test_resume_with_another_micro_batch(cli, tmp_path):
+    arguments = (*SHORT, "precision=fp64", "optimizer=dp_adam", "steps=8")
+    stopped = cli(*arguments, "time_limit=0", "micro_batch=16")
+    assert stopped.returncode == 0 and "the same command continues" in stopped.stdout, stopped.stderr
+    run = only_run(tmp_path)
+    first = json.loads((run / "result.json").read_text())
+    assert first["status"] == "time_limit" and 0 < first["steps"] < 8 and 0 < first["epsilon"] < 8
+    assert cli(*arguments, "micro_batch=64").returncode == 0
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "finished" and result["wall_seconds"] > first["wall_seconds"]
+    assert cli(*arguments, "micro_batch=256", f"output_dir={tmp_path}/other").returncode == 0
+    models = [dpopt.load(p / run.name) for p in (tmp_path / "runs", tmp_path / "other")]
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_interrupt_writes_a_result_and_continues(cli, tmp_path):
+    arguments = [*SHORT, "steps=2000", "checkpoint_every=1000", f"output_dir={tmp_path}/runs"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(b"step 4/"):
+            break
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    assert process.wait(60) == 130
+    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert result["status"] == "interrupted" and 4 <= result["steps"] < 2000 and result["epsilon"] < 8
+    more = cli(*arguments, "time_limit=0")
+    assert json.loads((only_run(tmp_path) / "result.json").read_text())["steps"] == result["steps"] + 1, more.stderr
+
+
+def test_two_at_once(cli, tmp_path):
+    arguments = [*SHORT, "steps=2000", f"output_dir={tmp_path}/runs"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(b"step 2/"):
+            break
+    second = cli(*arguments)
+    process.kill()
+    process.communicate()
+    assert second.returncode == 1 and "another process is training" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(cli, tmp_path):
+    assert cli(*SHORT, "time_limit=0").returncode == 0
+    run = only_run(tmp_path)
+    path = run / "checkpoint.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    damaged = cli(*SHORT)
+    assert damaged.returncode != 0 and "checkpoint.pt is damaged" in damaged.stderr and "fresh=true" in damaged.stderr
+    assert path.read_bytes() == whole[: len(whole) // 2] and "Traceback" not in damaged.stderr
+    path.write_bytes(whole)
+    state = torch.load(path, weights_only=True)
+    state["facts"]["data_set"] = "another"
+    torch.save(state, path)
+    foreign = cli(*SHORT)
+    assert foreign.returncode != 0 and "another data set" in foreign.stderr and "Traceback" not in foreign.stderr
+    assert cli(*SHORT, "fresh=true").returncode == 0
+
+
+@pytest.mark.cifar10
+def test_wrn_on_cifar10(cli, tmp_path, cifar_dir):
+    arguments = ("model=wrn_16_4", "batch_size=64", "steps=10", "views=2", "logger=csv", "micro_batch=16")
+    done = cli(*arguments, "eval_every=10", f"data_dir={cifar_dir}", timeout=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert result["steps"] == 10 and result["parameters"] == 2_753_818 and result["epsilon"] <= 8
