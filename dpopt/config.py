@@ -18,6 +18,8 @@ from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from dpopt.privacy.accounting import ACCOUNTANTS, check_budget
+
 COMPONENTS = ("dataset", "model", "optimizer", "clipping", "schedule", "logger")
 # What may change without making another run: where things are, what is watched, how fast it goes.
 NOT_IDENTITY = {
@@ -68,21 +70,21 @@ class Config:
     micro_batch: int = 64  # examples whose gradients are held at once
 
     def __post_init__(self) -> None:
-        if not self.private:
+        if self.private:
+            check_budget(self.epsilon, self.noise_multiplier, self.steps, self.epochs)
+        else:
             if self.epsilon is not None or self.noise_multiplier is not None:
                 raise ValueError(
                     "privacy=none trains without privacy, so epsilon and noise_multiplier have no meaning: drop them, "
                     "or choose a budget with privacy=eps8 (epsilon=inf clips without noise)"
                 )
-            if self.steps is None and self.epochs is None:
-                raise ValueError("privacy=none needs the number of steps: set steps or epochs")
-            if self.steps is not None and self.epochs is not None:
-                raise ValueError("steps and epochs say the same thing twice: set one of them to null")
+            if (self.steps is None) == (self.epochs is None):
+                raise ValueError("privacy=none needs the number of steps: set steps, or set steps=null and epochs")
         positive = ("batch_size", "views", "eval_every", "checkpoint_every", "micro_batch")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, choices in (("precision", ("fp32", "bf16", "fp64")), ("accountant", ("pld", "rdp", "prv"))):
+        for name, choices in (("precision", ("fp32", "bf16", "fp64")), ("accountant", ACCOUNTANTS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")
         for name in ("steps", "epochs"):

@@ -86,19 +86,7 @@ class PrivacyPlan:
         Raises:
             ValueError: when not exactly two of the three are given, or the target cannot be met.
         """
-        if steps is not None and epochs is not None:
-            raise ValueError("steps and epochs say the same thing twice: set one of them to null")
-        given = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "steps or epochs": steps or epochs}
-        missing = [name for name, value in given.items() if value is None]
-        if not missing:
-            raise ValueError(
-                "epsilon, noise_multiplier and steps are all set, and two of them decide the third: set one to null"
-            )
-        if len(missing) > 1:
-            raise ValueError(
-                f"{' and '.join(missing)} are null, but two of epsilon, noise_multiplier and steps are needed: set "
-                f"{missing[0]} (for a run without privacy: privacy=none)"
-            )
+        accounting.check_budget(epsilon, noise_multiplier, steps, epochs)
         if epsilon is not None:
             _check("epsilon", epsilon, epsilon > 0, "a positive number (inf clips without noise)")
         if epochs is not None:

@@ -73,7 +73,9 @@ def loop_oracle(model: nn.Module, loss_fn, inputs: torch.Tensor, targets: torch.
     return total
 
 
-def train(plan, model, data, optimizer, micro_batch=16, views=1, clip=None, start=0, stop=None, loss_fn=F.cross_entropy):
+def train(
+    plan, model, data, optimizer, micro_batch=16, views=1, clip=None, start=0, stop=None, loss_fn=F.cross_entropy
+):
     """The library's loop; returns the flattened parameters after every step."""
     private = dpopt.PrivateGradient(model, loss_fn, plan, clip=clip or dpopt.clipping.Flat(1.0), start=start)
     trajectory = []

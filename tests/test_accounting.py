@@ -31,7 +31,9 @@ def test_exact_gaussian():
     mu = math.sqrt(steps) / sigma
     phi = lambda x: math.erfc(-x / math.sqrt(2)) / 2  # noqa: E731
     epsilon = compute_epsilon(sigma, 1.0, steps, delta)
-    assert phi(mu / 2 - epsilon / mu) - math.exp(epsilon) * phi(-mu / 2 - epsilon / mu) == pytest.approx(delta, rel=1e-2)
+    assert phi(mu / 2 - epsilon / mu) - math.exp(epsilon) * phi(-mu / 2 - epsilon / mu) == pytest.approx(
+        delta, rel=1e-2
+    )
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp", "prv"])

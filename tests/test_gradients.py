@@ -189,9 +189,9 @@ def test_steps_are_taken_once_and_in_order():
 
 
 def test_refusals_name_layer_reason_and_fix():
-    plan = make_plan()
+    plan, clip = make_plan(), Flat(1.0)
 
-    def refuse(model, match, clip=Flat(1.0), plan=plan):
+    def refuse(model, match, clip: Flat | None = clip):
         with pytest.raises(ValueError, match=match):
             PrivateGradient(model, F.cross_entropy, plan, clip)
 
@@ -207,7 +207,7 @@ def test_refusals_name_layer_reason_and_fix():
 def test_parameters_outside_the_loss_are_refused():
     model = small_model()
     model.register_parameter("orphan", nn.Parameter(torch.zeros(3, dtype=torch.float64)))
-    with pytest.raises(ValueError, match="does not depend on orphan.*freeze"):
+    with pytest.raises(ValueError, match=r"does not depend on orphan.*freeze"):
         train(make_plan(), model, small_data(), torch.optim.SGD(model.parameters(), lr=0.1))
     model.orphan.requires_grad_(False)
     train(make_plan(), model, small_data(), torch.optim.SGD(model.parameters(), lr=0.1), stop=1)

@@ -424,7 +424,7 @@ def unprobed(patch):
 
 def check_the_card_says_it_all():
     config = Config(clipping={"_target_": "dpopt.clipping.Flat", "clip_norm": 0.5}, epsilon=8.0, steps=20)
-    config.diagnostics = True
+    config = replace(config, diagnostics=True)
     plan = make_plan(sigma=1.3, delta=1e-3)
     card = privacy_card(config, plan, 0.5, 20, {"run": "name"})
     for words in (
@@ -446,7 +446,7 @@ def check_the_card_says_it_all():
         assert words in card, words
     above = privacy_card(config, replace(plan, delta=0.5), 0.5, 20, {"run": "name"})
     assert "not below 1/N" in above and "not below 1/N" not in card
-    config.secure_rng = True
+    config = replace(config, secure_rng=True)
     assert "operating system" in privacy_card(config, plan, 0.5, 20, {"run": "name"})
     none = privacy_card(Config(private=False, steps=20), replace(plan, noise_multiplier=0.0), None, 20, {"run": "x"})
     clipped = privacy_card(config, replace(plan, noise_multiplier=0.0), 0.5, 20, {"run": "x"})

@@ -159,8 +159,11 @@ def test_quadratic_goes_down():
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(lr=-1), dict(betas=(1.0, 0.9)), dict(eps=0), dict(density=0), dict(density=1.5), dict(window=0)]
-    + [dict(bits=4), dict(weight_decay=-1), dict(dense_size=-1)],
+    "bad",
+    [
+        *(dict(lr=-1), dict(betas=(1.0, 0.9)), dict(eps=0), dict(density=0), dict(density=1.5), dict(window=0)),
+        *(dict(bits=4), dict(weight_decay=-1), dict(dense_size=-1)),
+    ],
 )
 def test_bad_arguments(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

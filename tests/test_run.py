@@ -112,11 +112,13 @@ def test_controls(cli, tmp_path):
     assert sweep.returncode == 0, sweep.stderr
     assert cli(*SHORT, "epsilon=inf").returncode == 0
     cards = {p.parent.name.split("-")[3]: p.read_text() for p in (tmp_path / "runs").glob("*/privacy_card.md")}
-    results = {p.parent.name.split("-")[3]: json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")}
+    results = {
+        p.parent.name.split("-")[3]: json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")
+    }
     assert set(cards) == {"nonprivate", "eps1", "epsinf"}
     assert "not private" in cards["nonprivate"] and "non-private control" in cards["nonprivate"]
     assert "not private" in cards["epsinf"] and "sensitivity 1" in cards["epsinf"]
-    assert "not private" not in cards["eps1"] and "ε = 1" in cards["eps1"]
+    assert "not private" not in cards["eps1"] and "noise multiplier" in cards["eps1"]
     assert results["nonprivate"]["noise_multiplier"] == results["epsinf"]["noise_multiplier"] == 0
     assert results["eps1"]["epsilon"] <= 1 and results["epsinf"]["epsilon"] == float("inf")
 
@@ -179,7 +181,7 @@ def killed(tmp_path):
 
 @pytest.mark.parametrize("options", [(), ("secure_rng=true",), ("optimizer=dp_sgd", "schedule=cosine")], ids=str)
 def test_kill_and_resume_is_bit_exact(cli, killed, tmp_path, options):
-    arguments = (*SHORT, "steps=60", "eval_every=1", "checkpoint_every=4", *options)
+    arguments = (*SHORT, "steps=40", "eval_every=1", "checkpoint_every=4", *options)
     run = killed(*arguments)
     if options == ("secure_rng=true",):  # the reference must replay the same secret key
         assert (run / "secret.key").stat().st_mode & 0o777 == 0o600
@@ -191,7 +193,7 @@ def test_kill_and_resume_is_bit_exact(cli, killed, tmp_path, options):
     assert reference.returncode == 0, reference.stderr
     other = tmp_path / "other" / run.name
     assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    assert rows(run) == rows(other) and len(rows(run)) == 60
+    assert rows(run) == rows(other) and len(rows(run)) == 40
     assert not (run / "secret.key").exists()
     first = int(next(line for line in resumed.stdout.splitlines() if line.startswith("step ")).split()[1].split("/")[0])
     assert first > 1 and (first - 1) % 4 == 0  # it went on from a checkpoint
@@ -221,8 +223,8 @@ def test_interrupt_writes_a_result_and_continues(cli, tmp_path):
         if line.startswith(b"step 4/"):
             break
     process.send_signal(signal.SIGINT)
-    process.stdout.read()
-    assert process.wait(60) == 130
+    process.communicate(timeout=60)
+    assert process.returncode == 130
     result = json.loads((only_run(tmp_path) / "result.json").read_text())
     assert result["status"] == "interrupted" and 4 <= result["steps"] < 2000 and result["epsilon"] < 8
     more = cli(*arguments, "time_limit=0")

@@ -176,7 +176,7 @@ class MicroAdam(torch.optim.Optimizer):
                 )
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state, with the dtypes that it was saved in (torch would cast indices to floats)."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):

@@ -74,6 +74,30 @@ def _pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta:
     return float(one_step.self_compose(steps).get_epsilon_for_delta(delta))
 
 
+def check_budget(
+    epsilon: float | None, noise_multiplier: float | None, steps: int | None, epochs: float | None
+) -> None:
+    """Check that exactly two of ε, σ and the number of steps are given.
+
+    Raises:
+        ValueError: saying which to set or to null.
+    """
+    if steps is not None and epochs is not None:
+        raise ValueError("steps and epochs say the same thing twice: set one of them to null")
+    length = steps if steps is not None else epochs
+    given = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "steps": length}
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        raise ValueError(
+            "epsilon, noise_multiplier and steps are all set, and two of them decide the third: set one to null"
+        )
+    if len(missing) > 1:
+        raise ValueError(
+            f"{' and '.join(missing)} are null, but two of epsilon, noise_multiplier and steps (or epochs) are needed: "
+            f"set {missing[0]} (for a run without privacy: privacy=none)"
+        )
+
+
 def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str = "pld") -> float:
     """The noise multiplier whose ε after `steps` steps lies in [ε(1 − 1e-4), ε].
 
