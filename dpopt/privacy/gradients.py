@@ -255,5 +255,5 @@ def _sum_dtype(parameter: Tensor) -> torch.dtype:
 
 def _norms(gradients: dict[str, Tensor]) -> Tensor:
     """Norms over all parameters, (examples,); a finite gradient whose square overflows counts as not finite."""
-    parts = [torch.linalg.vector_norm(g.flatten(1).to(_sum_dtype(g)), dim=1) for g in gradients.values()]
+    parts = [torch.linalg.vector_norm(g.reshape(len(g), -1).to(_sum_dtype(g)), dim=1) for g in gradients.values()]
     return torch.linalg.vector_norm(torch.stack(parts), dim=0)

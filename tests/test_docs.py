@@ -1,0 +1,68 @@
+"""The documentation, followed to the letter."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+import dpopt
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def follow(cli, command: str, tmp_path):
+    arguments = shlex.split(command.replace("\\\n", " "))
+    assert arguments[:2] == ["python", "run.py"]
+    done = cli(*arguments[2:], PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_own_data(cli, tmp_path):
+    library, module = blocks("docs/own_data.md", "python")
+    scope = {"dpopt": dpopt, "dataset": torch.utils.data.TensorDataset(torch.randn(500, 3), torch.zeros(500))}
+    exec(library.replace("...", "assert len(list(batch)) >= 1"), scope)
+    assert scope["plan"].dataset_size == 500
+    (tmp_path / "my_data.py").write_text(module)
+    follow(cli, blocks("docs/own_data.md", "bash")[0], tmp_path)
+    assert list(tmp_path.glob("runs/blobs-cnn-*/result.json"))
+
+
+def test_own_model(cli, tmp_path):
+    head, body = blocks("docs/own_model.md", "python")
+    (tmp_path / "my_model.py").write_text(head + "\n\n" + body)
+    follow(cli, blocks("docs/own_model.md", "bash")[0], tmp_path)
+    assert list(tmp_path.glob("runs/digits-digit_mlp-*/result.json"))
+
+
+def test_add_an_optimizer():
+    yaml = blocks("docs/add_an_optimizer.md", "yaml")[0]
+    assert (
+        "_target_: torch.optim.RMSprop" in yaml
+        and len((ROOT / "docs/add_an_optimizer.md").read_text().splitlines()) <= 40
+    )
+    options = dict(re.findall(r"^(lr|alpha): (.*)$", yaml, re.MULTILINE))
+    torch.optim.RMSprop([nn.Parameter(torch.zeros(1))], **{k: float(v) for k, v in options.items()})
+
+
+def test_readme_library_example():
+    example = next(b for b in blocks("README.md", "python") if "PrivateGradient" in b)
+    inputs = torch.randn(1000, 4)
+    scope = {
+        "dataset": (inputs, (inputs[:, 0] > 0).long()),
+        "model": nn.Linear(4, 2),
+        "loss_fn": nn.functional.cross_entropy,
+    }
+    exec(example, scope)
+    assert scope["private"].step == scope["plan"].steps
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+        assert target.startswith("http") or (ROOT / page).parent.joinpath(target).exists(), target

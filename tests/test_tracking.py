@@ -1,0 +1,119 @@
+"""Trackers: offline by default, dropped when they fail, and no effect on the result."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dpopt.tracking import CsvOnly, Metrics
+
+SHORT = ("+experiment=quickstart", "steps=4", "batch_size=64", "eval_every=2")
+
+
+class Broken:
+    """Fails in one of its methods, and remembers what it was asked."""
+
+    def __init__(self, where):
+        self.where, self.calls = where, []
+
+    def _call(self, name):
+        self.calls.append(name)
+        if name == self.where:
+            raise RuntimeError(f"{name} is broken")
+
+    def start(self, directory, name, config):
+        self._call("start")
+
+    def log(self, step, values):
+        self._call("log")
+
+    def finish(self):
+        self._call("finish")
+
+
+@pytest.mark.parametrize("where", ["start", "log", "finish"])
+def test_a_broken_tracker_costs_one_line(tmp_path, capsys, where):
+    tracker = Broken(where)
+    metrics = Metrics(tmp_path / "metrics.csv", 0, tracker, "name", {})
+    for step in (1, 2):
+        metrics.log(step, {"a": 0.1 * step}, {"unsaved": 1.0})
+    metrics.close()
+    assert capsys.readouterr().err.count("\n") == 1
+    assert tracker.calls[-1] == where and tracker.calls.count(where) == 1
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,a", "1,0.1", "2,0.2"]
+
+
+def test_rows_beyond_the_checkpoint_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.csv"
+    metrics = Metrics(path, 0, CsvOnly(), "name", {})
+    metrics.log(1, {"a": 1.0}, {})
+    offset = metrics.sync()
+    metrics.log(2, {"a": 2.0}, {})
+    metrics.close()
+    again = Metrics(path, offset, CsvOnly(), "name", {})
+    again.log(2, {"a": 3.0, "b": 9.0}, {})  # a column that the file does not have is not invented
+    again.close()
+    assert list(csv.DictReader(path.read_text().splitlines())) == [{"step": "1", "a": "1.0"}, {"step": "2", "a": "3.0"}]
+
+
+def result_of(tmp_path):
+    result = next(json.loads(p.read_text()) for p in tmp_path.glob("runs/*/result.json"))
+    return {k: result[k] for k in ("test_accuracy", "test_loss", "epsilon", "run")}
+
+
+def test_wandb_offline_holds_the_series(cli, tmp_path):
+    done = cli(*SHORT, "logger=wandb")
+    assert done.returncode == 0 and "dpopt:" not in done.stderr, done.stderr
+    files = list(tmp_path.glob("runs/*/wandb/offline-run-*/*.wandb"))
+    assert len(files) == 1
+    content = files[0].read_bytes()
+    for series in (b"test/accuracy", b"privacy/epsilon", b"memory/peak_bytes", b"memory/optimizer_state_bytes"):
+        assert series in content
+
+
+def test_without_wandb_the_result_is_the_same(cli, tmp_path):
+    assert cli(*SHORT, "logger=csv").returncode == 0
+    expected = result_of(tmp_path)
+    blocker = tmp_path / "blocked"
+    (blocker / "wandb").mkdir(parents=True)
+    (blocker / "wandb" / "__init__.py").write_text("raise ImportError('no wandb here')\n")
+    done = cli(*SHORT, "logger=wandb", "fresh=true", PYTHONPATH=str(blocker))
+    assert done.returncode == 0 and "no wandb here" in done.stderr and done.stderr.count("dpopt:") == 1
+    assert result_of(tmp_path) == expected
+
+
+def test_a_dead_server_is_waited_for_once_per_sweep(cli, tmp_path):
+    environment = {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}
+    done = cli("-m", *SHORT, "logger=wandb", "seed=0,1", **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("recording offline") == 1
+    assert len(list(tmp_path.glob("runs/*/wandb/offline-run-*"))) == 2
+
+
+def test_tensorboard(cli, tmp_path):
+    done = cli(*SHORT, "logger=tensorboard")
+    assert done.returncode == 0, done.stderr
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        assert "TensorBoard failed" in done.stderr
+    else:
+        assert list(tmp_path.glob("runs/*/tensorboard/*"))
+
+
+def test_a_terminal_without_a_key_gets_no_prompt(tmp_path):
+    """On a pseudo-terminal, with nothing typed."""
+    arguments = [*SHORT, "logger=wandb", f"output_dir={tmp_path}/runs"]
+    code = (
+        "import pty, sys, os\n"
+        f"status = pty.spawn([sys.executable, {str(ROOT / 'run.py')!r}, *{arguments!r}], stdin_read=lambda fd: b'')\n"
+        "sys.exit(os.waitstatus_to_exitcode(status))"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "wandb: (1)" not in done.stdout and list(tmp_path.glob("runs/*/wandb/offline-run-*"))
