@@ -200,6 +200,7 @@ def _target(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    target = target.func if isinstance(target, partial) else target
     try:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError, AttributeError):

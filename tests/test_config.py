@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ GROUPS = sorted(p.relative_to(CONF).with_suffix("") for g in COMPONENTS for p in
 PRESETS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 
 
+@cache
 def configure(*overrides: str) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return from_hydra(compose("config", list(overrides)))
