@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dpopt
+from dpopt.privacy.accounting import compute_epsilon
 from dpopt.privacy.streams import RandomKey
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,3 +96,46 @@ def cifar_dir() -> Path:
     if not (folder / "cifar-10-batches-py").is_dir():
         pytest.skip(f"no CIFAR-10 in {folder}: set DPOPT_DATA_DIR")
     return folder
+
+
+class Flatland(nn.Module):
+    """A model of many parameters whose loss is flat: `p.grad` is noise alone."""
+
+    def __init__(self, size=20_000):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        return x[:, :1] + 0 * self.weight.sum()
+
+
+def flat_loss(outputs, targets):
+    return outputs.mean()
+
+
+def released_noise(plan, clip=None, micro_batch=8, steps=3):
+    """`p.grad`·qN over some steps of a flat loss, flattened."""
+    model = Flatland()
+    private = dpopt.PrivateGradient(model, flat_loss, plan, clip or dpopt.clipping.Flat(0.5))
+    seen = []
+    data = (torch.zeros(plan.dataset_size, 2), torch.zeros(plan.dataset_size))
+    for batch in dpopt.poisson_batches(data, plan, micro_batch=micro_batch):
+        private.backward(batch)
+        seen.append(model.weight.grad.clone() * plan.batch_size)
+        if len(seen) == steps:
+            break
+    return torch.cat(seen)
+
+
+def assert_caught(check, mutant, monkeypatch):
+    """Assert that `check` fails, or that the library itself refuses, once `mutant` has broken the library."""
+    compute_epsilon.cache_clear()
+    mutant(monkeypatch)
+    try:
+        check()
+    except (AssertionError, ValueError, pytest.fail.Exception):
+        return
+    finally:
+        monkeypatch.undo()
+        compute_epsilon.cache_clear()
+    raise AssertionError(f"{check.__name__} does not notice {mutant.__name__}")
