@@ -1,4 +1,4 @@
-"""The privacy invariants of the design, 1 to 6. Each is a check, and for each there are mutants that the check must catch.
+"""Invariants 1 to 6 of the design: what is released. For each check there are mutants that it must catch.
 
 A check is a function that asserts; a mutant is a function that breaks the library through monkeypatch. The tests at the
 end run every check as it is, and again under each of its mutants, where it must fail.
