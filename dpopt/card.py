@@ -1,7 +1,6 @@
 """The privacy card of a run: what ε means here, and what it does not cover."""
 
 import math
-from typing import Any
 
 from dpopt.config import Config
 from dpopt.plan import PrivacyPlan
@@ -13,7 +12,7 @@ _UNACCOUNTED = """\
 
 
 def privacy_card(
-    config: Config, plan: PrivacyPlan, sensitivity: float | None, steps: int, result: dict[str, Any]
+    config: Config, plan: PrivacyPlan, sensitivity: float | None, steps: int, name: str, diagnostics: bool
 ) -> str:
     """The card, as Markdown.
 
@@ -21,10 +20,11 @@ def privacy_card(
         config: the run's configuration.
         plan: its plan.
         sensitivity: what the clip rule guarantees; None for a run without clipping.
-        steps: steps taken.
-        result: the run's result, for names and versions.
+        steps: steps taken, or the most that may have been taken while the run goes on.
+        name: the run's name.
+        diagnostics: whether raw statistics of the training data were recorded at any time of the run.
     """
-    lines = [f"# Privacy card: {result['run']}", ""]
+    lines = [f"# Privacy card: {name}", ""]
     spent = plan.epsilon_at(steps)
     if not config.private:
         lines += ["**This run is not private.** No clipping, no noise (`privacy=none`): the non-private control."]
@@ -55,7 +55,7 @@ def privacy_card(
             f"| randomness | {_randomness(config)} |",
         ]
     lines += ["", "## Not accounted", "", _UNACCOUNTED]
-    if config.private and config.diagnostics:
+    if config.private and diagnostics:
         lines += [
             "- **the series under `private/`**: raw statistics of the training data (training loss, clipped fraction, "
             "signal-to-noise, realised batch size, accuracy on held-out training data), recorded because "

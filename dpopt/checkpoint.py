@@ -43,7 +43,10 @@ def load(path: Path, facts: dict[str, Any], parts: dict[str, Any]) -> tuple[int,
         raise ValueError(f"{path} is damaged ({type(error).__name__}): {advice}") from error
     for name, value in facts.items():
         if stored.get(name) != value:
-            raise ValueError(f"{path} was written by a run with another {name.replace('_', ' ')}: {advice}")
+            raise ValueError(
+                f"{path} was written by a run with another {name.replace('_', ' ')}: restore that, or start again with "
+                "fresh=true"
+            )
     try:
         for name, part in parts.items():
             part.load_state_dict(states[name])

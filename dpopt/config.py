@@ -99,6 +99,8 @@ class Config:
             raise ValueError(f"clip_norm={self.clip_norm} must be a positive number")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more")
+        if self.time_limit is not None and not self.time_limit >= 0:
+            raise ValueError(f"time_limit={self.time_limit} must be 0 or more seconds, or null for none")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must be 0 or more")
 

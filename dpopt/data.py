@@ -117,7 +117,8 @@ def imagenet(
                 f"where {train_size:,} in {classes} were announced: set dataset.train_size={found[0]} "
                 f"dataset.classes={found[1]} and give train and val the same class folders"
             )
-        return MapSource(train, device, workers), MapSource(test, device, workers)
+        unchanged = ImageFolder(root / "train", plain)
+        return MapSource(train, device, workers, unchanged), MapSource(test, device, workers)
 
     return DataSpec(Path(folder).name, train_size, classes, (3, image_size, image_size), load)
 

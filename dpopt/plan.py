@@ -43,7 +43,9 @@ class PrivacyPlan:
         _check("delta", self.delta, 0 < self.delta < 1, "a probability between 0 and 1, well below 1/dataset_size")
         _check("dataset_size", self.dataset_size, self.dataset_size >= 1, "at least 1")
         _check("steps", self.steps, self.steps >= 1, "at least 1")
-        _check("noise_multiplier", self.noise_multiplier, 0 <= self.noise_multiplier < math.inf, "0 or more, finite")
+        low, high = accounting.NOISE_LIMITS
+        good = self.noise_multiplier == 0 or low <= self.noise_multiplier <= high
+        _check("noise_multiplier", self.noise_multiplier, good, f"between {low:g} and {high:g}, or 0 for no noise")
         if not 1 <= self.batch_size <= self.dataset_size:
             raise ValueError(
                 f"batch_size={self.batch_size:,} must lie between 1 and the {self.dataset_size:,} training examples: "
@@ -77,8 +79,9 @@ class PrivacyPlan:
             epochs: T in passes over the data: T = round(epochs · N / batch_size). Instead of `steps`.
             noise_multiplier: σ.
             accountant: `pld` (tightest), `rdp` or `prv`.
-            seed: makes sampling, augmentation and noise reproducible, and known to whoever knows the seed. Without one
-                they are keyed by the operating system.
+            seed: makes sampling, augmentation and noise reproducible, and known to whoever knows the seed; plans that
+                differ draw differently. Without one they are keyed by the operating system, and the plan serves one
+                training.
 
         Returns:
             A plan with target·(1 − 1e-4) ≤ ε ≤ target when σ was derived, and ε(T) ≤ target < ε(T + 1) when T was.
@@ -92,9 +95,8 @@ class PrivacyPlan:
         if epochs is not None:
             _check("epochs", epochs, 0 < epochs < math.inf, "a positive number")
             steps = max(1, round(epochs * dataset_size / batch_size)) if batch_size > 0 else 1
-        key = RandomKey.from_os() if seed is None else RandomKey.from_seed(seed)
         # Built first with what is known, so that a bad value is reported before any time goes into calibration.
-        plan = cls(noise_multiplier or 0.0, dataset_size, batch_size, steps or 1, delta, accountant, key)
+        plan = cls(noise_multiplier or 0.0, dataset_size, batch_size, steps or 1, delta, accountant)
         if noise_multiplier is None:
             assert epsilon is not None
             if math.isfinite(epsilon):
@@ -106,6 +108,8 @@ class PrivacyPlan:
                 raise ValueError("with no noise, or an infinite epsilon, the number of steps must be given: set steps")
             fitting = accounting.calibrate_steps(epsilon, noise_multiplier, plan.sample_rate, delta, accountant)
             plan = replace(plan, steps=fitting)
+        if seed is not None:
+            plan = replace(plan, key=RandomKey.from_seed(seed, str(plan.to_dict())))
         return plan
 
     @property

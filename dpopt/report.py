@@ -14,6 +14,7 @@ from dpopt.config import Config, target_name
 from dpopt.estimate import Estimate
 from dpopt.plan import PrivacyPlan
 from dpopt.privacy.accounting import gdp_mu
+from dpopt.privacy.clipping import ClipRule
 
 _HOUR = 3600
 _SILENCE = 60  # seconds after which a log file gets a line although nothing was evaluated
@@ -25,7 +26,9 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(width=100)
 
 
-def plan_panel(name: str, config: Config, plan: PrivacyPlan, guess: Estimate, device: str, dry: bool) -> None:
+def plan_panel(
+    name: str, config: Config, plan: PrivacyPlan, clip: ClipRule | None, guess: Estimate, device: str
+) -> None:
     """Print the plan; warn when it is long."""
     rows = [
         ("data", f"{target_name(config.dataset)}, N = {plan.dataset_size:,} (public)"),
@@ -34,15 +37,15 @@ def plan_panel(name: str, config: Config, plan: PrivacyPlan, guess: Estimate, de
             f"Poisson, q = {plan.sample_rate:.6g}, batch {plan.batch_size:,}, {plan.steps:,} steps"
             f" = {plan.steps * plan.sample_rate:.4g} epochs" + _views(config),
         ),
-        ("privacy", _privacy(config, plan)),
+        ("privacy", _privacy(config, plan, clip)),
     ]
-    if config.private and plan.noise_multiplier > 0:
+    if clip is not None and plan.noise_multiplier > 0:
         mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
         other = " · ".join(f"{a} ε = {plan.epsilon_at(plan.steps, a):.4g}" for a in ("pld", "rdp"))
         rows += [
             (
                 "noise",
-                f"σ = {plan.noise_multiplier:.4f}, {target_name(config.clipping)} clip, C = {config.clip_norm:g}",
+                f"σ = {plan.noise_multiplier:.4f}, S = {clip.sensitivity:g} ({target_name(config.clipping)} clip)",
             ),
             ("accounting", f"{plan.accountant} · {other} · μ-GDP = {mu:.3g} (approximate)"),
         ]
@@ -64,7 +67,7 @@ def plan_panel(name: str, config: Config, plan: PrivacyPlan, guess: Estimate, de
         ("peak memory", memory),
         ("time", _time(guess.seconds)),
     ]
-    title = f"{'plan' if dry else 'run'} · {name}"
+    title = f"{'plan' if config.dry_run else 'run'} · {name}"
     console().print(_panel(title, rows, "cyan"))
     if guess.seconds is not None and guess.seconds > _HOUR and device == "cpu":
         console().print(
@@ -73,8 +76,8 @@ def plan_panel(name: str, config: Config, plan: PrivacyPlan, guess: Estimate, de
         )
 
 
-def result_panel(result: dict[str, Any], directory: str) -> None:
-    """Print the result."""
+def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
+    """Print the result, and how to go on after a run that was stopped."""
     private = math.isfinite(result["epsilon"])
     rows = [
         ("test accuracy", f"{result['test_accuracy']:.2%}   (test loss {result['test_loss']:.4f})"),
@@ -97,7 +100,7 @@ def result_panel(result: dict[str, Any], directory: str) -> None:
         ("files", f"{directory}/"),
     ]
     done = result["status"] == "finished"
-    title = "result" if done else f"{result['status']}: the same command continues"
+    title = "result" if done else f"{result['status']}: the same command{' less fresh=true' if fresh else ''} continues"
     console().print(_panel(title, rows, "green" if done else "yellow"))
 
 
@@ -183,11 +186,11 @@ def _panel(title: str, rows: list[tuple[str, str]], colour: str) -> Panel:
     return Panel(grid, title=Text(title), title_align="left", border_style=colour, expand=False)
 
 
-def _privacy(config: Config, plan: PrivacyPlan) -> str:
-    if not config.private:
+def _privacy(config: Config, plan: PrivacyPlan, clip: ClipRule | None) -> str:
+    if clip is None:
         return "none: no clipping, no noise"
     if plan.noise_multiplier == 0:
-        return f"none: clipping at C = {config.clip_norm:g} without noise, ε = ∞"
+        return f"none: clipping to {clip.sensitivity:g} without noise, ε = ∞"
     secret = "secret randomness" if config.secure_rng else f"research randomness (seed {config.seed})"
     return f"ε = {plan.epsilon:.4g}, δ = {plan.delta:g} = {plan.delta * plan.dataset_size:.2g}/N, {secret}"
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from dpopt.privacy.streams import RandomKey
 
+_FINGERPRINTED = 64  # examples of a map-style Dataset whose content enters its fingerprint: reading all takes hours
 Request = tuple[int, Tensor]  # a step and the indices of all its examples
 
 
@@ -125,18 +127,20 @@ class TensorSource:
 class MapSource:
     """A map-style Dataset of (input, target) pairs, read by worker processes; the Dataset does its own augmentation.
 
-    Torch's and Python's global generators are seeded per (step, example, view) around every access, so torchvision's
-    transforms are keyed without knowing it.
+    The global generators of torch, NumPy and Python are seeded per (step, example, view) around every access, so that
+    torchvision's transforms are keyed without knowing it.
 
     Attributes:
         dataset: the data, with training transforms.
         device: where batches are wanted.
         workers: number of worker processes.
+        plain_dataset: the same examples without augmentation, for `plain`; by default `dataset`.
     """
 
     dataset: Dataset[Any]
     device: torch.device
     workers: int = 0
+    plain_dataset: Dataset[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset) if isinstance(self.dataset, Sized) else 0
@@ -149,16 +153,24 @@ class MapSource:
         yield from self._load(keyed, batches, keyed.empty())
 
     def plain(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        keyed = _KeyedViews(self.dataset, RandomKey(b""), 1)
+        keyed = _KeyedViews(self.plain_dataset or self.dataset, RandomKey(b""), 1)
         batches = ([(0, int(i)) for i in indices] for indices in torch.arange(len(self)).split(batch_size))
         for inputs, targets in self._load(keyed, batches, keyed.empty()):
             yield inputs.squeeze(1), targets
 
     def subset(self, indices: Tensor) -> "MapSource":
-        return MapSource(torch.utils.data.Subset(self.dataset, indices.tolist()), self.device, self.workers)
+        at = indices.tolist()
+        parts = [self.dataset, self.plain_dataset]
+        augmented, plain = (None if part is None else torch.utils.data.Subset(part, at) for part in parts)
+        assert augmented is not None
+        return MapSource(augmented, self.device, self.workers, plain)
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(str(len(self)).encode(), digest_size=16)
+        keyed = _KeyedViews(self.plain_dataset or self.dataset, RandomKey(b""), 1)
+        for index in torch.linspace(0, len(self) - 1, min(len(self), _FINGERPRINTED)).long():
+            for tensor in keyed[(0, int(index))]:
+                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
         root = getattr(self.dataset, "root", None)
         for path, target in getattr(self.dataset, "samples", []):  # ImageFolder: names, classes and sizes of the files
             name = Path(path).relative_to(root) if root else Path(path).name
@@ -188,15 +200,17 @@ class _KeyedViews(Dataset[Any]):
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, Tensor]:
         step, index = at
-        state = random.getstate()
+        state, numpy_state = random.getstate(), np.random.get_state()
         seen = []
         with torch.random.fork_rng(devices=[]):
             for view in range(self.views):
                 seed = self.key.seed("augment", step, index, view)
                 torch.manual_seed(seed)
                 random.seed(seed)
+                np.random.seed(seed % 2**32)
                 seen.append(self.dataset[index])
         random.setstate(state)
+        np.random.set_state(numpy_state)
         return torch.stack([torch.as_tensor(x) for x, _ in seen]), torch.as_tensor(seen[0][1])
 
     def __getitems__(self, batch: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
@@ -214,13 +228,14 @@ def _stack(empty: tuple[Tensor, Tensor], examples: list[tuple[Tensor, Tensor]]) 
     return torch.stack(inputs), torch.stack(targets)
 
 
-def as_source(data: Any, device: torch.device | str = "cpu", workers: int = 0) -> Source:
+def as_source(data: Any, device: torch.device | str | None = None, workers: int = 0) -> Source:
     """Make a Source of a pair of tensors, a TensorDataset, or any map-style Dataset of (input, target) pairs.
+
+    Without a device, tensors stay where they are.
 
     Raises:
         ValueError: when it is none of these.
     """
-    device = torch.device(device)
     if isinstance(data, TensorSource | MapSource):
         return data
     if isinstance(data, TensorDataset):
@@ -233,8 +248,11 @@ def as_source(data: Any, device: torch.device | str = "cpu", workers: int = 0) -
                 "dpopt.sources.TensorSource with mean and std"
             )
         return TensorSource(inputs.to(device), targets.to(device))
+    if isinstance(data, tuple | list):
+        kinds = ", ".join(type(part).__name__ for part in data[:4])
+        raise ValueError(f"({kinds}) is not a pair of tensors (inputs, targets): convert it with torch.as_tensor")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return MapSource(data, device, workers)
+        return MapSource(data, torch.device(device or "cpu"), workers)
     if all(hasattr(data, name) for name in ("views", "plain", "subset", "fingerprint")):
         return data
     raise ValueError(f"{type(data).__name__} is neither a pair of tensors nor a map-style Dataset with a length")

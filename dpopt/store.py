@@ -14,10 +14,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
 from dpopt.config import Config, accepted, build, identity, run_name
+from dpopt.data import DataSpec
 from dpopt.privacy.streams import RandomKey
 
 RESULT, CHECKPOINT, METRICS, CONFIG = "result.json", "checkpoint.pt", "metrics.csv", "config.yaml"
@@ -25,7 +27,7 @@ CARD, WEIGHTS, KEY, ERROR, LOCK = "privacy_card.md", "model.safetensors", "secre
 
 
 def locate(config: Config) -> Path:
-    """The directory of this run: by name or, should a key have joined the configuration since, by its stored content.
+    """The directory of this run: by name or, if it is finished and the configuration has new keys since, by content.
 
     Raises:
         ValueError: when `output_dir` is not a directory.
@@ -39,9 +41,10 @@ def locate(config: Config) -> Path:
     directory = root / run_name(config)
     if not directory.exists() and root.is_dir():
         wanted = identity(config)
-        for result in root.glob(f"*/{RESULT}"):
-            if _same(read_json(result).get("config", {}), wanted):
-                return result.parent
+        for path in root.glob(f"*/{RESULT}"):
+            result = read_json(path)
+            if result.get("status") == "finished" and _same(result.get("config", {}), wanted):
+                return path.parent
     return directory
 
 
@@ -78,21 +81,29 @@ def claim(directory: Path) -> Iterator[None]:
 
 def clear(directory: Path) -> None:
     """Forget everything about a run but its lock and its loggers' files."""
+    erase_key(directory)
     for name in (RESULT, CHECKPOINT, METRICS, CONFIG, CARD, WEIGHTS, ERROR):
         (directory / name).unlink(missing_ok=True)
-    erase_key(directory)
 
 
 def secret_key(directory: Path) -> RandomKey:
-    """The run's secret key: kept, readable by the owner alone, until the run is finished."""
+    """The run's secret key: kept, readable by the owner alone, until the run is finished.
+
+    Raises:
+        ValueError: when it is damaged, or lost although the run has begun.
+    """
     path = directory / KEY
     if not path.exists():
+        if (directory / CHECKPOINT).exists():
+            raise ValueError(
+                f"{path} is lost, so the draws of this run cannot be repeated: start again with fresh=true"
+            )
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(32))
             file.flush()
             os.fsync(file.fileno())
     material = path.read_bytes()
-    if len(material) != 32:
+    if len(material) != 32 or not any(material):
         raise ValueError(f"{path} is damaged, so the run cannot continue: start again with fresh=true")
     return RandomKey(material, secure=True)
 
@@ -101,7 +112,10 @@ def erase_key(directory: Path) -> None:
     """Overwrite and remove the run's secret key, if it has one."""
     path = directory / KEY
     if path.exists():
-        path.write_bytes(bytes(32))
+        with open(path, "r+b") as file:  # in place, not into a new file
+            file.write(bytes(path.stat().st_size))
+            file.flush()
+            os.fsync(file.fileno())
         path.unlink()
 
 
@@ -137,12 +151,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def build_model(config: Config, classes: int, channels: int, **overrides: Any) -> nn.Module:
-    """The model of a configuration, initialised by its seed; `overrides` replace arguments that the model takes."""
-    import torch
-
+def build_model(config: Config, spec: DataSpec, **overrides: Any) -> nn.Module:
+    """The model of a configuration for a data set, initialised by the seed; `overrides` replace arguments it takes."""
     make = build("model", config.model)
-    sizes = {"num_classes": classes, "in_channels": channels} | overrides
+    sizes = {"num_classes": spec.classes, "in_channels": spec.shape[0], "image_size": spec.shape[-1]} | overrides
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RandomKey.from_seed(config.seed).seed("init"))
         model: nn.Module = make(**{name: sizes[name] for name in accepted(make, sizes)})
@@ -163,6 +175,6 @@ def load(run_dir: str | Path) -> nn.Module:
     config = Config(**yaml.safe_load((directory / CONFIG).read_text()))
     spec = build("dataset", config.dataset)()
     offline = {"pretrained": False, "weights": None}
-    model = build_model(config, spec.classes, spec.shape[0], **offline)
+    model = build_model(config, spec, **offline)
     model.load_state_dict(load_file(directory / WEIGHTS))
     return model.eval()

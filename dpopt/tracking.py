@@ -15,7 +15,7 @@ _wandb_online_failed = False  # remembered for the rest of a sweep: one wait for
 class Tracker(Protocol):
     """What training asks of a tracker."""
 
-    def start(self, directory: Path, name: str, config: dict[str, Any]) -> None:
+    def start(self, directory: Path, name: str, config: dict[str, Any], resumed: bool) -> None:
         """Open the tracker for the run in `directory`; may raise anything."""
         ...
 
@@ -31,7 +31,7 @@ class Tracker(Protocol):
 class CsvOnly:
     """No tracker beside metrics.csv."""
 
-    def start(self, directory: Path, name: str, config: dict[str, Any]) -> None: ...
+    def start(self, directory: Path, name: str, config: dict[str, Any], resumed: bool) -> None: ...
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -50,7 +50,7 @@ class Wandb:
         self.project, self.entity = project, entity
         self.run: Any = None
 
-    def start(self, directory: Path, name: str, config: dict[str, Any]) -> None:
+    def start(self, directory: Path, name: str, config: dict[str, Any], resumed: bool) -> None:
         global _wandb_online_failed
         import wandb
 
@@ -65,7 +65,7 @@ class Wandb:
             name=name,
             id=name[-64:],
             config=config,
-            resume="allow",
+            resume="allow" if resumed else None,
             reinit="finish_previous",
         )
         settings = wandb.Settings(init_timeout=10, silent=True)
@@ -87,7 +87,7 @@ class Wandb:
 class TensorBoard:
     """TensorBoard event files below the run directory; needs the package `tensorboard`."""
 
-    def start(self, directory: Path, name: str, config: dict[str, Any]) -> None:
+    def start(self, directory: Path, name: str, config: dict[str, Any], resumed: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(directory / "tensorboard")
@@ -104,37 +104,56 @@ class Metrics:
     """metrics.csv and a tracker behind it.
 
     Args:
-        path: the csv file; `offset` bytes of it are kept, what a crashed run wrote beyond its checkpoint is cut off.
-        offset: 0 for a new run.
+        path: the csv file; `rows` rows of it are kept, what a crashed run wrote beyond its checkpoint is dropped.
+        rows: 0 for a new run.
         tracker: beside the file.
         name: the run's name.
         config: shown by the tracker.
     """
 
-    def __init__(self, path: Path, offset: int, tracker: Tracker, name: str, config: dict[str, Any]) -> None:
-        self.file = open(path, "a+", newline="")  # noqa: SIM115 (closed by `close`)
-        self.file.truncate(offset)
-        self.file.seek(0)
-        self.columns: list[str] = next(csv.reader(self.file), [])
-        self.file.seek(0, os.SEEK_END)
+    def __init__(self, path: Path, rows: int, tracker: Tracker, name: str, config: dict[str, Any]) -> None:
+        self.path = path
+        self.file: Any = None
+        self.rows: list[dict[str, str]] = []
+        if rows and path.exists():
+            with open(path, newline="") as file:
+                self.rows = list(csv.DictReader(file))[:rows]
+        if len(self.rows) < rows:
+            warn(f"{path} has lost rows; going on with what is there")
+        self._rewrite(list(self.rows[0]) if self.rows else [])
         self.tracker: Tracker | None = tracker
-        self._guard(lambda t: t.start(path.parent, name, config))
+        self._guard(lambda t: t.start(path.parent, name, config, rows > 0))
 
     def log(self, step: int, values: dict[str, float], unsaved: dict[str, float]) -> None:
         """Append a row; `unsaved` values go to the tracker only, because a resumed run cannot repeat them."""
-        row: dict[str, float] = {"step": step, **values}
-        if not self.columns:
-            self.columns = list(row)
-            csv.writer(self.file).writerow(self.columns)
-        csv.writer(self.file).writerow([_text(row.get(column)) for column in self.columns])
+        row = {name: str(value) for name, value in {"step": step, **values}.items()}
+        new = [name for name in row if name not in self.columns]
+        self.rows.append(row)
+        if new:  # the first row, or diagnostics switched on for the rest of a run
+            self._rewrite(self.columns + new)
+        else:
+            self.writer.writerow(row)
         self.file.flush()
         self._guard(lambda t: t.log(step, values | unsaved))
 
     def sync(self) -> int:
-        """Put the file on the disk; return its length in bytes."""
+        """Put the file on the disk; return its number of rows."""
         self.file.flush()
         os.fsync(self.file.fileno())
-        return self.file.tell()
+        return len(self.rows)
+
+    def _rewrite(self, columns: list[str]) -> None:
+        self.columns = columns
+        if self.file is not None:
+            self.file.close()
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self.file = open(temporary, "w", newline="")  # noqa: SIM115 (closed by `close`)
+        self.writer = csv.DictWriter(self.file, columns, restval="", lineterminator="\n")
+        if columns:
+            self.writer.writeheader()
+        self.writer.writerows(self.rows)
+        self.file.flush()
+        os.replace(temporary, self.path)
 
     def close(self) -> None:
         """Close file and tracker."""
@@ -154,7 +173,3 @@ class Metrics:
 def warn(message: str) -> None:
     """One line on stderr."""
     print(f"dpopt: {message}", file=sys.stderr)
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)

@@ -32,7 +32,7 @@ from dpopt.privacy.gradients import PrivateGradient, check_model
 from dpopt.privacy.sampling import poisson_batches
 from dpopt.privacy.streams import RandomKey
 from dpopt.sources import Source, as_source
-from dpopt.tracking import Metrics
+from dpopt.tracking import Metrics, warn
 
 
 def run(config: Config) -> dict[str, Any] | None:
@@ -56,17 +56,19 @@ def run(config: Config) -> dict[str, Any] | None:
     plan = make_plan(config, spec)
     clip = build("clipping", config.clipping)() if config.private else None
     offline = {"pretrained": False, "weights": None} if config.dry_run else {}
-    model = store.build_model(config, spec.classes, spec.shape[0], **offline).to(device)
+    model = store.build_model(config, spec, **offline).to(device)
     check_model(model, private=config.private)
+    _check_shapes(model, spec)
     make_optimizer = build("optimizer", config.optimizer)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trainable)
+    _schedule(config, optimizer, plan.steps)
     averaged = config.ema is not None
     guess = estimate(
         model, make_optimizer, F.cross_entropy, plan, spec.shape, config.views, config.micro_batch, averaged
     )
     if config.dry_run:
-        report.plan_panel(directory.name, config, plan, guess, device.type, dry=True)
+        report.plan_panel(directory.name, config, plan, clip, guess, device.type)
         return None
 
     train, test, held_out = load_data(config, spec, device)
@@ -75,12 +77,12 @@ def run(config: Config) -> dict[str, Any] | None:
             if config.fresh:
                 store.clear(directory)
             (directory / store.ERROR).unlink(missing_ok=True)
-            report.plan_panel(directory.name, config, plan, guess, device.type, dry=False)
+            report.plan_panel(directory.name, config, plan, clip, guess, device.type)
             result = _train(config, directory, plan, model, optimizer, clip, train, test, held_out)
         except Exception as error:
             store.write_atomic(directory / store.ERROR, f"{type(error).__name__}: {error}\n")
             raise
-    report.result_panel(result, str(directory))
+    report.result_panel(result, str(directory), config.fresh)
     if result["status"] == "interrupted":
         raise KeyboardInterrupt  # the user wants the whole sweep to stop
     return result
@@ -134,26 +136,37 @@ def _train(
     facts = {"name": directory.name, "configuration": identity(config), "plan": plan.to_dict(), "data_set": fingerprint}
     path = directory / store.CHECKPOINT
     step = 0
-    progress: dict[str, Any] = {"wall_seconds": 0.0, "metrics_bytes": 0}
+    commit = _git_commit()
+    progress: dict[str, Any] = {"wall_seconds": 0.0, "metrics_rows": 0, "git_commit": commit, "diagnostics": False}
     if path.exists():
         step, progress = checkpoint.load(path, facts, parts)
-    key = store.secret_key(directory) if config.secure_rng else None
-    key = key or RandomKey.from_seed(config.seed, directory.name, fingerprint)
-    plan = replace(plan, key=key)
+        if progress["git_commit"] != commit:
+            warn(f"this run began at commit {progress['git_commit']}, the code is at {commit} now")
+    secret = store.secret_key(directory) if config.secure_rng else RandomKey.from_seed(config.seed)
+    plan = replace(plan, key=secret.derive(directory.name, fingerprint))
+    progress["diagnostics"] |= config.diagnostics  # once recorded, the card must say so for good
+    sensitivity = clip.sensitivity if clip is not None else None
 
+    def write_card(steps: int) -> None:
+        text = privacy_card(config, plan, sensitivity, steps, directory.name, progress["diagnostics"])
+        store.write_atomic(directory / store.CARD, text)
+
+    write_card(plan.steps)  # what a run in progress may have released is never more than this
+    (directory / store.RESULT).unlink(missing_ok=True)
     store.write_atomic(directory / store.CONFIG, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
     tracker = build("logger", config.logger)()
-    metrics = Metrics(directory / store.METRICS, progress["metrics_bytes"], tracker, directory.name, asdict(config))
+    metrics = Metrics(directory / store.METRICS, progress["metrics_rows"], tracker, directory.name, asdict(config))
     private = PrivateGradient(
         model, F.cross_entropy, plan, clip, start=step, precision=config.precision, diagnostics=config.diagnostics
     )
     reset_peak_memory(device)
-    clock, first, training = time.perf_counter() - progress["wall_seconds"], step, 0.0
+    start, first, training = time.perf_counter(), step, 0.0
+    clock = start - progress["wall_seconds"]
     values: dict[str, float] = {}
     status = "finished"
 
     def save() -> None:
-        progress.update(wall_seconds=time.perf_counter() - clock, metrics_bytes=metrics.sync())
+        progress.update(wall_seconds=time.perf_counter() - clock, metrics_rows=metrics.sync())
         checkpoint.save(path, step, facts, parts, progress)
 
     with _stop_signals() as stop, report.Progress(plan, step) as live:
@@ -184,7 +197,7 @@ def _train(
                     metrics.log(step, values, {"memory/peak_bytes": peak_memory_bytes(device)})
                     live.evaluated(step, values)
                 live.step(step)
-                if stop or (config.time_limit is not None and time.perf_counter() - clock > config.time_limit):
+                if stop or (config.time_limit is not None and time.perf_counter() - start > config.time_limit):
                     status = "interrupted" if stop else "time_limit"
                 if step < plan.steps and (step % config.checkpoint_every == 0 or status != "finished"):
                     save()
@@ -214,14 +227,12 @@ def _train(
         "examples_per_second": (step - first) * plan.batch_size / training if training else 0.0,
         "wall_seconds": time.perf_counter() - clock,
         "seed": config.seed,
-        "data_fingerprint": fingerprint,
-        "git_commit": _git_commit(),
+        "git_commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "config": asdict(config),
     }
-    sensitivity = clip.sensitivity if clip is not None else None
-    store.write_atomic(directory / store.CARD, privacy_card(config, plan, sensitivity, step, result))
+    write_card(step)
     if status == "finished":
         weights = directory / f".{store.WEIGHTS}.tmp"
         save_file({name: tensor.contiguous().clone() for name, tensor in final.state_dict().items()}, weights)
@@ -257,7 +268,30 @@ def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> t
     lengths = {name: steps for name in ("T_max", "total_iters", "total_steps")}  # null there means: the whole run
     node = {k: lengths.get(k, v) if v is None else v for k, v in config.schedule.items()}
     schedule: torch.optim.lr_scheduler.LRScheduler = build("schedule", node)(optimizer)
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "schedule=ReduceLROnPlateau follows a metric of private data: use a schedule of the step alone"
+        )
     return schedule
+
+
+def _check_shapes(model: nn.Module, spec: DataSpec) -> None:
+    """Refuse a model that cannot read the data set's inputs, before anything is made."""
+    reference = next(model.parameters())
+    inputs = torch.zeros(2, *spec.shape, dtype=reference.dtype, device=reference.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(model(inputs).shape)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"the model does not accept {spec.name}'s inputs of shape {spec.shape} ({str(error).splitlines()[0]}): "
+            "change the model's arguments or the data set's image_size"
+        ) from error
+    model.train(was_training)
+    if shape != (2, spec.classes):
+        raise ValueError(f"the model's output has shape {shape[1:]} where {spec.name} has {spec.classes} classes")
 
 
 @contextmanager
@@ -285,12 +319,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name} is no device: use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name}, but torch sees no GPU here: use device=cpu or auto")
-    return device
+        return torch.empty(1, device=torch.device(name)).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has several words for it
+        raise ValueError(f"device={name} cannot be used here: use device=cpu or auto") from error
 
 
 def _git_commit() -> str | None:

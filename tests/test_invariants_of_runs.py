@@ -17,6 +17,7 @@ from dpopt.card import privacy_card
 from dpopt.config import Config
 from dpopt.plan import PrivacyPlan
 from dpopt.privacy import accounting, gradients, sampling
+from dpopt.privacy.accounting import compute_epsilon
 from dpopt.privacy.clipping import Flat
 from dpopt.privacy.gradients import PrivateGradient
 from dpopt.privacy.streams import RandomKey
@@ -127,11 +128,10 @@ def unprobed(patch):
 
 def check_the_card_says_it_all():
     config = Config(clipping={"_target_": "dpopt.clipping.Flat", "clip_norm": 0.5}, epsilon=8.0, steps=20)
-    config = replace(config, diagnostics=True)
     plan = make_plan(sigma=1.3, delta=1e-3)
-    card = privacy_card(config, plan, 0.5, 20, {"run": "name"})
+    card = privacy_card(config, plan, 0.5, 7, "name", True)
     for words in (
-        f"ε = {plan.epsilon:.4g}, δ = 0.001",
+        f"ε = {compute_epsilon(1.3, 0.25, 7, 1e-3):.4g}, δ = 0.001",
         "one training example",
         "one example added or removed",
         "64, taken as public",
@@ -139,7 +139,8 @@ def check_the_card_says_it_all():
         "Poisson, q = 0.25",
         "sensitivity 0.5",
         "1.3",
-        f"by rdp {plan.epsilon_at(20, 'rdp'):.4g}",
+        f"by rdp {compute_epsilon(1.3, 0.25, 7, 1e-3, 'rdp'):.4g}",
+        "after 7 of 20",
         "research randomness",
         "choice of hyper-parameters",
         "use of the test set",
@@ -147,12 +148,12 @@ def check_the_card_says_it_all():
         "diagnostics=true",
     ):
         assert words in card, words
-    above = privacy_card(config, replace(plan, delta=0.5), 0.5, 20, {"run": "name"})
+    above = privacy_card(config, replace(plan, delta=0.5), 0.5, 20, "name", False)
     assert "not below 1/N" in above and "not below 1/N" not in card
     config = replace(config, secure_rng=True)
-    assert "operating system" in privacy_card(config, plan, 0.5, 20, {"run": "name"})
-    none = privacy_card(Config(private=False, steps=20), replace(plan, noise_multiplier=0.0), None, 20, {"run": "x"})
-    clipped = privacy_card(config, replace(plan, noise_multiplier=0.0), 0.5, 20, {"run": "x"})
+    assert "operating system" in privacy_card(config, plan, 0.5, 20, "name", False)
+    none = privacy_card(Config(private=False, steps=20), replace(plan, noise_multiplier=0.0), None, 20, "x", False)
+    clipped = privacy_card(config, replace(plan, noise_multiplier=0.0), 0.5, 20, "x", False)
     for text in (none, clipped):
         assert "is not private" in text and "differential privacy for" not in text
 
@@ -162,7 +163,8 @@ def card_without_the_unaccounted(patch):
 
 
 def card_of_the_planned_epsilon(patch):
-    patch.setattr(PrivacyPlan, "epsilon_at", lambda self, step, accountant=None: 1.0)
+    real = PrivacyPlan.epsilon_at
+    patch.setattr(PrivacyPlan, "epsilon_at", lambda self, step, accountant=None: real(self, self.steps, accountant))
 
 
 MUTANTS = {

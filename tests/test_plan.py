@@ -39,6 +39,8 @@ def test_frozen_and_without_the_key_in_what_is_shown():
 def test_seed_makes_the_key():
     keys = [PrivacyPlan.calibrate(noise_multiplier=4, steps=10, seed=seed, **COMMON).key for seed in (0, 0, 1)]
     assert keys[0] == keys[1] != keys[2] and not keys[0].secure
+    other = PrivacyPlan.calibrate(noise_multiplier=5, steps=10, seed=0, **COMMON)
+    assert other.key != keys[0]  # two budgets of one seed share no noise
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,7 @@ def test_seed_makes_the_key():
         (dict(epsilon=8, steps=10, batch_size=0), "batch_size=0 must lie"),
         (dict(epsilon=8, epochs=-1), "epochs=-1 must be"),
         (dict(noise_multiplier=-1.0, steps=10), "noise_multiplier=-1.0 must be"),
+        (dict(noise_multiplier=1e-9, steps=10), "noise_multiplier=1e-09 must be"),
         (dict(epsilon=8, steps=10, accountant="x"), "must be one of pld, rdp, prv"),
         (dict(epsilon=math.inf, noise_multiplier=1.0), "set steps"),
         (dict(epsilon=1e-4, steps=100_000), "choose a larger epsilon"),

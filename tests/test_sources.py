@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from conftest import make_plan
@@ -15,7 +16,7 @@ class Noisy(Dataset):
         return 40
 
     def __getitem__(self, index):
-        return torch.full((3,), float(index)) + torch.rand(3) / 2, index % 3
+        return torch.full((3,), float(index)) + torch.rand(3) / 4 + float(np.random.rand()) / 4, index % 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -88,11 +89,28 @@ def test_fingerprints_see_every_byte():
     assert TensorSource(images, other_target).fingerprint() != reference
 
 
+def test_fingerprints_of_map_style_data_see_the_content():
+    class Other(Noisy):
+        def __getitem__(self, index):
+            return super().__getitem__(index)[0] + 1, index % 3
+
+    same, again, other = (MapSource(d, torch.device("cpu")).fingerprint() for d in (Noisy(), Noisy(), Other()))
+    assert same == again != other
+
+
+def test_plain_data_of_a_map_source_is_not_augmented():
+    plain = TensorDataset(torch.arange(40.0).view(40, 1), torch.arange(40))
+    source = MapSource(Noisy(), torch.device("cpu"), plain_dataset=plain).subset(torch.tensor([3, 4]))
+    assert next(source.plain(2))[0].tolist() == [[3.0], [4.0]]
+
+
 def test_what_is_a_source():
     pair = (torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
     assert isinstance(as_source(pair), TensorSource) and isinstance(as_source(TensorDataset(*pair)), TensorSource)
     assert isinstance(as_source(Noisy()), MapSource)
     with pytest.raises(ValueError, match="neither a pair of tensors nor a map-style"):
         as_source(iter([1, 2]))
+    with pytest.raises(ValueError, match="is not a pair of tensors"):
+        as_source((torch.zeros(3), torch.zeros(3), torch.zeros(3)))
     with pytest.raises(ValueError, match="floating-point inputs"):
         as_source((torch.zeros(3, 2, dtype=torch.uint8), pair[1]))

@@ -11,7 +11,7 @@ from test_config import configure
 import dpopt
 from dpopt import checkpoint, store, train
 from dpopt.config import Config, run_name
-from dpopt.privacy.streams import RandomKey
+from dpopt.sources import TensorSource
 
 
 @pytest.fixture
@@ -52,8 +52,13 @@ def test_the_secret_key(tmp_path):
     assert (tmp_path / "secret.key").stat().st_mode & 0o777 == 0o600
     store.erase_key(tmp_path)
     assert not (tmp_path / "secret.key").exists() and store.secret_key(tmp_path) != key
-    (tmp_path / "secret.key").write_bytes(b"short")
-    with pytest.raises(ValueError, match="fresh=true"):
+    for damaged in (b"short", bytes(32)):
+        (tmp_path / "secret.key").write_bytes(damaged)
+        with pytest.raises(ValueError, match="fresh=true"):
+            store.secret_key(tmp_path)
+    (tmp_path / "secret.key").unlink()
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is lost.*fresh=true"):  # a run that has begun gets no second key
         store.secret_key(tmp_path)
 
 
@@ -72,15 +77,44 @@ def test_the_secret_key_goes_nowhere(config, monkeypatch):
 
 def test_runs_of_a_sweep_share_no_noise(config, monkeypatch):
     keys = []
-    real = RandomKey.from_seed
-    monkeypatch.setattr(
-        RandomKey,
-        "from_seed",
-        classmethod(lambda cls, *a: keys.append(real(*a)) or keys[-1] if len(a) > 2 else real(*a)),
-    )
+    real = train.poisson_batches
+    monkeypatch.setattr(train, "poisson_batches", lambda data, plan, *a: keys.append(plan.key) or real(data, plan, *a))
     for changed in (config, replace(config, clip_norm=2.0), replace(config, tag="x"), replace(config, seed=1)):
         train.run(changed)
-    assert len(keys) == 4 and len({key.material for key in keys}) == 4
+    fingerprint = TensorSource.fingerprint  # another data set under the same configuration
+    monkeypatch.setattr(TensorSource, "fingerprint", lambda self: fingerprint(self) + "'")
+    train.run(replace(config, fresh=True))
+    secret = replace(config, secure_rng=True)
+    monkeypatch.setattr(store, "erase_key", lambda directory: None)  # the same secret, and two data sets
+    train.run(secret)
+    monkeypatch.setattr(TensorSource, "fingerprint", fingerprint)
+    for name in ("result.json", "checkpoint.pt"):
+        (store.locate(secret) / name).unlink()
+    train.run(secret)
+    assert len(keys) == 7 and len({key.material for key in keys}) == 7
+
+
+def test_a_run_in_progress_claims_no_less_than_its_plan(config):
+    """A card of a stopped run would state too little as soon as the run goes on."""
+    train.run(replace(config, time_limit=0.0))
+    directory = store.locate(config)
+    assert "after 1 of 3" in (directory / "privacy_card.md").read_text() and (directory / "result.json").exists()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train, "poisson_batches", lambda *a: seen.append((directory / "privacy_card.md").read_text()) or 1 / 0
+        )
+        with pytest.raises(ZeroDivisionError):
+            train.run(config)
+    assert "after 3 of 3" in seen[0] and not (directory / "result.json").exists()
+
+
+def test_diagnostics_once_recorded_stay_on_the_card(config):
+    train.run(replace(config, time_limit=0.0, diagnostics=True, eval_every=1))
+    train.run(replace(config, eval_every=1))
+    directory = store.locate(replace(config, eval_every=1))
+    assert "private/train_loss" in (directory / "metrics.csv").read_text()
+    assert "series under `private/`" in (directory / "privacy_card.md").read_text()
 
 
 def test_one_process_at_a_time(tmp_path):

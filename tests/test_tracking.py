@@ -1,6 +1,5 @@
 """Trackers: offline by default, dropped when they fail, and no effect on the result."""
 
-import csv
 import json
 import os
 import subprocess
@@ -25,7 +24,7 @@ class Broken:
         if name == self.where:
             raise RuntimeError(f"{name} is broken")
 
-    def start(self, directory, name, config):
+    def start(self, directory, name, config, resumed):
         self._call("start")
 
     def log(self, step, values):
@@ -51,13 +50,22 @@ def test_rows_beyond_the_checkpoint_are_cut_off(tmp_path):
     path = tmp_path / "metrics.csv"
     metrics = Metrics(path, 0, CsvOnly(), "name", {})
     metrics.log(1, {"a": 1.0}, {})
-    offset = metrics.sync()
+    rows = metrics.sync()
     metrics.log(2, {"a": 2.0}, {})
     metrics.close()
-    again = Metrics(path, offset, CsvOnly(), "name", {})
-    again.log(2, {"a": 3.0, "b": 9.0}, {})  # a column that the file does not have is not invented
+    again = Metrics(path, rows, CsvOnly(), "name", {})
+    again.log(2, {"a": 3.0, "b": 9.0}, {})  # diagnostics were switched on
+    again.log(3, {"a": 4.0}, {})  # and off
     again.close()
-    assert list(csv.DictReader(path.read_text().splitlines())) == [{"step": "1", "a": "1.0"}, {"step": "2", "a": "3.0"}]
+    assert path.read_text().splitlines() == ["step,a,b", "1,1.0,", "2,3.0,9.0", "3,4.0,"]
+
+
+def test_a_lost_file_is_begun_anew(tmp_path, capsys):
+    metrics = Metrics(tmp_path / "metrics.csv", 7, CsvOnly(), "name", {})
+    metrics.log(8, {"a": 1.0}, {})
+    metrics.close()
+    assert "has lost rows" in capsys.readouterr().err
+    assert (tmp_path / "metrics.csv").read_text() == "step,a\n8,1.0\n"
 
 
 def result_of(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 ACCOUNTANTS = ("pld", "rdp", "prv")
 _RDP_ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**k for k in range(6, 13)]
 _PLD_GRID = 1e-4  # dp-accounting's discretisation of the privacy loss: three digits of ε
-_NOISE_LIMITS = (0.05, 1e4)  # outside, a discretised loss distribution is meaningless or does not fit into memory
+NOISE_LIMITS = (0.05, 1e4)  # outside, a discretised loss distribution is meaningless or does not fit into memory
 _MAX_STEPS = 10**8
 
 
@@ -110,7 +110,7 @@ def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float
             value = epsilon_of(math.exp(log_noise))
             return math.log(max(value, 1e-12) / epsilon) + 0.5e-4  # aims at the middle of the accepted interval
 
-        low, high = map(math.log, _NOISE_LIMITS)
+        low, high = map(math.log, NOISE_LIMITS)
         return _root(excess, low, high, tolerance, guess)
 
     try:
@@ -121,7 +121,7 @@ def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float
         return math.exp(solve(lambda noise: compute_epsilon(noise, sample_rate, steps, delta, accountant), 4e-5, guess))
     except ArithmeticError:
         raise ValueError(
-            f"no noise multiplier in [{_NOISE_LIMITS[0]:g}, {_NOISE_LIMITS[1]:g}] gives epsilon={epsilon:g} at "
+            f"no noise multiplier in [{NOISE_LIMITS[0]:g}, {NOISE_LIMITS[1]:g}] gives epsilon={epsilon:g} at "
             f"delta={delta:g} over {steps:,} steps with sample rate {sample_rate:.3g}: "
             "choose a larger epsilon, fewer steps or a smaller batch_size"
         ) from None

@@ -18,9 +18,9 @@ from dpopt.sources import Source, as_source
 MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class PoissonBatch:
-    """One logical batch: iterate over it, once, for (inputs, targets, mask).
+    """One logical batch: iterate over it, once and before the next one is asked for, for (inputs, targets, mask).
 
     Attributes:
         plan: the plan that sampled it.
@@ -33,8 +33,15 @@ class PoissonBatch:
     step: int
     indices: torch.Tensor
     micro_batches: Iterator[MicroBatch]
+    used: bool = False
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        if self.used:
+            raise ValueError(
+                f"the batch of step {self.step} was already read or passed over: give each batch to backward once, "
+                "before asking poisson_batches for the next"
+            )
+        self.used = True
         return self.micro_batches
 
 
@@ -73,7 +80,9 @@ def _batches(source: Source, plan: PrivacyPlan, start: int, views: int, micro_ba
     loaded = source.views(theirs, plan.key, views, micro_batch)
     for step, indices in ours:
         pieces = (_pad(*next(loaded), micro_batch) for _ in indices.split(micro_batch))  # nothing: one empty piece
-        yield PoissonBatch(plan, step, indices, pieces)
+        batch = PoissonBatch(plan, step, indices, pieces)
+        yield batch
+        batch.used = True
         for _ in pieces:  # a caller that broke off must not shift the stream for the next step
             pass
 

@@ -23,6 +23,7 @@ class RandomKey:
 
     material: bytes = field(repr=False)
     secure: bool = False
+    released: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)  # steps whose noise is out
 
     @classmethod
     def from_seed(cls, seed: int, *context: str) -> "RandomKey":
@@ -33,6 +34,10 @@ class RandomKey:
     def from_os(cls) -> "RandomKey":
         """Draw a secret key from the operating system."""
         return cls(secrets.token_bytes(32), secure=True)
+
+    def derive(self, *context: str) -> "RandomKey":
+        """A key of its own for this context."""
+        return RandomKey(hashlib.shake_256(self.material + "\0".join(context).encode()).digest(32), self.secure)
 
     def words(self, count: int, *labels: str | int) -> np.ndarray:
         """`count` uniform 64-bit words of the stream named by `labels`, as uint64 of shape (count,)."""
