@@ -17,8 +17,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train DP-MicroAdam on digits at ε = 8 and show the result
 	$(RUN) run.py +experiment=quickstart
 
-test: $(READY)  ## run the tests (no network, no GPU needed)
-	$(RUN) -m pytest -q
+test: $(READY)  ## run the tests, a process per core (no network, no GPU needed)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4
 
 lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff format --check .

@@ -16,7 +16,7 @@ from dpopt.sources import TensorSource
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    short = dict(steps=3, batch_size=64, eval_every=3, output_dir=str(tmp_path / "runs"))
+    short = dict(steps=3, batch_size=64, eval_every=3, epsilon=1.0, output_dir=str(tmp_path / "runs"))
     return replace(configure("+experiment=quickstart"), **short)
 
 
@@ -40,7 +40,7 @@ def test_results_survive_a_new_configuration_key(config):
     result = json.loads((old / "result.json").read_text())
     del result["config"]["accountant"]
     (old / "result.json").write_text(json.dumps(result))
-    moved = old.rename(old.with_name("digits-cnn-microadam-eps8-seed0-0123456789"))
+    moved = old.rename(old.with_name("digits-cnn-microadam-eps1-seed0-0123456789"))
     assert store.locate(config) == moved and store.finished(moved)
     assert store.locate(replace(config, accountant="rdp")).name == run_name(replace(config, accountant="rdp"))
     assert store.locate(replace(config, seed=1)) != moved

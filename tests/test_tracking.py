@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from dpopt.tracking import CsvOnly, Metrics
 
-SHORT = ("+experiment=quickstart", "steps=4", "batch_size=64", "eval_every=2")
+SHORT = ("+experiment=quickstart", "steps=4", "batch_size=64", "eval_every=2", "epsilon=1")
 
 
 class Broken:
