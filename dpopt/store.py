@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import secrets
+import subprocess
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -178,3 +179,12 @@ def load(run_dir: str | Path) -> nn.Module:
     model = build_model(config, spec, **offline)
     model.load_state_dict(load_file(directory / WEIGHTS))
     return model.eval()
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

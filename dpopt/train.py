@@ -6,7 +6,6 @@ state from which the same command continues, or the finished result.
 
 import platform
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dpopt import checkpoint, report, store
+from dpopt import checkpoint, prepare, report, store
 from dpopt.card import privacy_card
 from dpopt.config import Config, build, check_components, identity
 from dpopt.data import DataSpec
@@ -31,7 +30,7 @@ from dpopt.plan import PrivacyPlan
 from dpopt.privacy.gradients import PrivateGradient, check_model
 from dpopt.privacy.sampling import poisson_batches
 from dpopt.privacy.streams import RandomKey
-from dpopt.sources import Source, as_source
+from dpopt.sources import Source
 from dpopt.tracking import Metrics, warn
 
 
@@ -48,21 +47,21 @@ def run(config: Config) -> dict[str, Any] | None:
     directory = store.locate(config)
     done = store.finished(directory)
     if done and not config.fresh and not config.dry_run:
-        report.already_finished(done, str(directory), _git_commit())
+        report.already_finished(done, str(directory), store.git_commit())
         return done
 
-    device = _device(config.device)
+    device = prepare.make_device(config.device)
     spec: DataSpec = build("dataset", config.dataset)()
-    plan = make_plan(config, spec)
+    plan = prepare.make_plan(config, spec)
     clip = build("clipping", config.clipping)() if config.private else None
     offline = {"pretrained": False, "weights": None} if config.dry_run else {}
     model = store.build_model(config, spec, **offline).to(device)
     check_model(model, private=config.private)
-    _check_shapes(model, spec)
+    prepare.check_shapes(model, spec)
     make_optimizer = build("optimizer", config.optimizer)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trainable)
-    _schedule(config, optimizer, plan.steps)
+    prepare.make_schedule(config, optimizer, plan.steps)
     averaged = config.ema is not None
     guess = estimate(
         model, make_optimizer, F.cross_entropy, plan, spec.shape, config.views, config.micro_batch, averaged
@@ -71,7 +70,7 @@ def run(config: Config) -> dict[str, Any] | None:
         report.plan_panel(directory.name, config, plan, clip, guess, device.type)
         return None
 
-    train, test, held_out = load_data(config, spec, device)
+    train, test, held_out = prepare.load_data(config, spec, device)
     with store.claim(directory):
         try:
             if config.fresh:
@@ -88,34 +87,6 @@ def run(config: Config) -> dict[str, Any] | None:
     return result
 
 
-def make_plan(config: Config, spec: DataSpec) -> PrivacyPlan:
-    """The privacy plan of a configuration; without privacy, the same plan with σ = 0."""
-    size = spec.train_size - round(config.holdout * spec.train_size)
-    budget = {"epsilon": config.epsilon, "noise_multiplier": config.noise_multiplier}
-    return PrivacyPlan.calibrate(
-        **(budget if config.private else {"epsilon": float("inf")}),
-        steps=config.steps,
-        epochs=config.epochs,
-        delta=config.delta,
-        dataset_size=size,
-        batch_size=config.batch_size,
-        accountant=config.accountant,
-    )
-
-
-def load_data(config: Config, spec: DataSpec, device: torch.device) -> tuple[Source, Source, Source | None]:
-    """Training, test and held-out data; the hold-out is split off by the seed."""
-    loaded = spec.load(Path(config.data_dir).expanduser(), device, config.workers)
-    train, test = (as_source(part, device, config.workers) for part in loaded)
-    if len(train) != spec.train_size:
-        raise ValueError(f"{spec.name} has {len(train):,} training examples, not {spec.train_size:,} as announced")
-    held = round(config.holdout * len(train))
-    if not held:
-        return train, test, None
-    order = torch.argsort(RandomKey.from_seed(config.seed).uniform(len(train), "split"))
-    return train.subset(order[held:].sort().values), test, train.subset(order[:held].sort().values)
-
-
 def _train(
     config: Config,
     directory: Path,
@@ -128,7 +99,7 @@ def _train(
     held_out: Source | None,
 ) -> dict[str, Any]:
     device = next(model.parameters()).device
-    schedule = _schedule(config, optimizer, plan.steps)
+    schedule = prepare.make_schedule(config, optimizer, plan.steps)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
     final = ema.module if ema is not None else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
@@ -136,7 +107,7 @@ def _train(
     facts = {"name": directory.name, "configuration": identity(config), "plan": plan.to_dict(), "data_set": fingerprint}
     path = directory / store.CHECKPOINT
     step = 0
-    commit = _git_commit()
+    commit = store.git_commit()
     progress: dict[str, Any] = {"wall_seconds": 0.0, "metrics_rows": 0, "git_commit": commit, "diagnostics": False}
     if path.exists():
         step, progress = checkpoint.load(path, facts, parts)
@@ -264,36 +235,6 @@ def evaluate(model: nn.Module, source: Source, precision: str = "fp32", prefix: 
     return {f"{prefix}accuracy": correct / max(count, 1), f"{prefix}loss": loss / max(count, 1)}
 
 
-def _schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    lengths = {name: steps for name in ("T_max", "total_iters", "total_steps")}  # null there means: the whole run
-    node = {k: lengths.get(k, v) if v is None else v for k, v in config.schedule.items()}
-    schedule: torch.optim.lr_scheduler.LRScheduler = build("schedule", node)(optimizer)
-    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise ValueError(
-            "schedule=ReduceLROnPlateau follows a metric of private data: use a schedule of the step alone"
-        )
-    return schedule
-
-
-def _check_shapes(model: nn.Module, spec: DataSpec) -> None:
-    """Refuse a model that cannot read the data set's inputs, before anything is made."""
-    reference = next(model.parameters())
-    inputs = torch.zeros(2, *spec.shape, dtype=reference.dtype, device=reference.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            shape = tuple(model(inputs).shape)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"the model does not accept {spec.name}'s inputs of shape {spec.shape} ({str(error).splitlines()[0]}): "
-            "change the model's arguments or the data set's image_size"
-        ) from error
-    model.train(was_training)
-    if shape != (2, spec.classes):
-        raise ValueError(f"the model's output has shape {shape[1:]} where {spec.name} has {spec.classes} classes")
-
-
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM, to stop after the step in hand; a second one stops at once."""
@@ -313,20 +254,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(1, device=torch.device(name)).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has several words for it
-        raise ValueError(f"device={name} cannot be used here: use device=cpu or auto") from error
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,0 +1,84 @@
+"""What a run is made of, built from its configuration: device, plan, schedule, data.
+
+Each function refuses, in one sentence, what could not be trained as asked, before a run directory is made.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dpopt.config import Config, build
+from dpopt.data import DataSpec
+from dpopt.plan import PrivacyPlan
+from dpopt.privacy.streams import RandomKey
+from dpopt.sources import Source, as_source
+
+
+def make_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=torch.device(name)).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has several words for it
+        raise ValueError(f"device={name} cannot be used here: use device=cpu or auto") from error
+
+
+def make_plan(config: Config, spec: DataSpec) -> PrivacyPlan:
+    """The privacy plan of a configuration; without privacy, the same plan with σ = 0."""
+    size = spec.train_size - round(config.holdout * spec.train_size)
+    budget = {"epsilon": config.epsilon, "noise_multiplier": config.noise_multiplier}
+    return PrivacyPlan.calibrate(
+        **(budget if config.private else {"epsilon": float("inf")}),
+        steps=config.steps,
+        epochs=config.epochs,
+        delta=config.delta,
+        dataset_size=size,
+        batch_size=config.batch_size,
+        accountant=config.accountant,
+    )
+
+
+def check_shapes(model: nn.Module, spec: DataSpec) -> None:
+    """Refuse a model that cannot read the data set's inputs, before anything is made."""
+    reference = next(model.parameters())
+    inputs = torch.zeros(2, *spec.shape, dtype=reference.dtype, device=reference.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(model(inputs).shape)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"the model does not accept {spec.name}'s inputs of shape {spec.shape} ({str(error).splitlines()[0]}): "
+            "change the model's arguments or the data set's image_size"
+        ) from error
+    model.train(was_training)
+    if shape != (2, spec.classes):
+        raise ValueError(f"the model's output has shape {shape[1:]} where {spec.name} has {spec.classes} classes")
+
+
+def make_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule; a length that the configuration leaves null is the number of steps."""
+    lengths = {name: steps for name in ("T_max", "total_iters", "total_steps")}
+    node = {k: lengths.get(k, v) if v is None else v for k, v in config.schedule.items()}
+    schedule: torch.optim.lr_scheduler.LRScheduler = build("schedule", node)(optimizer)
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "schedule=ReduceLROnPlateau follows a metric of private data: use a schedule of the step alone"
+        )
+    return schedule
+
+
+def load_data(config: Config, spec: DataSpec, device: torch.device) -> tuple[Source, Source, Source | None]:
+    """Training, test and held-out data; the hold-out is split off by the seed."""
+    loaded = spec.load(Path(config.data_dir).expanduser(), device, config.workers)
+    train, test = (as_source(part, device, config.workers) for part in loaded)
+    if len(train) != spec.train_size:
+        raise ValueError(f"{spec.name} has {len(train):,} training examples, not {spec.train_size:,} as announced")
+    held = round(config.holdout * len(train))
+    if not held:
+        return train, test, None
+    order = torch.argsort(RandomKey.from_seed(config.seed).uniform(len(train), "split"))
+    return train.subset(order[held:].sort().values), test, train.subset(order[:held].sort().values)
