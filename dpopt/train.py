@@ -50,6 +50,7 @@ def run(config: Config) -> dict[str, Any] | None:
         report.already_finished(done, str(directory), store.git_commit())
         return done
 
+    prepare.keep_freed_memory()
     device = prepare.make_device(config.device)
     spec: DataSpec = build("dataset", config.dataset)()
     plan = prepare.make_plan(config, spec)
