@@ -25,5 +25,8 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-.PHONY: help setup demo test lint
+bench: $(READY)  ## time and memory of the optimizers, side by side (wants a quiet machine)
+	$(RUN) scripts/bench_optim.py
+
+.PHONY: help setup demo test lint bench
 .DEFAULT_GOAL := help

@@ -68,7 +68,7 @@ def privacy_card(
 
 def _randomness(config: Config) -> str:
     if config.secure_rng:
-        return "secret: 256 bits from the operating system, expanded by SHAKE-256, erased at the end"
+        return "secret: 256 bits from the operating system, expanded by AES-256, erased at the end"
     return (
         f"research randomness: expanded from seed {config.seed}. Whoever knows the seed and this configuration can "
         "recompute sampling and noise; release a model only from a run with `secure_rng=true`"

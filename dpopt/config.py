@@ -126,7 +126,9 @@ def from_hydra(cfg: DictConfig) -> Config:
 def identity(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """What makes the run: the configuration without what cannot change its result, numbers as floats."""
     values = asdict(config) if isinstance(config, Config) else config
-    return {key: _canonical(value) for key, value in values.items() if key not in NOT_IDENTITY}
+    kept = {key: value for key, value in values.items() if key not in NOT_IDENTITY}
+    kept["optimizer"] = {key: value for key, value in kept["optimizer"].items() if key != "kernels"}
+    return {key: _canonical(value) for key, value in kept.items()}
 
 
 def run_name(config: Config) -> str:

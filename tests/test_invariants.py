@@ -34,7 +34,6 @@ from dpopt.sources import TensorSource
 
 REAL_GRADIENTS = gradients.per_example_gradients
 REAL_EPSILON_AT = PrivacyPlan.epsilon_at
-REAL_RELEASE = PrivateGradient._release
 REAL_SAMPLE = sampling.sample_indices
 REAL_CLIPPED = PrivateGradient._accumulate_clipped
 
@@ -52,14 +51,14 @@ def check_noise_is_the_accountants():
 
 
 def no_noise(patch):
-    patch.setattr(RandomKey, "normal", lambda self, count, *labels: torch.zeros(count, dtype=torch.float64))
+    scaled_noise(0.0)(patch)
 
 
 def scaled_noise(factor):
-    real = RandomKey.normal
+    real = RandomKey.gaussians
 
     def mutant(patch):
-        patch.setattr(RandomKey, "normal", lambda self, count, *labels: factor * real(self, count, *labels))
+        patch.setattr(RandomKey, "gaussians", lambda *arguments: (factor * piece for piece in real(*arguments)))
 
     mutant.__name__ = f"noise_times_{factor:.2f}"
     return mutant
@@ -107,7 +106,7 @@ def check_empty_batches_are_noisy_steps():
     for batch in dpopt.poisson_batches(small_data(), plan):
         private.backward(batch)
         now = model[0].weight.grad
-        assert now is not None and (before is None or not torch.equal(now, before))
+        assert now is not None and bool((now != 0).all()) and (before is None or not torch.equal(now, before))
         before = now.clone()
     assert private.step == 12
 
@@ -121,16 +120,12 @@ def fixed_size_batches(patch):
 
 
 def realised_divisor(patch):
-    def release(self, parameters, sums):
-        REAL_RELEASE(self, parameters, sums)
-        for p in parameters.values():
-            p.grad *= self.plan.batch_size / max(1, self.realised)
-
     def backward(self, batch, real=PrivateGradient.backward):
         self.realised = len(batch.indices)
         real(self, batch)
+        for p in self.model.parameters():
+            p.grad *= self.plan.batch_size / max(1, self.realised)
 
-    patch.setattr(PrivateGradient, "_release", release)
     patch.setattr(PrivateGradient, "backward", backward)
 
 
@@ -256,6 +251,19 @@ def check_noise_is_drawn_once_per_step():
     for micro_batch in (1, 4, 64):
         noise = released_noise(make_plan(sigma=1.0), Flat(1.0), micro_batch)
         assert float(noise.std()) == pytest.approx(1.0, rel=0.02)
+    large = released_noise(make_plan(sigma=1.0), Flat(1.0), 64, steps=1, size=300_000)
+    for piece in large.split(10_000):
+        assert float(piece.std()) == pytest.approx(1.0, rel=0.05)
+    assert len(large.unique()) > 0.95 * len(large)
+
+
+def noise_for_the_first_piece_only(patch):
+    patch.setattr(RandomKey, "gaussians", first_piece_only)
+
+
+def first_piece_only(self, count, *labels, real=RandomKey.gaussians):
+    for number, piece in enumerate(real(self, count, *labels)):
+        yield piece if number == 0 else 0 * piece
 
 
 def noise_per_micro_batch(patch):
@@ -323,7 +331,7 @@ MUTANTS = {
         norm_of_the_first_parameter,
         variance_for_the_square,
     ],
-    check_noise_is_drawn_once_per_step: [no_noise, noise_per_micro_batch],
+    check_noise_is_drawn_once_per_step: [no_noise, noise_per_micro_batch, noise_for_the_first_piece_only],
     check_micro_batches_change_nothing: [augmentation_keyed_by_micro_batch],
     check_dropout_is_refused: [models_unchecked],
 }

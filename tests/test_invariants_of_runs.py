@@ -91,12 +91,12 @@ def key_of_the_seed_alone(patch):
 
 
 def the_same_noise_at_every_step(patch):
-    real = RandomKey.words
-    patch.setattr(RandomKey, "words", lambda self, count, *labels: real(self, count, labels[0]))
+    real = RandomKey._keystream
+    patch.setattr(RandomKey, "_keystream", lambda self, *labels: real(self, labels[0]))
 
 
 def unkeyed_noise(patch):
-    patch.setattr(RandomKey, "normal", lambda self, count, *labels: torch.randn(count, dtype=torch.float64))
+    patch.setattr(RandomKey, "gaussians", lambda self, count, *labels: iter([torch.randn(count)]))
 
 
 # 9. Nothing is silently left untrained or unclipped.

@@ -19,6 +19,7 @@ def count(model):
         (models.wrn_40_4, 10, 8_961_306),
         (models.nf_resnet50, 1000, 25_503_928),
         (models.cnn, 10, 21_578),
+        (models.linear, 10, 7_850),
     ],
 )
 def test_parameter_counts(make, classes, expected):

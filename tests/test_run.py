@@ -75,7 +75,7 @@ def test_bad_input_is_one_sentence(cli, tmp_path, arguments, words):
         (["epsilon=0.0001", "steps=100000"], "choose a larger epsilon"),
         (["+optimizer.windw=3"], "optimizer.windw is not an argument"),
         (["optimizer.lr=abc"], "optimizer.lr=abc does not fit"),
-        (["optimizer.bits=4"], "bits=4 must be 32"),
+        (["optimizer.bits=5"], "bits=5 must be 2, 4, 8 or 32"),
         (["dataset=imagenet", "data_dir=nowhere", "batch_size=64"], "set data_dir"),
         (["device=cuda"], "use device=cpu"),
         (["device=mps"], "use device=cpu"),
@@ -134,7 +134,8 @@ def test_nothing_private_is_recorded_by_default(cli, tmp_path):
     assert set(rows(run)[0]) == {
         *("step", "test/accuracy", "test/loss", "privacy/epsilon", "memory/optimizer_state_bytes"),
         *("optimizer/lr", "optimizer/effective_step", "optimizer/moved_fraction", "optimizer/moment_fluctuation"),
-        *("optimizer/grad_norm", "optimizer/error_feedback_norm"),
+        *("optimizer/grad_norm", "optimizer/error_feedback_norm", "optimizer/quantization_omega"),
+        *("optimizer/contraction", "optimizer/left_behind", "optimizer/window_mass"),
     }
     assert "diagnostics" not in (run / "privacy_card.md").read_text()
 

@@ -29,10 +29,11 @@ def test_labels_cannot_be_confused():
     assert not np.array_equal(KEY.words(4, 1, 23), KEY.words(4, 12, 3))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 1000, (1 << 19) + 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, (1 << 17) + 5])
 def test_every_length(count):
     draws = KEY.normal(count, "length")
     assert draws.shape == (count,) and draws.isfinite().all()
+    assert torch.equal(draws, KEY.normal(300_000, "length")[:count])  # draw i does not depend on how many there are
 
 
 def test_gaussian_and_not_another_gaussian():
@@ -44,11 +45,49 @@ def test_gaussian_and_not_another_gaussian():
 
 
 def test_tails():
-    draws = KEY.normal(4_000_000, "tails").abs()
-    for bound in (3, 4):
-        expected = len(draws) * math.erfc(bound / math.sqrt(2))
-        found = int((draws > bound).sum())
-        assert stats.poisson.ppf(5e-4, expected) <= found <= stats.poisson.ppf(1 - 5e-4, expected)
+    """99.9 % Poisson bounds on the counts; `scripts/check_noise.py` does it on a thousand million draws."""
+    count, bounds = 30_000_000, (3, 4, 4.5, 5)
+    found = dict.fromkeys(bounds, 0)
+    for piece in KEY.gaussians(count, "tails"):
+        for bound in bounds:
+            found[bound] += int((piece.abs() > bound).sum())
+    for bound in bounds:
+        expected = count * math.erfc(bound / math.sqrt(2))
+        assert stats.poisson.ppf(5e-4, expected) <= found[bound] <= stats.poisson.ppf(1 - 5e-4, expected)
+
+
+def test_steps_parameters_and_streams_are_uncorrelated():
+    """Correlations of n pairs have a standard deviation of 1/√n."""
+    n = 1_000_000
+    reference = KEY.normal(n, "noise", 0).double()
+    others = {
+        "step": KEY.normal(n, "noise", 1),
+        "stream": KEY.normal(n, "sample", 0),
+        "run": RandomKey.from_seed(0, "another").normal(n, "noise", 0),
+        "next": KEY.normal(n + 1, "noise", 0)[1:],
+        "pair": reference.view(-1).roll(1 << 16),  # the other draw of the same pair of uniforms
+        "square": KEY.normal(n, "noise", 1).square() - 1,
+    }
+    for other in others.values():
+        assert abs(float((reference * other).mean()) / float(other.double().std())) < 5 / math.sqrt(n)
+    radius = reference.square() - 1
+    for lag in (1, 1 << 16, 1 << 17):
+        assert abs(float((radius * radius.roll(lag)).mean())) < 5 * 2 / math.sqrt(n)
+
+
+def test_the_extremes_of_the_uniforms(monkeypatch):
+    """The words 0 and 2³² − 1 give finite draws, the former the largest there is."""
+
+    class Constant:
+        def __init__(self, byte):
+            self.byte = byte
+
+        def update_into(self, zeros, out):
+            np.asarray(out)[: len(zeros)] = self.byte
+
+    for byte, largest in ((0, 6.7637), (255, 0.0)):
+        monkeypatch.setattr(RandomKey, "_keystream", lambda self, *labels, byte=byte: Constant(byte))
+        assert float(KEY.normal(10).abs().max()) == pytest.approx(largest, abs=1e-3)
 
 
 def test_uniform():

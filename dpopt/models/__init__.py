@@ -5,8 +5,9 @@ Each is a function of `num_classes` and `in_channels` (and its own arguments) th
 
 from dpopt.models.cnn import cnn
 from dpopt.models.deit import deit_base, deit_small, deit_tiny
+from dpopt.models.linear import linear
 from dpopt.models.nf_resnet import nf_resnet50
 from dpopt.models.resnet import resnet18
 from dpopt.models.wrn import wrn_16_4, wrn_40_4
 
-__all__ = ["cnn", "deit_base", "deit_small", "deit_tiny", "nf_resnet50", "resnet18", "wrn_16_4", "wrn_40_4"]
+__all__ = ["cnn", "deit_base", "deit_small", "deit_tiny", "linear", "nf_resnet50", "resnet18", "wrn_16_4", "wrn_40_4"]

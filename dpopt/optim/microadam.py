@@ -2,95 +2,40 @@
 
 With g the gradient, e the error feedback, and a window of the last m sparse gradients (I, V), a step t = 1, 2, … is
 
-    a = g + e                                    accumulate
-    (I, V) = TopK(|a|),  k = ⌈density·d⌉         select, into row t mod m of the window
-    e = a, zero at I                             keep the rest for later
+    a = g + Q⁻¹(e)                                accumulate
+    (I, V) = TopK(|a|)                            select, into row t mod m of the window
+    e = Q(a, without V at I)                      keep the rest for later
     m̂ = (1 − β₁)/(1 − β₁ᵗ) · Σ β₁^age V          first moment, over the window
     v̂ = (1 − β₂)/(1 − β₂ᵗ) · Σ β₂^age V²         second moment, over the window
     θ ← θ(1 − lr·weight_decay) − lr·m̂/(ε + √v̂)
 
-As in the paper, selection is per tensor and error feedback is unquantised (`bits=32`). A coordinate outside the window
-has m̂ = 0 and does not move. β₂ᵗ keeps shrinking while the window forgets, so with β₂ = .999 and m = 10 the step of an
-always-selected coordinate grows from lr to about 6.5·lr: learning rates do not carry over from Adam.
+A coordinate outside the window has m̂ = 0 and does not move. TopK takes k = ⌈density·4096⌉ of every block of 4,096
+values, Q stores 4 bits per value with a range per bucket of 256 values (`dpopt.kernels.quantize`), and the window holds
+16-bit positions and bfloat16 values: at density 1 % and m = 10 that is .5 + .016 + .4 = .916 bytes per parameter, where
+Adam has 8. What bfloat16 cuts off a selected value goes back into e.
 
-Tensors of at most `dense_size` elements (biases, norms, small layers) select every coordinate: they are a fraction of a
-percent of a model, and on digits at ε = 8 sparsifying them costs accuracy (docs/concepts.md has the figures).
+`bits=32, scope="tensor"` is the algorithm as 2511.20509 runs it (TopK over each tensor, nothing rounded), and with
+`density=1, window=None` it is Adam. Differences from public code: a last, shorter block selects as many values as a
+full one; and tensors of at most `dense_size` values (biases, norms, small layers) keep Adam's two moments, which takes
+less memory than their window would and is a fraction of a percent of a model (docs/microadam.md has the figures).
 """
 
-import math
+import functools
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def microadam_step(
-    parameter: Tensor,
-    gradient: Tensor,
-    feedback: Tensor | None,
-    indices: Tensor,
-    values: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One step on one tensor of d elements, in place.
-
-    Args:
-        parameter: any shape, contiguous or not.
-        gradient: the same shape.
-        feedback: error feedback (d,); None drops what is not selected.
-        indices: the window's positions (m, k), int32; k is the number of coordinates selected.
-        values: the window's values (m, k).
-        step: t, from 1.
-        lr: learning rate.
-        betas: β₁, β₂.
-        eps: ε of the denominator.
-        weight_decay: decoupled.
-    """
-    window, k = indices.shape
-    accumulated = gradient.flatten().to(values.dtype)
-    if feedback is not None:
-        accumulated = feedback.add_(accumulated)  # the buffer itself: what is selected below is zeroed in place
-    if k < len(accumulated):
-        selected = accumulated.abs().topk(k, sorted=False).indices
-    else:
-        selected = torch.arange(k, device=accumulated.device)
-    row = (step - 1) % window
-    indices[row] = selected
-    values[row] = accumulated[selected]
-    if feedback is not None:
-        feedback[selected] = 0
-
-    first, second = window_moments(indices, values, step, betas, len(accumulated))
-    update = first.div_(second.sqrt_().add_(eps)).view(parameter.shape)
-    if weight_decay:
-        parameter.mul_(1 - lr * weight_decay)
-    parameter.add_(update.to(parameter.dtype), alpha=-lr)
-
-
-def window_moments(
-    indices: Tensor, values: Tensor, step: int, betas: tuple[float, float], size: int
-) -> tuple[Tensor, Tensor]:
-    """The bias-corrected moments m̂ and v̂ after `step` steps, dense, (size,)."""
-    window = len(indices)
-    rows = min(step, window)
-    # Row r was written at the latest step s ≤ step with (s − 1) mod window = r.
-    age = (step - 1 - torch.arange(rows, dtype=torch.float64, device=values.device)) % window
-    positions = indices[:rows].flatten().long()
-    moments = []
-    for beta, powers in zip(betas, (values[:rows], values[:rows].square()), strict=True):
-        weights = (beta**age * (1 - beta) / (1 - beta**step)).to(values.dtype)
-        dense = torch.zeros(size, dtype=values.dtype, device=values.device)
-        moments.append(dense.index_add_(0, positions, (weights[:, None] * powers).flatten()))
-    return moments[0], moments[1]
+from dpopt.kernels.microadam import microadam_step, recall, select, window_moments
+from dpopt.optim.blocks import Layout, Table, layout
 
 
 class MicroAdam(torch.optim.Optimizer):
-    """Adam over a sliding window of sparse gradients with error feedback.
+    """Adam over a sliding window of sparse gradients with error feedback in few bits.
 
     Args:
         params: parameters or parameter groups.
@@ -98,11 +43,15 @@ class MicroAdam(torch.optim.Optimizer):
         betas: decay of the first and second moment.
         eps: added to the denominator.
         weight_decay: decoupled.
-        density: fraction of each tensor's coordinates selected in a step, in (0, 1].
-        window: number of past sparse gradients that the moments see.
-        bits: precision of the error feedback; 32 keeps it in the parameter's dtype.
+        density: fraction of the values selected in a step, in (0, 1].
+        window: number of past sparse gradients that the moments see; None for all of them, in two dense moments.
+        bits: of the error feedback, 2, 4, 8, or 32 for unquantised feedback and window values.
+        bucket: values that share a quantisation range, a multiple of 8. Beyond 4,096 the blocks grow with it.
+        rounding: of the error feedback, `nearest` or `stochastic` (unbiased).
         error_feedback: carry what was not selected over to later steps; off, it is dropped.
-        dense_size: tensors of at most this many elements select every coordinate.
+        scope: select from every `block` of 4,096 values, or from the whole `tensor`.
+        dense_size: tensors of at most this many values keep Adam's dense moments.
+        kernels: `triton`, `torch`, or `auto` for Triton where parameters lie on a GPU.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -116,24 +65,17 @@ class MicroAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         density: float = 0.01,
-        window: int = 10,
-        bits: int = 32,
+        window: int | None = 10,
+        bits: int = 4,
+        bucket: int = 256,
+        rounding: str = "nearest",
         error_feedback: bool = True,
+        scope: str = "block",
         dense_size: int = 1024,
+        kernels: str = "auto",
     ) -> None:
-        ranges = {
-            "lr": (lr, lr >= 0, "0 or more"),
-            "betas": (betas, all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
-            "eps": (eps, eps > 0, "positive"),
-            "weight_decay": (weight_decay, weight_decay >= 0, "0 or more"),
-            "density": (density, 0 < density <= 1, "in (0, 1]"),
-            "window": (window, window >= 1, "at least 1"),
-            "bits": (bits, bits == 32, "32: this version keeps the error feedback unquantised"),
-            "dense_size": (dense_size, dense_size >= 0, "0 or more"),
-        }
-        for name, (value, good, meaning) in ranges.items():
-            if not good:
-                raise ValueError(f"{name}={value} must be {meaning}")
+        self.kernels = kernels
+        self._tables: dict[int, list[Table]] = {}
         defaults = dict(
             lr=lr,
             betas=tuple(betas),
@@ -142,10 +84,20 @@ class MicroAdam(torch.optim.Optimizer):
             density=density,
             window=window,
             bits=bits,
+            bucket=bucket,
+            rounding=rounding,
             error_feedback=error_feedback,
+            scope=scope,
             dense_size=dense_size,
         )
+        if kernels not in ("auto", "triton", "torch"):
+            raise ValueError(f"kernels={kernels} must be auto, triton or torch")
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own; raises ValueError for one outside its range."""
+        _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -154,61 +106,237 @@ class MicroAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state.update(_initial_state(parameter, group))
-                state["step"] += 1
-                microadam_step(
-                    parameter,
-                    parameter.grad,
-                    state.get("error_feedback"),
-                    state["window_indices"],
-                    state["window_values"],
-                    state["step"],
-                    group["lr"],
-                    group["betas"],
-                    group["eps"],
-                    group["weight_decay"],
-                )
+        self._update()
         return loss
 
+    @torch.compiler.disable  # nothing in here gains from being traced, and much of it cannot be
+    def _update(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            tables = self._tables_of(number, group, parameters)
+            active = {}
+            for parameter in parameters:
+                if parameter.grad.is_sparse or parameter.is_complex():
+                    raise ValueError(
+                        "MicroAdam takes dense, real gradients: use torch.optim.SparseAdam or Adam for others"
+                    )
+                self.state[parameter]["step"] += 1
+                active[parameter] = self.state[parameter]["step"]
+            for table in tables:
+                if table.layout.device.type != "meta":  # there only the state counts
+                    _step_table(table, {p: t for p, t in active.items() if p in table.first}, group, self.kernels)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved state, with the dtypes that it was saved in (torch would cast indices to floats)."""
+        """Restore a saved state, with the dtypes that it was saved in (torch would cast positions to floats)."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, name in zip(group["params"], saved["params"], strict=True):
                 for key, value in state_dict["state"].get(name, {}).items():
                     if isinstance(value, Tensor):
-                        self.state[parameter][key] = value.clone().to(parameter.device)
+                        self.state[parameter][key] = value.to(parameter.device)
+        self._tables.clear()  # the next step makes them of this state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "kernels": self.kernels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._tables = {}
+        super().__setstate__(state)
 
     @torch.no_grad()
-    def diagnostics(self) -> dict[str, float]:
-        """The norm of the error feedback over all parameters: what selection has kept back so far."""
-        feedbacks = [s["error_feedback"] for s in self.state.values() if "error_feedback" in s]
-        return {"optimizer/error_feedback_norm": math.sqrt(sum(float(e.double().square().sum()) for e in feedbacks))}
+    def watch(self) -> Callable[[], dict[str, float]]:
+        """Look at one step from outside, off the hot path: call before the step, and the returned function after it.
+
+        Returns:
+            A function of no arguments that gives `optimizer/error_feedback_norm`, ‖Q⁻¹(e)‖ after the step;
+            `optimizer/contraction`, √(1 − k/d), the largest part of a that selection can leave behind, and
+            `optimizer/left_behind`, the part that it did leave; `optimizer/quantization_omega`, the error of Q relative
+            to what it stored; and `optimizer/window_mass`, the part of v̂'s weights that the window holds. Over the
+            parameters with error feedback; the theory of 2405.15593 asks (1 + ω)·√(1 − k/d) < 1.
+        """
+        before = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.numel() > 0 and layout(p, group).feedback:
+                    before[p] = self.feedback(p)
+                    before[p].view(-1)[: p.numel()] += p.grad.flatten()
+
+        def after() -> dict[str, float]:
+            sizes = {"a": 0.0, "rest": 0.0, "error": 0.0, "feedback": 0.0}
+            selected = values = 0
+            windows = []
+            for p, a in before.items():
+                form, feedback = self._layout(p), self.feedback(p)
+                rest = a.scatter(1, select(a, form.k), 0.0)
+                for name, part in {"a": a, "rest": rest, "error": rest - feedback, "feedback": feedback}.items():
+                    sizes[name] += float(part.double().square().sum())
+                selected, values = selected + len(a) * form.k, values + a.numel()
+                if form.window is not None:
+                    windows.append((self.state[p]["step"], form.window))
+            mass = 1.0
+            if windows:
+                (step, window), beta = max(windows), self.param_groups[0]["betas"][1]
+                mass = (1 - beta ** min(step, window)) / (1 - beta**step)
+            return {
+                "optimizer/error_feedback_norm": sizes["feedback"] ** 0.5,
+                "optimizer/contraction": (1 - selected / max(values, 1)) ** 0.5,
+                "optimizer/left_behind": (sizes["rest"] / max(sizes["a"], 1e-300)) ** 0.5,
+                "optimizer/quantization_omega": (sizes["error"] / max(sizes["rest"], 1e-300)) ** 0.5,
+                "optimizer/window_mass": mass,
+            }
+
+        return after
+
+    @torch.no_grad()
+    def feedback(self, parameter: Tensor) -> Tensor:
+        """The error feedback of a parameter as the next step will read it, in blocks (n, size), padded with zeros."""
+        form = self._layout(parameter)
+        out = torch.empty(-(-parameter.numel() // form.size), form.size, dtype=form.dtype, device=form.device)
+        recall(self.state.get(parameter, {}), out).view(-1)[parameter.numel() :] = 0
+        return out
 
     @torch.no_grad()
     def first_moment(self, parameter: Tensor) -> Tensor:
         """m̂ of a parameter, dense, (d,), after at least one step."""
-        state = self.state[parameter]
-        betas = next(g["betas"] for g in self.param_groups if any(p is parameter for p in g["params"]))
-        size = parameter.numel()
-        return window_moments(state["window_indices"], state["window_values"], state["step"], betas, size)[0]
+        state, betas, form = self.state[parameter], self._group(parameter)["betas"], self._layout(parameter)
+        if "exp_avg" in state:
+            moment = state["exp_avg"] / (1 - betas[0] ** state["step"])
+        else:
+            indices = state["indices"].flatten(1).long()
+            first, second = torch.empty(2, len(indices), form.size, dtype=form.dtype, device=form.device)
+            moment, _ = window_moments(indices, state["values"], state["step"], betas, first, second)
+        return moment.flatten()[: parameter.numel()]
+
+    def _group(self, parameter: Tensor) -> dict[str, Any]:
+        return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+
+    def _layout(self, parameter: Tensor) -> Layout:
+        return layout(parameter, self._group(parameter))
+
+    def _tables_of(self, number: int, group: dict[str, Any], parameters: list[Tensor]) -> list[Table]:
+        """The group's tables; made anew, of the state, when a parameter joins, has moved or was loaded."""
+        tables = self._tables.get(number, [])
+        known = {p: table.layout for table in tables for p in table.first}
+        if all(known.get(p) == layout(p, group) for p in parameters):
+            return tables
+        members: dict[Layout, list[Tensor]] = {}
+        for p in group["params"]:
+            if self.state.get(p) or any(p is q for q in parameters):
+                members.setdefault(layout(p, group), []).append(p)
+        tables = [Table.of(form, together) for form, together in members.items()]
+        for table in tables:
+            for p in table.first:
+                old, new = self.state.get(p) or {"step": 0}, table.rows(p)
+                for name, rows in new.items():
+                    if name in old:
+                        if old[name].shape != rows.shape:
+                            raise ValueError(
+                                f"{name} has shape {tuple(old[name].shape)}, the options ask for {tuple(rows.shape)}: "
+                                "density, window, bits, bucket, scope and dense_size cannot change during a training"
+                            )
+                        rows.copy_(old[name])
+                self.state[p] = {"step": old["step"], **new}
+        self._tables[number] = tables
+        return tables
 
 
-def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    size = parameter.numel()
-    k = size if size <= group["dense_size"] else math.ceil(group["density"] * size)
-    device, dtype = parameter.device, parameter.dtype
-    state = {
-        "step": 0,
-        "window_indices": torch.zeros(group["window"], k, dtype=torch.int32, device=device),
-        "window_values": torch.zeros(group["window"], k, dtype=dtype, device=device),
+def _step_table(table: Table, active: dict[Tensor, int], group: dict[str, Any], kernels: str) -> None:
+    """One step on the active parameters of a table."""
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    stochastic = group["rounding"] == "stochastic"
+    # Copies where parameter or gradient is not contiguous; the parameter's is written back at the end.
+    flat = {p: (p.detach().reshape(-1), p.grad.reshape(-1)) for p in active if p.grad is not None}
+    if _use_triton(table.layout, kernels):
+        from dpopt.kernels.microadam_triton import step_table
+
+        for step in set(active.values()):
+            chosen = {p: flat[p] for p in active if active[p] == step}
+            step_table(table, chosen, step, lr, group["betas"], group["eps"], decay, stochastic)
+    else:
+        _reference_step(table, active, flat, lr, group["betas"], group["eps"], decay, stochastic)
+    for p, (values, _) in flat.items():
+        if not p.is_contiguous():
+            p.copy_(values.view(p.shape))
+
+
+def _reference_step(
+    table: Table,
+    active: dict[Tensor, int],
+    flat: dict[Tensor, tuple[Tensor, Tensor]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    stochastic: bool,
+) -> None:
+    form = table.layout
+    scratch = table.scratch()
+    for step, pieces in table.runs(active):
+        start, stop = pieces[0].row, pieces[-1].row + pieces[-1].rows
+        state = {name: tensor[start:stop] for name, tensor in table.tensors.items()}
+        a, work = scratch[:, : stop - start]
+        blocks = recall(state, a).view(-1)
+        spans = [((p.row - start) * form.size, p.end - p.begin) for p in pieces]
+        for (offset, count), piece in zip(spans, pieces, strict=True):
+            blocks[offset : offset + count].add_(flat[piece.parameter][1][piece.begin : piece.end])
+            blocks[offset + count : offset + piece.rows * form.size] = 0
+        rows = None
+        if stochastic:
+            rows = torch.cat([torch.arange(p.rows, device=a.device) + p.begin // form.size for p in pieces])
+        update = microadam_step(a, state, step, form.k, betas, eps, lr, work, rows).view(-1)
+        for (offset, count), piece in zip(spans, pieces, strict=True):
+            target = flat[piece.parameter][0][piece.begin : piece.end]
+            if decay:
+                target.mul_(1 - lr * decay)
+            target.add_(update[offset : offset + count])
+
+
+def _use_triton(form: Layout, kernels: str) -> bool:
+    """Whether the Triton kernels take this layout; says once why not where they are expected.
+
+    Raises:
+        ValueError: when they are asked for by name and cannot run.
+    """
+    if kernels == "torch" or (kernels == "auto" and form.device.type != "cuda"):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        reason = "the package triton is missing (pip install triton)"
+    elif form.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = f"the parameters are on {form.device.type}; TRITON_INTERPRET=1 runs the kernels there, for tests"
+    else:
+        from dpopt.kernels.microadam_triton import supports
+
+        reason = supports(form)
+        if not reason:
+            return True
+        reason = f"they do not take {reason}"
+    if kernels == "triton":
+        raise ValueError(f"kernels=triton cannot be used: {reason}; use kernels=auto or torch")
+    _warn_once(reason)
+    return False
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"MicroAdam runs without its Triton kernels, several times slower: {reason}", stacklevel=4)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raise ValueError for an option outside its range."""
+    betas, window, bits = options["betas"], options["window"], options["bits"]
+    ranges = {
+        "lr": (options["lr"] >= 0, "0 or more"),
+        "betas": (all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+        "eps": (options["eps"] > 0, "positive"),
+        "weight_decay": (options["weight_decay"] >= 0, "0 or more"),
+        "density": (0 < options["density"] <= 1, "in (0, 1]"),
+        "window": (window is None or window >= 1, "at least 1, or None for an unbounded window"),
+        "bits": (bits in (2, 4, 8, 32), "2, 4, 8 or 32"),
+        "bucket": (options["bucket"] >= 8 and options["bucket"] % 8 == 0, "a positive multiple of 8"),
+        "rounding": (options["rounding"] in ("nearest", "stochastic"), "nearest or stochastic"),
+        "scope": (options["scope"] in ("block", "tensor"), "block or tensor"),
+        "dense_size": (options["dense_size"] >= 0, "0 or more"),
     }
-    if group["error_feedback"] and k < size:
-        state["error_feedback"] = torch.zeros(size, dtype=dtype, device=device)
-    return state
+    for name, (good, meaning) in ranges.items():
+        if not good:
+            raise ValueError(f"{name}={options[name]} must be {meaning}")

@@ -10,12 +10,14 @@ class StepProbe:
     """Compare parameters and first moments before and after a step. All of it derives from `p.grad`: post-processing.
 
     Args:
-        optimizer: any; its first moment is read from `exp_avg`, `momentum_buffer` or a method `first_moment(p)`.
+        optimizer: any; its first moment is read from `exp_avg`, `momentum_buffer` or a method `first_moment(p)`, and a
+            method `watch()`, called before the step, may return a function that gives figures of its own after it.
     """
 
     @torch.no_grad()
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.own = optimizer.watch() if hasattr(optimizer, "watch") else dict
         self.before = [
             (p, p.detach().clone(), _first_moment(optimizer, p), group["lr"])
             for group in optimizer.param_groups
@@ -31,7 +33,7 @@ class StepProbe:
             `optimizer/effective_step`: root mean square of |Δθ|/lr over the coordinates that moved;
             `optimizer/moved_fraction`: the fraction of coordinates that moved;
             `optimizer/moment_fluctuation`: ‖m_t − m_{t−1}‖/‖m_{t−1}‖, where there is a first moment;
-            `optimizer/grad_norm`: norm of the privatised gradient; and the optimizer's own `diagnostics()`.
+            `optimizer/grad_norm`: norm of the privatised gradient; and the optimizer's own.
         """
         squares = moved = total = grad = change = size = 0.0
         for p, old, moment, lr in self.before:
@@ -50,8 +52,7 @@ class StepProbe:
             "optimizer/moment_fluctuation": (change / size) ** 0.5 if size else 0.0,
             "optimizer/grad_norm": grad**0.5,
         }
-        own: Any = getattr(self.optimizer, "diagnostics", None)
-        return values | (own() if own else {})
+        return values | self.own()
 
 
 def _first_moment(optimizer: Any, parameter: Tensor) -> Tensor | None:

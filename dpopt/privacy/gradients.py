@@ -18,6 +18,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from dpopt.plan import PrivacyPlan
 from dpopt.privacy.clipping import ClipRule
+from dpopt.privacy.noise import add_noise
 from dpopt.privacy.sampling import PoissonBatch
 
 # On a CPU, torch adds the squares of a long row one by one in fp32: 25 million equal entries lose 1 % of their norm.
@@ -91,27 +92,24 @@ class PrivateGradient:
         key.released[0] = self.step + 1
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         accumulate = self._accumulate_plain if self.clip is None else self._accumulate_clipped
-        sums = {n: torch.zeros_like(p, dtype=_sum_dtype(p)) for n, p in parameters.items()}
-        raw = _RawStatistics()
         reference = next(iter(parameters.values()))
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+        total = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=dtype, device=reference.device)
+        parts = total.split([p.numel() for p in parameters.values()])
+        sums = {n: part.view(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}
+        raw = _RawStatistics()
         for inputs, targets, mask in batch:
             inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
             targets, mask = targets.to(reference.device), mask.to(reference.device)
             accumulate(parameters, sums, inputs, targets, mask, raw)
         if self.diagnostics:
             self.statistics = raw.summary(sums, self.noise_std * self.plan.batch_size)
-        self._release(parameters, sums)
-        self.step += 1
-
-    def _release(self, parameters: dict[str, nn.Parameter], sums: dict[str, Tensor]) -> None:
-        """Add the noise of this logical step, once, on the sum; divide by qN; hand over to `p.grad`."""
-        if self.clip is not None and self.plan.noise_multiplier > 0:
-            std = self.plan.noise_multiplier * self.clip.sensitivity
-            for position, total in enumerate(sums.values()):
-                noise = self.plan.key.normal(total.numel(), "noise", self.step, position)
-                total.add_(noise.view(total.shape).to(total.device, total.dtype), alpha=std)
+        # The noise of this logical step, once, on the sum.
+        std = 0.0 if self.clip is None else self.plan.noise_multiplier * self.clip.sensitivity
+        add_noise(total, std, self.plan.batch_size, self.plan.key, self.step)
         for name, parameter in parameters.items():
-            parameter.grad = sums[name].div_(self.plan.batch_size).to(parameter.dtype)
+            parameter.grad = sums[name].to(parameter.dtype)
+        self.step += 1
 
     def _accumulate_clipped(
         self,

@@ -1,0 +1,181 @@
+"""One step of MicroAdam on rows of blocks, in plain PyTorch: the reference that the Triton kernel must equal.
+
+A block is a row of `size` values of which k are selected; the window has m rows per block. The state of n blocks is
+`indices` (n, m, k) and `values` (n, m, k), or for an unbounded window the moments `exp_avg` and `exp_avg_sq` (n, size);
+and, where there is error feedback, `feedback`: (n, size), or packed codes (n, size·bits/8) with `ranges` (n,
+size/bucket, 2).
+"""
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpopt.kernels.quantize import dequantize, golden_dither, quantize
+
+_GROUPED = 8
+
+
+def microadam_step(
+    accumulated: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    k: int,
+    betas: tuple[float, float],
+    eps: float,
+    lr: float,
+    work: Tensor,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Select, remember the rest, and form the update of n blocks; the state changes in place.
+
+    Args:
+        accumulated: gradient plus error feedback (n, size); overwritten.
+        state: of these blocks.
+        step: t, from 1.
+        k: values selected per block.
+        betas: β₁, β₂.
+        eps: ε of the denominator.
+        lr: learning rate.
+        work: scratch, like accumulated. Fresh memory costs more than most of what is done here.
+        rows: number of each block within its tensor (n,), for stochastic rounding; None rounds to nearest.
+
+    Returns:
+        −lr·m̂/(ε + √v̂), (n, size), in the memory of `accumulated`.
+    """
+    chosen = select(accumulated, k)
+    picked = accumulated.gather(1, chosen)
+    windowed = "indices" in state
+    stored = picked.to(state["values"].dtype) if windowed else picked
+    if "feedback" in state:
+        # What rounding the selected values to their storage cuts off stays in the feedback: nothing is lost.
+        remember(accumulated.scatter_(1, chosen, picked - stored), state, step, work, rows)
+    if windowed:
+        row = (step - 1) % state["indices"].shape[1]
+        state["indices"][:, row] = chosen.to(state["indices"].dtype)
+        state["values"][:, row] = stored
+        positions = state["indices"].flatten(1).long()
+        first, second = window_moments(positions, state["values"], step, betas, accumulated, work)
+        # Outside the window m̂ is 0, and so is the update: a tenth of the values are left to compute.
+        update = first.gather(1, positions).div_(_root(second.gather(1, positions)).add_(eps)).mul_(-lr)
+        return first.scatter_(1, positions, update)
+    selected = accumulated.zero_().scatter_(1, chosen, picked) if k < accumulated.shape[1] else accumulated
+    first = state["exp_avg"].mul_(betas[0]).add_(selected * (1 - betas[0]))
+    second = state["exp_avg_sq"].mul_(betas[1]).add_(selected.square().mul_(1 - betas[1]))
+    root = _root(torch.mul(second, 1 / (1 - betas[1] ** step), out=work))
+    return torch.mul(first, 1 / (1 - betas[0] ** step), out=accumulated).div_(root.add_(eps)).mul_(-lr)
+
+
+def _root(x: Tensor) -> Tensor:
+    """√x, correctly rounded: on a CPU torch's is not in float32 (1 value in 150 is off by one bit)."""
+    return x.double().sqrt_().to(x.dtype)
+
+
+def recall(state: Mapping[str, Tensor], out: Tensor) -> Tensor:
+    """The error feedback of n blocks, into (n, size); zeros where there is none."""
+    if "ranges" in state:
+        return dequantize(state["feedback"], state["ranges"], out)
+    return out.copy_(state["feedback"]) if "feedback" in state else out.zero_()
+
+
+def remember(rest: Tensor, state: Mapping[str, Tensor], step: int, work: Tensor, rows: Tensor | None) -> None:
+    """Store what was not selected, (n, size), in the state."""
+    if "ranges" not in state:
+        state["feedback"].copy_(rest)
+        return
+    buckets = state["ranges"].shape[1]
+    dither = None if rows is None else golden_dither(rows, step, buckets, rest.shape[1] // buckets)
+    quantize(rest, state["feedback"], state["ranges"], work, dither)
+
+
+def select(values: Tensor, k: int) -> Tensor:
+    """Positions (n, k), ascending, of the k values of largest magnitude in each row of (n, size).
+
+    Ties go to the lower position; NaN counts as infinite, so what is not finite is selected and shows.
+
+    A first pass takes the largest of every 8 values, far apart so that it is vectorised. The k + 1 groups with the
+    largest hold the k largest values, unless there is a tie, and only they are searched; rows with ties are done anew.
+    """
+    n, size = values.shape
+    if k >= size:
+        return torch.arange(size, device=values.device).expand(n, size)
+    groups = size // _GROUPED if size % _GROUPED == 0 and k < size // _GROUPED else size
+    grouped = values.view(n, -1, groups)
+    peaks = torch.maximum(grouped.amax(1), -grouped.amin(1))
+    if groups == size or not bool(peaks.amax() < float("inf")):
+        return _largest(values.abs().nan_to_num_(nan=float("inf")), k)[0]
+    best, bound, _ = _largest(peaks, k + 1)
+    members = torch.arange(0, size, groups, device=values.device)
+    candidates = (members[:, None] + best[:, None, :]).flatten(1)  # ascending
+    position, least, tied = _largest(values.gather(1, candidates).abs_(), k)
+    chosen = candidates.gather(1, position)
+    tied |= ~(bound < least)
+    if bool(tied.any()):
+        chosen[tied] = _largest(values[tied].abs(), k)[0]
+    return chosen
+
+
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: the positions (n, k), ascending, of the k largest values, ties going to the lower position; the
+    least of these values (n,); and whether a value as large had to be left out (n,)."""
+    n, size = x.shape
+    if x.is_cuda:
+        least = x.topk(k).values[:, -1]
+    else:  # NumPy's partition is vectorised, and five times as fast as torch.topk
+        least = torch.from_numpy(np.partition(x.numpy(), size - k, axis=1)[:, size - k].copy())
+    chosen = x >= least[:, None]
+    positions = _nonzero(chosen)
+    tied = torch.zeros(n, dtype=torch.bool, device=x.device)
+    if len(positions) > n * k:
+        tied = chosen.sum(1) > k
+        equal = x == least[:, None]
+        above = chosen & ~equal
+        chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        positions = _nonzero(chosen)
+    return positions.view(n, k) - torch.arange(0, n * size, size, device=x.device)[:, None], least, tied
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """Positions in the flattened mask, ascending."""
+    if mask.is_cuda:
+        return mask.flatten().nonzero().flatten()
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+@functools.lru_cache(maxsize=16)
+def window_weights(
+    step: int, window: int, betas: tuple[float, float], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What the window's rows weigh in the bias-corrected moments after `step` steps, (2, m); 0 if not yet written."""
+    # Row r was written at the latest step s ≤ step with (s − 1) mod window = r.
+    ages = [(step - 1 - row) % window for row in range(window)]
+    weights = [[b**age * (1 - b) / (1 - b**step) if age < step else 0.0 for age in ages] for b in betas]
+    return torch.tensor(weights, dtype=dtype, device=device)
+
+
+def window_moments(
+    positions: Tensor, values: Tensor, step: int, betas: tuple[float, float], first: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The bias-corrected moments m̂ and v̂ after `step` steps, into two tensors (n, size), summed row by row.
+
+    Args:
+        positions: the window's, (n, m·k) int64.
+        values: the window's, (n, m, k).
+        step: t, from 1.
+        betas: β₁, β₂.
+        first: receives m̂.
+        second: receives v̂.
+    """
+    window, k = values.shape[1:]
+    values = values.to(first.dtype)
+    weights = window_weights(step, window, tuple(betas), first.dtype, first.device)
+    # One scatter adds in order on a CPU, and in any order on a GPU.
+    length = k if first.is_cuda else window * k
+    for moment, weight, powers in zip((first, second), weights, (values, values * values), strict=True):
+        moment.zero_()
+        terms = (powers * weight[:, None]).flatten(1)
+        for start in range(0, window * k, length):
+            moment.scatter_add_(1, positions[:, start : start + length], terms[:, start : start + length])
+    return first, second

@@ -1,0 +1,117 @@
+"""The Triton kernels against their references, bit for bit: on a GPU, or else in Triton's interpreter."""
+
+import csv
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from dpopt.optim import MicroAdam
+from dpopt.optim.blocks import layout
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = (1, 2, 63, 1025, 4096, 4097, 100_003)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # the interpreter is NumPy
+
+
+def trained(kernels, dtype, steps=3, sizes=SIZES, **options):
+    """Parameters of all sizes after some steps, gradients among them that are zero, constant, NaN and infinite."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(n, generator=generator).to(DEVICE, dtype)) for n in sizes]
+    optimizer = MicroAdam(parameters, lr=0.01, kernels=kernels, **options)
+    for step in range(steps):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator).to(DEVICE, dtype)
+        if len(parameters) > 4:
+            parameters[4].grad[:] = 0.0 if step % 2 else 2.5
+            parameters[3].grad = None if step == 1 else parameters[3].grad
+        if step == 2:
+            parameters[-1].grad[7], parameters[-1].grad[50_000:50_100] = float("nan"), float("inf")
+        optimizer.step()
+    return parameters, optimizer
+
+
+def assert_same(one, other):
+    for p, q in zip(one[0], other[0], strict=True):
+        assert torch.equal(p.nan_to_num(7), q.nan_to_num(7))
+        state, twin = one[1].state[p], other[1].state[q]
+        assert set(state) == set(twin)
+        for name, value in state.items():
+            same = torch.equal(value.nan_to_num(7), twin[name].nan_to_num(7)) if name != "step" else value == twin[name]
+            assert same, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, dict(bits=32), dict(bits=8, rounding="stochastic", weight_decay=0.1)])
+def test_all_sizes(dtype, options):
+    assert_same(trained("torch", dtype, **options), trained("triton", dtype, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(bits=2, bucket=64),
+        dict(bits=4, rounding="stochastic", window=1),
+        dict(bits=8, bucket=4096, density=0.1, window=3),
+        dict(bits=2, bucket=8, error_feedback=False),
+        dict(dense_size=0, density=0.0001),
+        dict(bucket=16_384, density=0.02),
+    ],
+)
+def test_all_options(options):
+    sizes = (5, 2000, 5001)
+    pair = [trained(kernels, torch.float32, 7, sizes, **options) for kernels in ("torch", "triton")]
+    assert_same(*pair)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(window=None), "unbounded window"),
+        (dict(scope="tensor"), "scope=block"),
+        (dict(bucket=24), "power of two"),
+        (dict(density=0.5), "at most 512"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_said(options, reason):
+    from dpopt.kernels.microadam_triton import supports
+
+    parameter = nn.Parameter(torch.zeros(5001, device=DEVICE))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = MicroAdam([parameter], kernels="triton", **options)
+    assert reason in supports(layout(parameter, optimizer.param_groups[0]))
+    with pytest.raises(ValueError, match="use kernels=auto or torch"):
+        optimizer.step()
+
+
+def test_without_triton(monkeypatch):
+    parameter = nn.Parameter(torch.zeros(5001))
+    parameter.grad = torch.ones_like(parameter)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    MicroAdam([parameter]).step()
+    with pytest.raises(ValueError, match="pip install triton"):
+        MicroAdam([parameter], kernels="triton").step()
+    if DEVICE == "cpu":
+        monkeypatch.undo()
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+            MicroAdam([parameter], kernels="triton").step()
+
+
+def test_a_training_with_either_is_the_same(cli, tmp_path):
+    """Digits, 100 steps: the same losses, to the last digit."""
+    rows = []
+    for kernels in ("torch", "triton"):
+        arguments = ("+experiment=quickstart", "steps=100", "eval_every=20", f"optimizer.kernels={kernels}")
+        where = tmp_path / kernels
+        done = cli(*arguments, f"output_dir={where}", timeout=900)
+        assert done.returncode == 0, done.stderr
+        with next(where.glob("*/metrics.csv")).open() as file:
+            rows.append(
+                [(row["step"], row["test/loss"], row["optimizer/effective_step"]) for row in csv.DictReader(file)]
+            )
+    assert len(rows[0]) == 5 and rows[0] == rows[1]
