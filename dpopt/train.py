@@ -195,6 +195,7 @@ def _train(
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "optimizer_state_bytes": optimizer_state_bytes(optimizer),
+        "adam_state_bytes": 8 * sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_memory_bytes": peak_memory_bytes(device),
         "examples_per_second": (step - first) * plan.batch_size / training if training else 0.0,
         "wall_seconds": time.perf_counter() - clock,

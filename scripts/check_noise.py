@@ -43,10 +43,8 @@ def main(count: int) -> None:
         error = (float(sums[power - 1]) / count - expected) / math.sqrt(variance / count)
         print(f"| {power} | {error:+.2f} |")
     some = torch.cat(sample).numpy()
-    values = ", ".join(
-        f"{name}: {stats.kstest(some / f, 'norm').pvalue:.2g}" for name, f in (("σ", 1), ("2σ/3", 2 / 3), ("3σ/2", 1.5))
-    )
-    print(f"\nKolmogorov–Smirnov p-values on {len(some):,} of them: {values}")
+    found = [f"{stats.kstest(some / factor, 'norm').pvalue:.2g} for {factor:.3g}σ" for factor in (1, 2 / 3, 3 / 2)]
+    print(f"\nKolmogorov–Smirnov p-values on {len(some):,} of them: {', '.join(found)}")
 
 
 if __name__ == "__main__":

@@ -19,32 +19,32 @@ _GROUPED = 8
 
 
 def microadam_step(
-    accumulated: Tensor,
+    scratch: Tensor,
     state: Mapping[str, Tensor],
     step: int,
     k: int,
     betas: tuple[float, float],
     eps: float,
     lr: float,
-    work: Tensor,
     rows: Tensor | None = None,
 ) -> Tensor:
     """Select, remember the rest, and form the update of n blocks; the state changes in place.
 
     Args:
-        accumulated: gradient plus error feedback (n, size); overwritten.
+        scratch: (2, n, size), contiguous; the first half holds gradient plus error feedback. Both are overwritten:
+            fresh memory would cost more than most of what is done here.
         state: of these blocks.
         step: t, from 1.
         k: values selected per block.
         betas: β₁, β₂.
         eps: ε of the denominator.
         lr: learning rate.
-        work: scratch, like accumulated. Fresh memory costs more than most of what is done here.
         rows: number of each block within its tensor (n,), for stochastic rounding; None rounds to nearest.
 
     Returns:
-        −lr·m̂/(ε + √v̂), (n, size), in the memory of `accumulated`.
+        −lr·m̂/(ε + √v̂), (n, size), in the memory of `scratch`.
     """
+    accumulated, work = scratch
     chosen = select(accumulated, k)
     picked = accumulated.gather(1, chosen)
     windowed = "indices" in state
@@ -54,13 +54,13 @@ def microadam_step(
         remember(accumulated.scatter_(1, chosen, picked - stored), state, step, work, rows)
     if windowed:
         row = (step - 1) % state["indices"].shape[1]
-        state["indices"][:, row] = chosen.to(state["indices"].dtype)
+        state["indices"][:, row] = chosen
         state["values"][:, row] = stored
         positions = state["indices"].flatten(1).long()
-        first, second = window_moments(positions, state["values"], step, betas, accumulated, work)
+        moments = window_moments(positions, state["values"], step, betas, scratch)
+        first, second = torch.view_as_real(moments.gather(1, positions)).unbind(2)
         # Outside the window m̂ is 0, and so is the update: a tenth of the values are left to compute.
-        update = first.gather(1, positions).div_(_root(second.gather(1, positions)).add_(eps)).mul_(-lr)
-        return first.scatter_(1, positions, update)
+        return accumulated.zero_().scatter_(1, positions, first.div(_root(second).add_(eps)).mul_(-lr))
     selected = accumulated.zero_().scatter_(1, chosen, picked) if k < accumulated.shape[1] else accumulated
     first = state["exp_avg"].mul_(betas[0]).add_(selected * (1 - betas[0]))
     second = state["exp_avg_sq"].mul_(betas[1]).add_(selected.square().mul_(1 - betas[1]))
@@ -69,8 +69,8 @@ def microadam_step(
 
 
 def _root(x: Tensor) -> Tensor:
-    """√x, correctly rounded: on a CPU torch's is not in float32 (1 value in 150 is off by one bit)."""
-    return x.double().sqrt_().to(x.dtype)
+    """√x, correctly rounded: on a CPU torch's is not in float32 (1 value in 150 is off by one bit), NumPy's is."""
+    return x.sqrt() if x.is_cuda else torch.from_numpy(np.sqrt(x.numpy()))
 
 
 def recall(state: Mapping[str, Tensor], out: Tensor) -> Tensor:
@@ -155,27 +155,23 @@ def window_weights(
     return torch.tensor(weights, dtype=dtype, device=device)
 
 
-def window_moments(
-    positions: Tensor, values: Tensor, step: int, betas: tuple[float, float], first: Tensor, second: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The bias-corrected moments m̂ and v̂ after `step` steps, into two tensors (n, size), summed row by row.
+def window_moments(positions: Tensor, values: Tensor, step: int, betas: tuple[float, float], scratch: Tensor) -> Tensor:
+    """The bias-corrected moments after `step` steps, m̂ + i·v̂, (n, size): one pass over the window sums both.
 
     Args:
         positions: the window's, (n, m·k) int64.
         values: the window's, (n, m, k).
         step: t, from 1.
         betas: β₁, β₂.
-        first: receives m̂.
-        second: receives v̂.
+        scratch: (2, n, size), contiguous, whose memory the result takes.
     """
     window, k = values.shape[1:]
-    values = values.to(first.dtype)
-    weights = window_weights(step, window, tuple(betas), first.dtype, first.device)
+    moments = torch.view_as_complex(scratch.zero_().view(*scratch.shape[1:], 2))
+    values = values.to(scratch.dtype)
+    weights = window_weights(step, window, tuple(betas), scratch.dtype, scratch.device)[:, :, None]
+    terms = torch.complex(values * weights[0], values * values * weights[1]).flatten(1)
     # One scatter adds in order on a CPU, and in any order on a GPU.
-    length = k if first.is_cuda else window * k
-    for moment, weight, powers in zip((first, second), weights, (values, values * values), strict=True):
-        moment.zero_()
-        terms = (powers * weight[:, None]).flatten(1)
-        for start in range(0, window * k, length):
-            moment.scatter_add_(1, positions[:, start : start + length], terms[:, start : start + length])
-    return first, second
+    length = k if scratch.is_cuda else window * k
+    for start in range(0, window * k, length):
+        moments.scatter_add_(1, positions[:, start : start + length], terms[:, start : start + length])
+    return moments

@@ -46,9 +46,9 @@ def layout(parameter: Tensor, group: dict[str, Any]) -> Layout:
     dtype = torch.float64 if parameter.dtype == torch.float64 and bits == 32 else torch.float32
     if count <= group["dense_size"]:
         return Layout(1, 1, 32, 1, None, False, dtype, parameter.device)
-    bucket = group["bucket"] if bits < 32 else 1
+    whole = -(-count // 8) * 8  # a bucket need not be longer than its tensor
+    bucket = min(group["bucket"], whole if group["scope"] == "tensor" else max(BLOCK, whole)) if bits < 32 else 1
     if group["scope"] == "tensor":
-        bucket = min(bucket, -(-count // 8) * 8)
         size, k = -(-count // bucket) * bucket, math.ceil(group["density"] * count)
     else:
         size = bucket * max(1, round(BLOCK / bucket))
@@ -121,13 +121,13 @@ class Table:
         """Blocks of a run at most."""
         return max(1, _RUN // self.layout.size)
 
-    def scratch(self) -> Tensor:
-        """Room for two runs, (2, blocks, size), kept: fresh memory costs more than most operations."""
+    def scratch(self, rows: int) -> Tensor:
+        """Room for a run, (2, rows, size), kept: fresh memory costs more than most operations."""
+        form = self.layout
         if self._scratch is None:
-            rows = min(self.limit, len(next(iter(self.tensors.values()))))
-            form = self.layout
-            self._scratch = torch.empty(2, rows, form.size, dtype=form.dtype, device=form.device)
-        return self._scratch
+            most = min(self.limit, len(next(iter(self.tensors.values()))))
+            self._scratch = torch.empty(2 * most * form.size, dtype=form.dtype, device=form.device)
+        return self._scratch[: 2 * rows * form.size].view(2, rows, form.size)
 
     def runs(self, active: dict[Tensor, int]) -> Iterator[tuple[int, list[Piece]]]:
         """Consecutive rows of parameters at the same step, as (step, pieces), few enough rows to stay in the cache.

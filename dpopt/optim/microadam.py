@@ -203,8 +203,8 @@ class MicroAdam(torch.optim.Optimizer):
             moment = state["exp_avg"] / (1 - betas[0] ** state["step"])
         else:
             indices = state["indices"].flatten(1).long()
-            first, second = torch.empty(2, len(indices), form.size, dtype=form.dtype, device=form.device)
-            moment, _ = window_moments(indices, state["values"], state["step"], betas, first, second)
+            scratch = torch.empty(2, len(indices), form.size, dtype=form.dtype, device=form.device)
+            moment = window_moments(indices, state["values"], state["step"], betas, scratch).real
         return moment.flatten()[: parameter.numel()]
 
     def _group(self, parameter: Tensor) -> dict[str, Any]:
@@ -270,25 +270,24 @@ def _reference_step(
     stochastic: bool,
 ) -> None:
     form = table.layout
-    scratch = table.scratch()
     for step, pieces in table.runs(active):
         start, stop = pieces[0].row, pieces[-1].row + pieces[-1].rows
         state = {name: tensor[start:stop] for name, tensor in table.tensors.items()}
-        a, work = scratch[:, : stop - start]
-        blocks = recall(state, a).view(-1)
+        scratch = table.scratch(stop - start)
+        blocks = recall(state, scratch[0]).view(-1)
         spans = [((p.row - start) * form.size, p.end - p.begin) for p in pieces]
         for (offset, count), piece in zip(spans, pieces, strict=True):
             blocks[offset : offset + count].add_(flat[piece.parameter][1][piece.begin : piece.end])
             blocks[offset + count : offset + piece.rows * form.size] = 0
         rows = None
         if stochastic:
-            rows = torch.cat([torch.arange(p.rows, device=a.device) + p.begin // form.size for p in pieces])
-        update = microadam_step(a, state, step, form.k, betas, eps, lr, work, rows).view(-1)
+            rows = torch.cat([torch.arange(p.rows, device=form.device) + p.begin // form.size for p in pieces])
+        update = microadam_step(scratch, state, step, form.k, betas, eps, lr, rows).view(-1)
         for (offset, count), piece in zip(spans, pieces, strict=True):
-            target = flat[piece.parameter][0][piece.begin : piece.end]
+            values = flat[piece.parameter][0][piece.begin : piece.end]
             if decay:
-                target.mul_(1 - lr * decay)
-            target.add_(update[offset : offset + count])
+                values.mul_(1 - lr * decay)
+            values.add_(update[offset : offset + count])
 
 
 def _use_triton(form: Layout, kernels: str) -> bool:
