@@ -22,7 +22,8 @@ from dpopt.optim.blocks import Layout, Table
 
 _HUGE, _TINY = tl.constexpr(HUGE), tl.constexpr(TINY)
 _MOST_SELECTED = 512  # positions of a window row that fit into registers beside the rest
-_PROGRAMS_PER_SM = 4
+_REGISTERS = 96  # per thread: without a spill (compiled for sm_90), and two programs of 8 warps fit on an SM
+_PROGRAMS_PER_SM = 2
 _DENSE = 1024
 
 
@@ -55,7 +56,7 @@ def step_table(
 
     Args:
         table: the state.
-        parameters: for each parameter its values and its gradient, flat and contiguous, changed in place.
+        parameters: for each parameter its values and its gradient, contiguous; the values change in place.
         step: t, from 1.
         lr: learning rate.
         betas: β₁, β₂.
@@ -66,10 +67,12 @@ def step_table(
     form, device = table.layout, table.layout.device
     for dtype in {values.dtype for values, _ in parameters.values()}:
         chosen = {p: pair for p, pair in parameters.items() if pair[0].dtype == dtype}
-        pointers = torch.tensor([[v.data_ptr(), g.to(dtype).data_ptr()] for v, g in chosen.values()]).to(device)
-        counts = torch.tensor([p.numel() for p in chosen]).to(device)
-        blocks = torch.tensor([table.count(p) for p in chosen])
-        first = torch.stack([blocks.cumsum(0) - blocks, torch.tensor([table.first[p] for p in chosen])], 1).to(device)
+        gradients = [g.to(dtype) for _, g in chosen.values()]  # held until the launch
+        addresses = tuple(t.data_ptr() for (v, _), g in zip(chosen.values(), gradients, strict=True) for t in (v, g))
+        if table.launch.get("addresses", {}).get(dtype) != addresses:
+            table.launch.setdefault("addresses", {})[dtype] = addresses
+            table.launch.setdefault("arrays", {})[dtype] = _arrays(table, list(chosen), addresses)
+        pointers, counts, first, owner = table.launch["arrays"][dtype]
         common = dict(DTYPE=_DTYPES[dtype], DECAY=decay != 0, enable_fp_fusion=False)
         if form.size == 1:
             _dense_kernel[(len(chosen),)](
@@ -81,7 +84,6 @@ def step_table(
             )
             continue
         assert form.window is not None
-        owner = torch.repeat_interleave(blocks).to(device)
         weights = window_weights(step, form.window, tuple(betas), torch.float32, device)
         programs = min(len(owner), _programs(device))
         slab = torch.empty(programs, 3, form.size, device=device)
@@ -99,8 +101,20 @@ def step_table(
             BUCKET=form.bucket,
             FEEDBACK=form.feedback,
             STOCHASTIC=stochastic,
+            num_warps=8,
+            maxnreg=_REGISTERS,
             **common,
         )
+
+
+def _arrays(table: Table, parameters: list[Tensor], addresses: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """What the kernels read about each tensor (addresses, number of values, rows of the launch and of the table before
+    it), and the tensor of each block of the launch."""
+    blocks = torch.tensor([table.count(p) for p in parameters])
+    rows = torch.stack([blocks.cumsum(0) - blocks, torch.tensor([table.first[p] for p in parameters])], 1)
+    counts = torch.tensor([p.numel() for p in parameters])
+    arrays = (torch.tensor(addresses), counts, rows, torch.repeat_interleave(blocks))
+    return tuple(array.to(table.layout.device) for array in arrays)
 
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -112,7 +126,7 @@ def _programs(device: torch.device) -> int:
     return _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "window_row", "step"])
 def _step_kernel(
     pointers,
     counts,

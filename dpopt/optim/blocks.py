@@ -6,7 +6,7 @@ shared tensors, and `optimizer.state[p]` holds views of them: it saves, loads an
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -75,11 +75,13 @@ class Table:
         layout: of all of them.
         first: the first row of each parameter.
         tensors: the state, each of shape (rows, …).
+        launch: what a kernel keeps from one launch to the next.
     """
 
     layout: Layout
     first: dict[Tensor, int]
     tensors: dict[str, Tensor]
+    launch: dict[Any, Any] = field(default_factory=dict)
     _scratch: Tensor | None = None
 
     @classmethod

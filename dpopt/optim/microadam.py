@@ -33,6 +33,8 @@ from torch import Tensor
 from dpopt.kernels.microadam import microadam_step, recall, select, window_moments
 from dpopt.optim.blocks import Layout, Table, layout
 
+_FORM = ("density", "window", "bits", "bucket", "scope", "error_feedback", "dense_size")  # what shapes the state
+
 
 class MicroAdam(torch.optim.Optimizer):
     """Adam over a sliding window of sparse gradients with error feedback in few bits.
@@ -76,6 +78,7 @@ class MicroAdam(torch.optim.Optimizer):
     ) -> None:
         self.kernels = kernels
         self._tables: dict[int, list[Table]] = {}
+        self._signatures: dict[int, tuple[Any, ...]] = {}  # of the last step: what need not be looked at again
         defaults = dict(
             lr=lr,
             betas=tuple(betas),
@@ -140,7 +143,7 @@ class MicroAdam(torch.optim.Optimizer):
         return {**super().__getstate__(), "kernels": self.kernels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._tables = {}
+        self._tables, self._signatures = {}, {}
         super().__setstate__(state)
 
     @torch.no_grad()
@@ -215,7 +218,12 @@ class MicroAdam(torch.optim.Optimizer):
 
     def _tables_of(self, number: int, group: dict[str, Any], parameters: list[Tensor]) -> list[Table]:
         """The group's tables; made anew, of the state, when a parameter joins, has moved or was loaded."""
+        options = [group[name] for name in _FORM]
+        signature = (*options, tuple((id(p), p.dtype, p.device) for p in parameters))
         tables = self._tables.get(number, [])
+        if tables and signature == self._signatures.get(number):
+            return tables
+        self._signatures[number] = signature
         known = {p: table.layout for table in tables for p in table.first}
         if all(known.get(p) == layout(p, group) for p in parameters):
             return tables
@@ -245,13 +253,14 @@ def _step_table(table: Table, active: dict[Tensor, int], group: dict[str, Any], 
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     stochastic = group["rounding"] == "stochastic"
     # Copies where parameter or gradient is not contiguous; the parameter's is written back at the end.
-    flat = {p: (p.detach().reshape(-1), p.grad.reshape(-1)) for p in active if p.grad is not None}
+    flat = {p: (p.detach().contiguous(), p.grad.contiguous()) for p in active if p.grad is not None}
     if _use_triton(table.layout, kernels):
         from dpopt.kernels.microadam_triton import step_table
 
         for step in set(active.values()):
             chosen = {p: flat[p] for p in active if active[p] == step}
-            step_table(table, chosen, step, lr, group["betas"], group["eps"], decay, stochastic)
+            with torch.cuda.device_of(next(iter(table.tensors.values()))):
+                step_table(table, chosen, step, lr, group["betas"], group["eps"], decay, stochastic)
     else:
         _reference_step(table, active, flat, lr, group["betas"], group["eps"], decay, stochastic)
     for p, (values, _) in flat.items():
@@ -270,6 +279,7 @@ def _reference_step(
     stochastic: bool,
 ) -> None:
     form = table.layout
+    flat = {p: (values.view(-1), gradient.view(-1)) for p, (values, gradient) in flat.items()}
     for step, pieces in table.runs(active):
         start, stop = pieces[0].row, pieces[-1].row + pieces[-1].rows
         state = {name: tensor[start:stop] for name, tensor in table.tensors.items()}
