@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dpopt.optim import MicroAdam
-from dpopt.optim.blocks import layout
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,19 +72,20 @@ def test_all_options(options):
     [
         (dict(window=None), "unbounded window"),
         (dict(scope="tensor"), "scope=block"),
+        (dict(scope="tensor", bits=32, dense_size=0, size=1), "blocks of 1 values"),
+        (dict(dtype=torch.float64), "float64"),
         (dict(bucket=24), "power of two"),
-        (dict(density=0.5), "at most 512"),
+        (dict(density=0.5), "at most 8,192"),
+        (dict(window=20_000), "at most 8,192"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_said(options, reason):
-    from dpopt.kernels.microadam_triton import supports
-
-    parameter = nn.Parameter(torch.zeros(5001, device=DEVICE))
+    parameter = nn.Parameter(torch.zeros(options.pop("size", 5001), device=DEVICE, dtype=options.pop("dtype", None)))
     parameter.grad = torch.ones_like(parameter)
     optimizer = MicroAdam([parameter], kernels="triton", **options)
-    assert reason in supports(layout(parameter, optimizer.param_groups[0]))
-    with pytest.raises(ValueError, match="use kernels=auto or torch"):
+    with pytest.raises(ValueError, match=f"{reason}.*use kernels=auto or torch"):
         optimizer.step()
+    assert optimizer.state[parameter]["step"] == 0 and (parameter == 0).all()
 
 
 def test_without_triton(monkeypatch):

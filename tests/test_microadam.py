@@ -136,7 +136,8 @@ def test_selection(size, k):
     x[22, size // 2 :] = 0.0
     x[23, ::2], x[24, ::3], x[25, 0] = float("nan"), float("inf"), -float("inf")
     x[26, : size // 3], x[26, size // 2 :] = float("nan"), float("inf")
-    magnitude = x.abs().nan_to_num(nan=float("inf"))
+    x[27, 0], x[27, -1] = torch.finfo().max, float("inf")
+    magnitude = x.abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
     expected = magnitude.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
     assert torch.equal(select(x, k), expected)
 
@@ -300,11 +301,35 @@ def test_a_model_that_changes_its_precision():
 
 
 def test_options_of_a_training_cannot_change():
+    changes = dict(density=0.1, window=5, bits=8, bucket=64, error_feedback=False, dense_size=5000, scope="tensor")
+    for name, value in changes.items():
+        parameter = nn.Parameter(torch.ones(5000))
+        optimizer = MicroAdam([parameter])
+        take_steps(optimizer, [parameter], [0])
+        optimizer.param_groups[0][name] = value
+        for _ in range(2):
+            with pytest.raises(ValueError, match="must stay as they were"):
+                take_steps(optimizer, [parameter], [1])
+
+
+def test_cleared_state_starts_anew():
+    pair = [nn.Parameter(torch.ones(5000)) for _ in range(2)]
+    optimizers = [MicroAdam([p], lr=0.1) for p in pair]
+    take_steps(optimizers[0], pair[:1], range(3))
+    optimizers[0].state.clear()
+    with torch.no_grad():
+        pair[0].fill_(1)
+    for p, optimizer in zip(pair, optimizers, strict=True):
+        take_steps(optimizer, [p], range(3, 6))
+    assert torch.equal(*pair)
+
+
+def test_a_parameter_that_grows_is_refused():
     parameter = nn.Parameter(torch.ones(5000))
     optimizer = MicroAdam([parameter])
     take_steps(optimizer, [parameter], [0])
-    optimizer.param_groups[0]["density"] = 0.1
-    with pytest.raises(ValueError, match="cannot change during a training"):
+    parameter.data, parameter.grad = torch.ones(9000), None
+    with pytest.raises(ValueError, match="does not fit"):
         take_steps(optimizer, [parameter], [1])
 
 

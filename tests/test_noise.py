@@ -37,7 +37,7 @@ def philox(counter, key):
 
 def box_muller(first, second):
     radius = np.sqrt(-2 * np.log((first + 0.5) * 2.0**-32))
-    angle = np.pi * 2.0**-31 * np.int32(np.uint32(second))
+    angle = np.pi * 2.0**-31 * (np.int32(np.uint32(second)) + 0.5)
     return radius * np.cos(angle), radius * np.sin(angle)
 
 

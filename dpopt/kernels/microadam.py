@@ -70,7 +70,7 @@ def microadam_step(
 
 def _root(x: Tensor) -> Tensor:
     """√x, correctly rounded: on a CPU torch's is not in float32 (1 value in 150 is off by one bit), NumPy's is."""
-    return x.sqrt() if x.is_cuda else torch.from_numpy(np.sqrt(x.numpy()))
+    return x.sqrt() if x.device.type != "cpu" else torch.from_numpy(np.sqrt(x.numpy()))
 
 
 def recall(state: Mapping[str, Tensor], out: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def select(values: Tensor, k: int) -> Tensor:
     grouped = values.view(n, -1, groups)
     peaks = torch.maximum(grouped.amax(1), -grouped.amin(1))
     if groups == size or not bool(peaks.amax() < float("inf")):
-        return _largest(values.abs().nan_to_num_(nan=float("inf")), k)[0]
+        return _largest(values.abs().nan_to_num_(nan=float("inf"), posinf=float("inf")), k)[0]
     best, bound, _ = _largest(peaks, k + 1)
     members = torch.arange(0, size, groups, device=values.device)
     candidates = (members[:, None] + best[:, None, :]).flatten(1)  # ascending
@@ -121,7 +121,7 @@ def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row: the positions (n, k), ascending, of the k largest values, ties going to the lower position; the
     least of these values (n,); and whether a value as large had to be left out (n,)."""
     n, size = x.shape
-    if x.is_cuda:
+    if x.device.type != "cpu":
         least = x.topk(k).values[:, -1]
     else:  # NumPy's partition is vectorised, and five times as fast as torch.topk
         least = torch.from_numpy(np.partition(x.numpy(), size - k, axis=1)[:, size - k].copy())
@@ -139,7 +139,7 @@ def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _nonzero(mask: Tensor) -> Tensor:
     """Positions in the flattened mask, ascending."""
-    if mask.is_cuda:
+    if mask.device.type != "cpu":
         return mask.flatten().nonzero().flatten()
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
@@ -171,7 +171,7 @@ def window_moments(positions: Tensor, values: Tensor, step: int, betas: tuple[fl
     weights = window_weights(step, window, tuple(betas), scratch.dtype, scratch.device)[:, :, None]
     terms = torch.complex(values * weights[0], values * values * weights[1]).flatten(1)
     # One scatter adds in order on a CPU, and in any order on a GPU.
-    length = k if scratch.is_cuda else window * k
+    length = k if scratch.device.type != "cpu" else window * k
     for start in range(0, window * k, length):
         moments.scatter_add_(1, positions[:, start : start + length], terms[:, start : start + length])
     return moments

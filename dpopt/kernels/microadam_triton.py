@@ -18,27 +18,26 @@ from torch import Tensor
 
 from dpopt.kernels.microadam import window_weights
 from dpopt.kernels.quantize import HUGE, TINY
-from dpopt.optim.blocks import Layout, Table
+from dpopt.optim.blocks import Table
 
 _HUGE, _TINY = tl.constexpr(HUGE), tl.constexpr(TINY)
-_MOST_SELECTED = 512  # positions of a window row that fit into registers beside the rest
+_LARGEST_WINDOW = 8192  # values of a block's window that fit into registers beside the rest
 _REGISTERS = 96  # per thread: without a spill (compiled for sm_90), and two programs of 8 warps fit on an SM
 _PROGRAMS_PER_SM = 2
 _DENSE = 1024
 
 
-def supports(form: Layout) -> str:
-    """Why this layout needs the reference; empty when it does not."""
-    if form.dtype != torch.float32:
+def supports(table: Table) -> str:
+    """Why this table needs the reference; empty when it does not."""
+    form = table.layout
+    if not all(p.dtype in _DTYPES for p in table.first):
         return "float64"
-    if form.size == 1:
-        return ""
     if form.window is None:
-        return "an unbounded window"
-    if form.size & (form.size - 1) or form.size > 1 << 15:
+        return "" if form.size == 1 else "an unbounded window"
+    if form.size == 1 or form.size & (form.size - 1) or form.size > 1 << 15:
         return f"blocks of {form.size:,} values (they want scope=block, and a bucket that is a power of two)"
-    if form.k > _MOST_SELECTED:
-        return f"{form.k:,} selected values per block (at most {_MOST_SELECTED})"
+    if triton.next_power_of_2(form.k) * triton.next_power_of_2(form.window) > _LARGEST_WINDOW:
+        return f"windows of {form.window} times {form.k:,} values (at most {_LARGEST_WINDOW:,}, each a power of two)"
     return ""
 
 
@@ -74,7 +73,7 @@ def step_table(
             table.launch.setdefault("arrays", {})[dtype] = _arrays(table, list(chosen), addresses)
         pointers, counts, first, owner = table.launch["arrays"][dtype]
         common = dict(DTYPE=_DTYPES[dtype], DECAY=decay != 0, enable_fp_fusion=False)
-        if form.size == 1:
+        if form.window is None:
             _dense_kernel[(len(chosen),)](
                 *(pointers, counts, first, table.tensors["exp_avg"], table.tensors["exp_avg_sq"]),
                 *(-lr, 1 - lr * decay, eps, betas[0], 1 - betas[0], betas[1], 1 - betas[1]),
@@ -83,7 +82,6 @@ def step_table(
                 **common,
             )
             continue
-        assert form.window is not None
         weights = window_weights(step, form.window, tuple(betas), torch.float32, device)
         programs = min(len(owner), _programs(device))
         slab = torch.empty(programs, 3, form.size, device=device)

@@ -1,5 +1,6 @@
 """Gaussian noise added to a vector in one launch: Philox words by counter, Box–Muller in registers."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +17,8 @@ def add_noise_kernel(total: Tensor, std: float, divisor: float, seed: int) -> Te
         divisor: divided by after the noise.
         seed: 63 bits; draw i depends on seed and i only.
     """
-    _noise_kernel[(triton.cdiv(len(total), 4 * _QUARTER),)](total, len(total), seed, std, divisor, QUARTER=_QUARTER)
+    with torch.cuda.device_of(total):  # Triton launches on the current device
+        _noise_kernel[(triton.cdiv(len(total), 4 * _QUARTER),)](total, len(total), seed, std, divisor, QUARTER=_QUARTER)
     return total
 
 
@@ -37,9 +39,10 @@ def _noise_kernel(total, count, seed, std, divisor, QUARTER: tl.constexpr):
 @triton.jit
 def _pair(first, second):
     """Two Gaussians from two words of 32 bits."""
-    uniform = (first.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2⁻³²
+    # times 2⁻³²·(1 − 2⁻²⁴): between 0 and 1, and neither; half a unit keeps the angle from 0, where the sine is 0
+    uniform = (first.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283062977608182e-10
     radius = tl.sqrt(-2.0 * tl.log(uniform))
-    angle = second.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # π·2⁻³¹
+    angle = (second.to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 1.4629180792671596e-09  # times π·2⁻³¹
     return radius * tl.cos(angle), radius * tl.sin(angle)
 
 

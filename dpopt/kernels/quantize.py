@@ -4,8 +4,8 @@ A bucket keeps its minimum l and maximum h in bfloat16, rounded outwards so that
 2ᵇ − 1 steps of u = (h − l)/(2ᵇ − 1), a value x is stored as q = ⌊x/u + (d − l/u)⌋ and read back as l + q·u. Rounding to
 nearest has d = ½ and an error of at most u/2. Stochastic rounding has d uniform in [0, 1): unbiased, error below u.
 
-Defined corners: a constant bucket has u = 0 and q = 0, and reads back as l; where u is below 2⁻¹²⁰ every value reads
-back as l, too; a value that is not finite, or not below 2¹²⁶ in magnitude, counts as zero.
+Defined corners: a bucket of one value that bfloat16 holds has u = 0 and q = 0, and reads back exactly; where u is below
+2⁻¹²⁰ every value reads back as l; a value that is not finite, or not below 2¹²⁶ in magnitude, counts as zero.
 
 Within a bucket, a byte holds values that lie a quarter (2 bits) or half (4 bits) of the bucket apart.
 """

@@ -12,7 +12,7 @@ With g the gradient, e the error feedback, and a window of the last m sparse gra
 A coordinate outside the window has m̂ = 0 and does not move. TopK takes k = ⌈density·4096⌉ of every block of 4,096
 values, Q stores 4 bits per value with a range per bucket of 256 values (`dpopt.kernels.quantize`), and the window holds
 16-bit positions and bfloat16 values: at density 1 % and m = 10 that is .5 + .016 + .4 = .916 bytes per parameter, where
-Adam has 8. What bfloat16 cuts off a selected value goes back into e.
+Adam has 8. What bfloat16 cuts off a selected value goes back into e, where there is one.
 
 `bits=32, scope="tensor"` is the algorithm as 2511.20509 runs it (TopK over each tensor, nothing rounded), and with
 `density=1, window=None` it is Adam. Differences from public code: a last, shorter block selects as many values as a
@@ -20,16 +20,13 @@ full one; and tensors of at most `dense_size` values (biases, norms, small layer
 less memory than their window would and is a fraction of a percent of a model (docs/microadam.md has the figures).
 """
 
-import functools
-import importlib.util
-import os
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpopt.kernels import use_triton
 from dpopt.kernels.microadam import microadam_step, recall, select, window_moments
 from dpopt.optim.blocks import Layout, Table, layout
 
@@ -78,7 +75,7 @@ class MicroAdam(torch.optim.Optimizer):
     ) -> None:
         self.kernels = kernels
         self._tables: dict[int, list[Table]] = {}
-        self._signatures: dict[int, tuple[Any, ...]] = {}  # of the last step: what need not be looked at again
+        self._signatures: dict[int, Any] = {}  # of the last step: what need not be looked at again
         defaults = dict(
             lr=lr,
             betas=tuple(betas),
@@ -116,18 +113,16 @@ class MicroAdam(torch.optim.Optimizer):
     def _update(self) -> None:
         for number, group in enumerate(self.param_groups):
             parameters = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-            tables = self._tables_of(number, group, parameters)
+            if any(p.grad.is_sparse or p.is_complex() for p in parameters):
+                raise ValueError("MicroAdam takes dense, real gradients: use torch.optim.SparseAdam or Adam for others")
+            tables = [t for t in self._tables_of(number, group, parameters) if t.layout.device.type != "meta"]
+            steps = [_triton_step if use_triton(table, self.kernels) else _reference_step for table in tables]
             active = {}
             for parameter in parameters:
-                if parameter.grad.is_sparse or parameter.is_complex():
-                    raise ValueError(
-                        "MicroAdam takes dense, real gradients: use torch.optim.SparseAdam or Adam for others"
-                    )
                 self.state[parameter]["step"] += 1
                 active[parameter] = self.state[parameter]["step"]
-            for table in tables:
-                if table.layout.device.type != "meta":  # there only the state counts
-                    _step_table(table, {p: t for p, t in active.items() if p in table.first}, group, self.kernels)
+            for table, step in zip(tables, steps, strict=True):
+                _step_table(table, {p: t for p, t in active.items() if p in table.first}, group, step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state, with the dtypes that it was saved in (torch would cast positions to floats)."""
@@ -219,14 +214,24 @@ class MicroAdam(torch.optim.Optimizer):
     def _tables_of(self, number: int, group: dict[str, Any], parameters: list[Tensor]) -> list[Table]:
         """The group's tables; made anew, of the state, when a parameter joins, has moved or was loaded."""
         options = [group[name] for name in _FORM]
-        signature = (*options, tuple((id(p), p.dtype, p.device) for p in parameters))
+        signature = (*options, [(id(p), p.dtype, p.device, p.numel(), bool(self.state.get(p))) for p in parameters])
         tables = self._tables.get(number, [])
         if tables and signature == self._signatures.get(number):
             return tables
-        self._signatures[number] = signature
-        known = {p: table.layout for table in tables for p in table.first}
-        if all(known.get(p) == layout(p, group) for p in parameters):
-            return tables
+        home = {p: table for table in tables for p in table.first}
+        fitting = [
+            p in home
+            and home[p].layout == layout(p, group)
+            and all(len(rows) == home[p].count(p) for rows in self.state[p].values() if isinstance(rows, Tensor))
+            and bool(self.state[p])
+            for p in parameters
+        ]
+        if not all(fitting):
+            tables = self._make_tables(group, parameters)
+        self._tables[number], self._signatures[number] = tables, signature
+        return tables
+
+    def _make_tables(self, group: dict[str, Any], parameters: list[Tensor]) -> list[Table]:
         members: dict[Layout, list[Tensor]] = {}
         for p in group["params"]:
             if self.state.get(p) or any(p is q for q in parameters):
@@ -234,38 +239,41 @@ class MicroAdam(torch.optim.Optimizer):
         tables = [Table.of(form, together) for form, together in members.items()]
         for table in tables:
             for p in table.first:
-                old, new = self.state.get(p) or {"step": 0}, table.rows(p)
-                for name, rows in new.items():
-                    if name in old:
-                        if old[name].shape != rows.shape:
-                            raise ValueError(
-                                f"{name} has shape {tuple(old[name].shape)}, the options ask for {tuple(rows.shape)}: "
-                                "density, window, bits, bucket, scope and dense_size cannot change during a training"
-                            )
-                        rows.copy_(old[name])
-                self.state[p] = {"step": old["step"], **new}
-        self._tables[number] = tables
+                old, new = self.state.get(p) or {}, table.rows(p)
+                if old and not _fits(new, old):
+                    raise ValueError(
+                        f"the state of a parameter does not fit: {', '.join(_FORM)} must stay as they were"
+                    )
+                for name, rows in new.items() if old else ():
+                    rows.copy_(old[name])
+                self.state[p] = {"step": old.get("step", 0), **new}
         return tables
 
 
-def _step_table(table: Table, active: dict[Tensor, int], group: dict[str, Any], kernels: str) -> None:
+def _fits(rows: dict[str, Tensor], state: dict[str, Any]) -> bool:
+    return {n: t.shape for n, t in rows.items()} == {n: t.shape for n, t in state.items() if n != "step"}
+
+
+def _step_table(table: Table, active: dict[Tensor, int], group: dict[str, Any], step: Callable[..., None]) -> None:
     """One step on the active parameters of a table."""
-    lr, decay = float(group["lr"]), float(group["weight_decay"])
-    stochastic = group["rounding"] == "stochastic"
     # Copies where parameter or gradient is not contiguous; the parameter's is written back at the end.
     flat = {p: (p.detach().contiguous(), p.grad.contiguous()) for p in active if p.grad is not None}
-    if _use_triton(table.layout, kernels):
-        from dpopt.kernels.microadam_triton import step_table
-
-        for step in set(active.values()):
-            chosen = {p: flat[p] for p in active if active[p] == step}
-            with torch.cuda.device_of(next(iter(table.tensors.values()))):
-                step_table(table, chosen, step, lr, group["betas"], group["eps"], decay, stochastic)
-    else:
-        _reference_step(table, active, flat, lr, group["betas"], group["eps"], decay, stochastic)
+    numbers = (float(group["lr"]), group["betas"], group["eps"], float(group["weight_decay"]))
+    step(table, active, flat, *numbers, group["rounding"] == "stochastic")
     for p, (values, _) in flat.items():
         if not p.is_contiguous():
             p.copy_(values.view(p.shape))
+
+
+def _triton_step(
+    table: Table, active: dict[Tensor, int], flat: dict[Tensor, tuple[Tensor, Tensor]], *numbers: Any
+) -> None:
+    from dpopt.kernels.microadam_triton import step_table
+
+    for step in set(active.values()):
+        chosen = {p: flat[p] for p in active if active[p] == step}
+        with torch.cuda.device_of(next(iter(table.tensors.values()))):  # Triton launches on the current device
+            step_table(table, chosen, step, *numbers)
 
 
 def _reference_step(
@@ -298,36 +306,6 @@ def _reference_step(
             if decay:
                 values.mul_(1 - lr * decay)
             values.add_(update[offset : offset + count])
-
-
-def _use_triton(form: Layout, kernels: str) -> bool:
-    """Whether the Triton kernels take this layout; says once why not where they are expected.
-
-    Raises:
-        ValueError: when they are asked for by name and cannot run.
-    """
-    if kernels == "torch" or (kernels == "auto" and form.device.type != "cuda"):
-        return False
-    if importlib.util.find_spec("triton") is None:
-        reason = "the package triton is missing (pip install triton)"
-    elif form.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        reason = f"the parameters are on {form.device.type}; TRITON_INTERPRET=1 runs the kernels there, for tests"
-    else:
-        from dpopt.kernels.microadam_triton import supports
-
-        reason = supports(form)
-        if not reason:
-            return True
-        reason = f"they do not take {reason}"
-    if kernels == "triton":
-        raise ValueError(f"kernels=triton cannot be used: {reason}; use kernels=auto or torch")
-    _warn_once(reason)
-    return False
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"MicroAdam runs without its Triton kernels, several times slower: {reason}", stacklevel=4)
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -108,7 +108,9 @@ class PrivateGradient:
         std = 0.0 if self.clip is None else self.plan.noise_multiplier * self.clip.sensitivity
         add_noise(total, std, self.plan.batch_size, self.plan.key, self.step)
         for name, parameter in parameters.items():
-            parameter.grad = sums[name].to(parameter.dtype)
+            grad = sums[name].to(parameter.dtype)
+            # Some fused optimizers want the strides of the parameter.
+            parameter.grad = grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
         self.step += 1
 
     def _accumulate_clipped(

@@ -67,8 +67,9 @@ class RandomKey:
         radius, angle, out = torch.empty(half), torch.empty(half), torch.empty(_CHUNK)
         for start in range(0, count, _CHUNK):
             stream.update_into(zeros, raw.data)
-            radius.copy_(words[:half]).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-            angle.copy_(words[half:].view(torch.int32)).mul_(math.pi * 2.0**-31)  # in [−π, π]
+            # In float32 the largest words would round to a uniform of 1, and give no noise at all.
+            radius.copy_(words[:half]).add_(0.5).mul_(2.0**-32 * (1 - 2.0**-24)).log_().mul_(-2).sqrt_()
+            angle.copy_(words[half:].view(torch.int32)).add_(0.5).mul_(math.pi * 2.0**-31)  # in [−π, π], and not 0
             torch.cos(angle, out=out[:half]).mul_(radius)
             torch.sin(angle, out=out[half:]).mul_(radius)
             yield out[: count - start]
