@@ -211,29 +211,28 @@ def markdown(rows: list[dict], header: str) -> str:
 
 
 def figure(rows: list[dict], path: Path, title: str) -> None:
-    """Step time against state memory, one panel per model: the lower left corner is where one wants to be."""
+    """Step time of every optimizer, one panel per model, with the bytes of state beside the bar."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in rows))
-    fig, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.8), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(models), figsize=(1.8 + 3.2 * len(models), 3.4), squeeze=False, sharey=True)
     for ax, model in zip(axes[0], models, strict=True):
-        for row in rows:
-            if row["model"] != model or row["bytes"] is None:
-                continue
-            ours = row["variant"].startswith("MicroAdam")
-            ax.scatter(
-                row["bytes"], row["ms"], s=45, color="#0072B2" if ours else "#D55E00", marker="o" if ours else "s"
-            )
-            ax.annotate(
-                row["variant"], (row["bytes"], row["ms"]), textcoords="offset points", xytext=(5, 4), fontsize=7
-            )
-        ax.set(yscale="log", xlabel="optimizer state, bytes per parameter", title=model, xlim=(-0.4, 11.5))
-        ax.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("step, ms (median)")
-    fig.suptitle(title, fontsize=9)
+        chosen = [row for row in rows if row["model"] == model and row["bytes"] is not None][::-1]
+        ours = [row["variant"].startswith("MicroAdam") for row in chosen]
+        times = [row["ms"] for row in chosen]
+        ax.barh([row["variant"] for row in chosen], times, color=["#0072B2" if o else "#BBBBBB" for o in ours])
+        for row in chosen:
+            figures = f"{row['ms']:{',.0f' if row['ms'] >= 100 else '.3g'}} ms, {row['bytes']:.2f} B"
+            ax.text(row["ms"] * 1.08, row["variant"], figures, va="center", fontsize=7)
+        ax.set(xscale="log", xlabel="step, ms (median)", title=f"{model}, {chosen[0]['parameters'] / 1e6:.1f} M")
+        ax.set_xlim(min(times) / 1.5, max(times) * 15)
+        ax.grid(alpha=0.3, axis="x")
+        ax.set_axisbelow(True)
+    fig.suptitle(f"Optimizer step, and bytes of state per parameter. {title}", fontsize=9)
+    fig.tight_layout()
     fig.savefig(path, dpi=150)
 
 
@@ -253,7 +252,9 @@ def main() -> None:
     for name in arguments.models:
         rows += bench(name, device, arguments.rounds)
         print(markdown([row for row in rows if row["model"] == name], ""), flush=True)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, commit {git_commit()}"
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, commit {(git_commit() or 'unknown')[:7]}"
+    )
     command = f"`python scripts/bench_optim.py --models {' '.join(arguments.models)} --rounds {arguments.rounds}`"
     header = (
         f"# Optimizer step: time and memory\n\n{hardware}; {versions}. {command}: {arguments.rounds} rounds, "
