@@ -11,6 +11,8 @@ Bytes moved per fp32 parameter at 1 % density, window 10, 4 bits: gradient 4, fe
 of the parameters the 32-byte sectors that hold a tenth of the values, 57 % read and written, 4.6: about 10.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -41,28 +43,16 @@ def supports(table: Table) -> str:
     return ""
 
 
-def step_table(
-    table: Table,
-    parameters: dict[Tensor, tuple[Tensor, Tensor]],
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    decay: float,
-    stochastic: bool,
-) -> None:
+def step_table(table: Table, parameters: dict[Tensor, tuple[Tensor, Tensor]], step: int, group: dict[str, Any]) -> None:
     """One step on parameters of a table that are at the same step.
 
     Args:
         table: the state.
         parameters: for each parameter its values and its gradient, contiguous; the values change in place.
         step: t, from 1.
-        lr: learning rate.
-        betas: β₁, β₂.
-        eps: ε of the denominator.
-        decay: decoupled weight decay.
-        stochastic: rounding of the feedback.
+        group: the options of `MicroAdam`.
     """
+    lr, betas, eps, decay = float(group["lr"]), group["betas"], group["eps"], float(group["weight_decay"])
     form, device = table.layout, table.layout.device
     for dtype in {values.dtype for values, _ in parameters.values()}:
         chosen = {p: pair for p, pair in parameters.items() if pair[0].dtype == dtype}
@@ -98,7 +88,7 @@ def step_table(
             BITS=form.bits,
             BUCKET=form.bucket,
             FEEDBACK=form.feedback,
-            STOCHASTIC=stochastic,
+            STOCHASTIC=group["rounding"] == "stochastic",
             num_warps=8,
             maxnreg=_REGISTERS,
             **common,

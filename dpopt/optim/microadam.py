@@ -258,35 +258,27 @@ def _step_table(table: Table, active: dict[Tensor, int], group: dict[str, Any], 
     """One step on the active parameters of a table."""
     # Copies where parameter or gradient is not contiguous; the parameter's is written back at the end.
     flat = {p: (p.detach().contiguous(), p.grad.contiguous()) for p in active if p.grad is not None}
-    numbers = (float(group["lr"]), group["betas"], group["eps"], float(group["weight_decay"]))
-    step(table, active, flat, *numbers, group["rounding"] == "stochastic")
+    step(table, active, flat, group)
     for p, (values, _) in flat.items():
         if not p.is_contiguous():
             p.copy_(values.view(p.shape))
 
 
 def _triton_step(
-    table: Table, active: dict[Tensor, int], flat: dict[Tensor, tuple[Tensor, Tensor]], *numbers: Any
+    table: Table, active: dict[Tensor, int], flat: dict[Tensor, tuple[Tensor, Tensor]], group: dict[str, Any]
 ) -> None:
     from dpopt.kernels.microadam_triton import step_table
 
     for step in set(active.values()):
         chosen = {p: flat[p] for p in active if active[p] == step}
         with torch.cuda.device_of(next(iter(table.tensors.values()))):  # Triton launches on the current device
-            step_table(table, chosen, step, *numbers)
+            step_table(table, chosen, step, group)
 
 
 def _reference_step(
-    table: Table,
-    active: dict[Tensor, int],
-    flat: dict[Tensor, tuple[Tensor, Tensor]],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    decay: float,
-    stochastic: bool,
+    table: Table, active: dict[Tensor, int], flat: dict[Tensor, tuple[Tensor, Tensor]], group: dict[str, Any]
 ) -> None:
-    form = table.layout
+    form, lr, decay = table.layout, float(group["lr"]), float(group["weight_decay"])
     flat = {p: (values.view(-1), gradient.view(-1)) for p, (values, gradient) in flat.items()}
     for step, pieces in table.runs(active):
         start, stop = pieces[0].row, pieces[-1].row + pieces[-1].rows
@@ -298,9 +290,9 @@ def _reference_step(
             blocks[offset : offset + count].add_(flat[piece.parameter][1][piece.begin : piece.end])
             blocks[offset + count : offset + piece.rows * form.size] = 0
         rows = None
-        if stochastic:
+        if group["rounding"] == "stochastic":
             rows = torch.cat([torch.arange(p.rows, device=form.device) + p.begin // form.size for p in pieces])
-        update = microadam_step(scratch, state, step, form.k, betas, eps, lr, rows).view(-1)
+        update = microadam_step(scratch, state, step, form.k, group["betas"], group["eps"], lr, rows).view(-1)
         for (offset, count), piece in zip(spans, pieces, strict=True):
             values = flat[piece.parameter][0][piece.begin : piece.end]
             if decay:
