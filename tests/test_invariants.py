@@ -257,13 +257,9 @@ def check_noise_is_drawn_once_per_step():
     assert len(large.unique()) > 0.95 * len(large)
 
 
-def noise_for_the_first_piece_only(patch):
-    patch.setattr(RandomKey, "gaussians", first_piece_only)
-
-
-def first_piece_only(self, count, *labels, real=RandomKey.gaussians):
-    for number, piece in enumerate(real(self, count, *labels)):
-        yield piece if number == 0 else 0 * piece
+def noise_for_the_first_piece_only(patch, real=RandomKey.gaussians):
+    pieces = lambda *arguments: (piece * (i == 0) for i, piece in enumerate(real(*arguments)))  # noqa: E731
+    patch.setattr(RandomKey, "gaussians", pieces)
 
 
 def noise_per_micro_batch(patch):
