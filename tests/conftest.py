@@ -100,6 +100,15 @@ def cifar_dir() -> Path:
     return folder
 
 
+def take_steps(optimizer, parameters, seeds):
+    """One step per seed on Gaussian gradients."""
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        optimizer.step()
+
+
 class Flatland(nn.Module):
     """A model of many parameters whose loss is flat: `p.grad` is noise alone."""
 
