@@ -1,6 +1,9 @@
-"""The Triton kernels against their references, bit for bit: on a GPU, or else in Triton's interpreter."""
+"""The C and Triton kernels against their reference, bit for bit: Triton on a GPU, or else in its interpreter."""
 
 import csv
+import importlib.util
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -9,15 +12,15 @@ from torch import nn
 
 from dpopt.optim import MicroAdam
 
-pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (1, 2, 63, 1025, 4096, 4097, 100_003)
-
+C = pytest.param("c", marks=pytest.mark.skipif(DEVICE != "cpu" or not shutil.which("cc"), reason="needs a compiler"))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton"))
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # the interpreter is NumPy
 
 
-def trained(kernels, dtype, steps=3, sizes=SIZES, **options):
+def trained(kernels, dtype=torch.float32, steps=3, sizes=SIZES, **options):
     """Parameters of all sizes after some steps, gradients among them that are zero, constant, NaN and infinite."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(n, generator=generator).to(DEVICE, dtype)) for n in sizes]
@@ -44,12 +47,20 @@ def assert_same(one, other):
             assert same, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kernels, dtype",
+    [
+        pytest.param("c", torch.float32, marks=C.marks),
+        pytest.param("triton", torch.float32, marks=TRITON.marks),
+        pytest.param("triton", torch.bfloat16, marks=TRITON.marks),
+    ],
+)
 @pytest.mark.parametrize("options", [{}, dict(bits=32), dict(bits=8, rounding="stochastic", weight_decay=0.1)])
-def test_all_sizes(dtype, options):
-    assert_same(trained("torch", dtype, **options), trained("triton", dtype, **options))
+def test_all_sizes(kernels, dtype, options):
+    assert_same(trained("torch", dtype, **options), trained(kernels, dtype, **options))
 
 
+@pytest.mark.parametrize("kernels", [C, TRITON])
 @pytest.mark.parametrize(
     "options",
     [
@@ -61,10 +72,27 @@ def test_all_sizes(dtype, options):
         dict(bucket=16_384, density=0.02),
     ],
 )
-def test_all_options(options):
+def test_all_options(kernels, options):
     sizes = (5, 20_000, 17_001) if "bucket" in options else (5, 2000, 5001)
-    pair = [trained(kernels, torch.float32, 7, sizes, **options) for kernels in ("torch", "triton")]
-    assert_same(*pair)
+    assert_same(*(trained(k, steps=7, sizes=sizes, **options) for k in ("torch", kernels)))
+
+
+@pytest.mark.parametrize("kernels", [C])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(bucket=24),
+        dict(density=0.5),
+        dict(scope="tensor"),
+        dict(scope="tensor", bits=32, dense_size=0),
+        dict(bits=32),
+    ],
+)
+def test_more_options_in_c(kernels, options, monkeypatch):
+    """Blocks of any size, dense windows, and so many blocks that two threads share them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    sizes = (1025, 900_001) if options == dict(bits=32) else (1025, 12_007, 20_001)
+    assert_same(*(trained(k, steps=4, sizes=sizes, **options) for k in ("torch", kernels)))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +107,7 @@ def test_all_options(options):
         (dict(window=20_000), "at most 8,192"),
     ],
 )
-def test_what_the_kernels_do_not_take_is_said(options, reason):
+def test_what_triton_does_not_take_is_said(options, reason):
     parameter = nn.Parameter(torch.zeros(options.pop("size", 5001), device=DEVICE, dtype=options.pop("dtype", None)))
     parameter.grad = torch.ones_like(parameter)
     optimizer = MicroAdam([parameter], kernels="triton", **options)
@@ -88,11 +116,63 @@ def test_what_the_kernels_do_not_take_is_said(options, reason):
     assert optimizer.state[parameter]["step"] == 0 and (parameter == 0).all()
 
 
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(window=None), "unbounded window"),
+        (dict(scope="tensor", size=40_000), "scope=block"),
+        (dict(dtype=torch.bfloat16), "float32"),
+        (dict(dtype=torch.float64, bits=32), "float32"),
+    ],
+)
+@pytest.mark.skipif(DEVICE != "cpu", reason="a matter of the CPU")
+def test_what_c_does_not_take_goes_to_the_reference(options, reason):
+    parameter = nn.Parameter(torch.zeros(options.pop("size", 5001), dtype=options.pop("dtype", None)))
+    parameter.grad = torch.ones_like(parameter)
+    MicroAdam([parameter], **options).step()
+    before = parameter.detach().clone()
+    optimizer = MicroAdam([parameter], kernels="c", **options)
+    with pytest.raises(ValueError, match=f"{reason}.*use kernels=auto or torch"):
+        optimizer.step()
+    assert torch.equal(parameter, before) and (before != 0).any()
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    """None, one that fails, one that works: built once, into the user's cache."""
+    from dpopt.kernels import _warn_once
+    from dpopt.kernels.microadam_cpu import library
+
+    parameter = nn.Parameter(torch.zeros(5001))
+    parameter.grad = torch.ones_like(parameter)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        for compiler, reason in (("no-such-compiler", "no C compiler was found"), ("false", "/false failed")):
+            monkeypatch.setenv("CC", compiler)
+            library.cache_clear()
+            _warn_once.cache_clear()
+            with pytest.raises(ValueError, match=f"kernels=c cannot be used: .*{reason}"):
+                MicroAdam([parameter], kernels="c").step()
+            optimizer = MicroAdam([parameter])
+            with pytest.warns(UserWarning, match=f"without its c kernels.*{reason}"):
+                optimizer.step()
+            optimizer.step()  # says it once
+            assert not list(tmp_path.rglob("*.so"))
+        if shutil.which("cc"):
+            monkeypatch.delenv("CC")
+            for _ in range(2):
+                library.cache_clear()
+                MicroAdam([parameter], kernels="c").step()
+                monkeypatch.setattr(subprocess, "run", None)
+            assert len(list(tmp_path.rglob("*"))) == 2
+    finally:
+        library.cache_clear()
+
+
 def test_without_triton(monkeypatch):
     parameter = nn.Parameter(torch.zeros(5001))
     parameter.grad = torch.ones_like(parameter)
     monkeypatch.setitem(sys.modules, "triton", None)
-    MicroAdam([parameter]).step()
+    MicroAdam([parameter], kernels="auto" if DEVICE == "cpu" else "torch").step()
     with pytest.raises(ValueError, match="pip install triton"):
         MicroAdam([parameter], kernels="triton").step()
     if DEVICE == "cpu":
@@ -102,12 +182,13 @@ def test_without_triton(monkeypatch):
             MicroAdam([parameter], kernels="triton").step()
 
 
-def test_a_training_with_either_is_the_same(cli, tmp_path):
+@pytest.mark.parametrize("kernels", [C, TRITON])
+def test_a_training_is_the_same(kernels, cli, tmp_path):
     """Digits, 100 steps: the same losses, to the last digit."""
     rows = []
-    for kernels in ("torch", "triton"):
-        arguments = ("+experiment=quickstart", "steps=100", "eval_every=20", f"optimizer.kernels={kernels}")
-        where = tmp_path / kernels
+    for one in ("torch", kernels):
+        arguments = ("+experiment=quickstart", "steps=100", "eval_every=20", f"optimizer.kernels={one}")
+        where = tmp_path / one
         done = cli(*arguments, f"output_dir={where}", timeout=900)
         assert done.returncode == 0, done.stderr
         with next(where.glob("*/metrics.csv")).open() as file:

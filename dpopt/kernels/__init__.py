@@ -1,4 +1,4 @@
-"""What is worth a kernel: a plain PyTorch reference and, for GPUs, a Triton kernel that must equal it."""
+"""What is worth a kernel: a plain PyTorch reference, in C for a CPU and in Triton for a GPU; all give the same bits."""
 
 from __future__ import annotations
 
@@ -12,32 +12,59 @@ if TYPE_CHECKING:
     from dpopt.optim.blocks import Table
 
 
-def use_triton(table: Table, kernels: str) -> bool:
-    """Whether the Triton kernels take this table; says once why not where they are expected.
+def choose(table: Table, kernels: str) -> str:
+    """Which kernels take this table, `triton`, `c` or `torch`: the reference. Says once why not those expected.
+
+    Args:
+        table: of parameters.
+        kernels: one of these, or `auto`.
 
     Raises:
-        ValueError: when they are asked for by name and cannot run.
+        ValueError: when kernels are asked for by name and cannot run.
     """
     device = table.layout.device.type
-    if kernels == "torch" or (kernels == "auto" and device != "cuda"):
-        return False
-    if importlib.util.find_spec("triton") is None:
-        reason = "the package triton is missing (pip install triton)"
-    elif device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        reason = f"the parameters are on {device}; TRITON_INTERPRET=1 runs the kernels there, for tests"
-    else:
-        from dpopt.kernels.microadam_triton import supports
+    wanted = {"cuda": "triton", "cpu": "c"}.get(device, "torch") if kernels == "auto" else kernels
+    if wanted == "torch":
+        return "torch"
+    reason, expected = _without_triton(table) if wanted == "triton" else _without_c(table)
+    if not reason:
+        return wanted
+    if kernels != "auto":
+        raise ValueError(f"kernels={kernels} cannot be used: {reason}; use kernels=auto or torch")
+    if expected:
+        _warn_once(f"MicroAdam runs without its {wanted} kernels, several times slower: {reason}")
+    return "torch"
 
-        reason = supports(table)
-        if not reason:
-            return True
-        reason = f"they do not take {reason}"
-    if kernels == "triton":
-        raise ValueError(f"kernels=triton cannot be used: {reason}; use kernels=auto or torch")
-    _warn_once(reason)
-    return False
+
+def _without_triton(table: Table) -> tuple[str, bool]:
+    """Why Triton cannot take a table, empty if it can; and whether a user would have expected it to."""
+    device = table.layout.device.type
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing (pip install triton)", True
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the parameters are on {device}; TRITON_INTERPRET=1 runs the kernels there, for tests", True
+    from dpopt.kernels.microadam_triton import supports
+
+    reason = supports(table)
+    return reason and f"they do not take {reason}", True
+
+
+def _without_c(table: Table) -> tuple[str, bool]:
+    """The same for C."""
+    from dpopt.kernels.microadam_cpu import library, supports
+
+    if table.layout.device.type != "cpu":
+        return f"the parameters are on {table.layout.device.type}", True
+    reason = supports(table)
+    if reason:
+        return f"they do not take {reason}", False
+    try:
+        library()
+    except OSError as error:
+        return str(error), True
+    return "", True
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"MicroAdam runs without its Triton kernels, several times slower: {reason}", stacklevel=2)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

@@ -1,4 +1,4 @@
-"""One step of MicroAdam on rows of blocks, in plain PyTorch: the reference that the Triton kernel must equal.
+"""One step of MicroAdam on rows of blocks, in plain PyTorch: the reference that the C and Triton kernels must equal.
 
 A block is a row of `size` values of which k are selected; the window has m rows per block. The state of n blocks is
 `indices` (n, m, k) and `values` (n, m, k), or for an unbounded window the moments `exp_avg` and `exp_avg_sq` (n, size);
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from dpopt.kernels.quantize import dequantize, golden_dither, quantize
-
-_GROUPED = 8
 
 
 def microadam_step(
@@ -58,9 +56,9 @@ def microadam_step(
         state["values"][:, row] = stored
         positions = state["indices"].flatten(1).long()
         moments = window_moments(positions, state["values"], step, betas, scratch)
-        first, second = torch.view_as_real(moments.gather(1, positions)).unbind(2)
+        first, second = (moment.gather(1, positions) for moment in moments)
         # Outside the window m̂ is 0, and so is the update: a tenth of the values are left to compute.
-        return accumulated.zero_().scatter_(1, positions, first.div(_root(second).add_(eps)).mul_(-lr))
+        return accumulated.zero_().scatter_(1, positions, first.div_(_root(second).add_(eps)).mul_(-lr))
     selected = accumulated.zero_().scatter_(1, chosen, picked) if k < accumulated.shape[1] else accumulated
     first = state["exp_avg"].mul_(betas[0]).add_(selected * (1 - betas[0]))
     second = state["exp_avg_sq"].mul_(betas[1]).add_(selected.square().mul_(1 - betas[1]))
@@ -94,54 +92,26 @@ def select(values: Tensor, k: int) -> Tensor:
     """Positions (n, k), ascending, of the k values of largest magnitude in each row of (n, size).
 
     Ties go to the lower position; NaN counts as infinite, so what is not finite is selected and shows.
-
-    A first pass takes the largest of every 8 values, far apart so that it is vectorised. The k + 1 groups with the
-    largest hold the k largest values, unless there is a tie, and only they are searched; rows with ties are done anew.
     """
     n, size = values.shape
     if k >= size:
         return torch.arange(size, device=values.device).expand(n, size)
-    groups = size // _GROUPED if size % _GROUPED == 0 and k < size // _GROUPED else size
-    grouped = values.view(n, -1, groups)
-    peaks = torch.maximum(grouped.amax(1), -grouped.amin(1))
-    if groups == size or not bool(peaks.amax() < float("inf")):
-        return _largest(values.abs().nan_to_num_(nan=float("inf"), posinf=float("inf")), k)[0]
-    best, bound, _ = _largest(peaks, k + 1)
-    members = torch.arange(0, size, groups, device=values.device)
-    candidates = (members[:, None] + best[:, None, :]).flatten(1)  # ascending
-    position, least, tied = _largest(values.gather(1, candidates).abs_(), k)
-    chosen = candidates.gather(1, position)
-    tied |= ~(bound < least)
-    if bool(tied.any()):
-        chosen[tied] = _largest(values[tied].abs(), k)[0]
-    return chosen
-
-
-def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: the positions (n, k), ascending, of the k largest values, ties going to the lower position; the
-    least of these values (n,); and whether a value as large had to be left out (n,)."""
-    n, size = x.shape
-    if x.device.type != "cpu":
-        least = x.topk(k).values[:, -1]
-    else:  # NumPy's partition is vectorised, and five times as fast as torch.topk
-        least = torch.from_numpy(np.partition(x.numpy(), size - k, axis=1)[:, size - k].copy())
-    chosen = x >= least[:, None]
-    positions = _nonzero(chosen)
-    tied = torch.zeros(n, dtype=torch.bool, device=x.device)
-    if len(positions) > n * k:
-        tied = chosen.sum(1) > k
-        equal = x == least[:, None]
-        above = chosen & ~equal
+    magnitude = values.abs().nan_to_num_(nan=float("inf"), posinf=float("inf"))
+    least = _kth_largest(magnitude, k)[:, None]
+    chosen = magnitude >= least
+    positions = chosen.nonzero()[:, 1]
+    if len(positions) > n * k:  # ties
+        above, equal = magnitude > least, magnitude == least
         chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-        positions = _nonzero(chosen)
-    return positions.view(n, k) - torch.arange(0, n * size, size, device=x.device)[:, None], least, tied
+        positions = chosen.nonzero()[:, 1]
+    return positions.view(n, k)
 
 
-def _nonzero(mask: Tensor) -> Tensor:
-    """Positions in the flattened mask, ascending."""
-    if mask.device.type != "cpu":
-        return mask.flatten().nonzero().flatten()
-    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+def _kth_largest(x: Tensor, k: int) -> Tensor:
+    """Of each row (n,): on a CPU by NumPy, whose partition is vectorised and five times as fast as torch.topk."""
+    if x.device.type != "cpu":
+        return x.topk(k).values[:, -1]
+    return torch.from_numpy(np.partition(x.numpy(), x.shape[1] - k, axis=1)[:, x.shape[1] - k].copy())
 
 
 @functools.lru_cache(maxsize=16)
@@ -155,23 +125,21 @@ def window_weights(
     return torch.tensor(weights, dtype=dtype, device=device)
 
 
-def window_moments(positions: Tensor, values: Tensor, step: int, betas: tuple[float, float], scratch: Tensor) -> Tensor:
-    """The bias-corrected moments after `step` steps, m̂ + i·v̂, (n, size): one pass over the window sums both.
+def window_moments(positions: Tensor, values: Tensor, step: int, betas: tuple[float, float], out: Tensor) -> Tensor:
+    """The bias-corrected moments after `step` steps, m̂ and v̂, into (2, n, size).
 
     Args:
         positions: the window's, (n, m·k) int64.
         values: the window's, (n, m, k).
         step: t, from 1.
         betas: β₁, β₂.
-        scratch: (2, n, size), contiguous, whose memory the result takes.
+        out: receives them.
     """
-    window, k = values.shape[1:]
-    moments = torch.view_as_complex(scratch.zero_().view(*scratch.shape[1:], 2))
-    values = values.to(scratch.dtype)
-    weights = window_weights(step, window, tuple(betas), scratch.dtype, scratch.device)[:, :, None]
-    terms = torch.complex(values * weights[0], values * values * weights[1]).flatten(1)
-    # One scatter adds in order on a CPU, and in any order on a GPU.
-    length = k if scratch.device.type != "cpu" else window * k
-    for start in range(0, window * k, length):
-        moments.scatter_add_(1, positions[:, start : start + length], terms[:, start : start + length])
-    return moments
+    values = values.to(out.dtype)
+    weights = window_weights(step, values.shape[1], tuple(betas), out.dtype, out.device)[:, :, None]
+    # Row by row: one scatter of all would add in any order on a GPU.
+    columns = positions.view(values.shape).unbind(1)
+    for moment, terms in zip(out.zero_(), (values * weights[0], values * values * weights[1]), strict=True):
+        for column, term in zip(columns, terms.unbind(1), strict=True):
+            moment.scatter_add_(1, column, term)
+    return out

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpopt.kernels import use_triton
+from dpopt.kernels import choose
 from dpopt.kernels.microadam import microadam_step, recall, select, window_moments
 from dpopt.optim.blocks import Layout, Table, layout
 
@@ -50,7 +50,7 @@ class MicroAdam(torch.optim.Optimizer):
         error_feedback: carry what was not selected over to later steps; off, it is dropped.
         scope: select from every `block` of 4,096 values, or from the whole `tensor`.
         dense_size: tensors of at most this many values keep Adam's dense moments.
-        kernels: `triton`, `torch`, or `auto` for Triton where parameters lie on a GPU.
+        kernels: `triton`, `c`, `torch`, or `auto` for Triton where parameters lie on a GPU and C on a CPU.
 
     Raises:
         ValueError: for an argument outside its range.
@@ -90,8 +90,8 @@ class MicroAdam(torch.optim.Optimizer):
             scope=scope,
             dense_size=dense_size,
         )
-        if kernels not in ("auto", "triton", "torch"):
-            raise ValueError(f"kernels={kernels} must be auto, triton or torch")
+        if kernels not in ("auto", *_STEPS):
+            raise ValueError(f"kernels={kernels} must be auto, {', '.join(_STEPS)}")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class MicroAdam(torch.optim.Optimizer):
             if any(p.grad.is_sparse or p.is_complex() for p in parameters):
                 raise ValueError("MicroAdam takes dense, real gradients: use torch.optim.SparseAdam or Adam for others")
             tables = [t for t in self._tables_of(number, group, parameters) if t.layout.device.type != "meta"]
-            steps = [_triton_step if use_triton(table, self.kernels) else _reference_step for table in tables]
+            steps = [_STEPS[choose(table, self.kernels)] for table in tables]
             active = {}
             for parameter in parameters:
                 self.state[parameter]["step"] += 1
@@ -201,8 +201,8 @@ class MicroAdam(torch.optim.Optimizer):
             moment = state["exp_avg"] / (1 - betas[0] ** state["step"])
         else:
             indices = state["indices"].flatten(1).long()
-            scratch = torch.empty(2, len(indices), form.size, dtype=form.dtype, device=form.device)
-            moment = window_moments(indices, state["values"], state["step"], betas, scratch).real
+            moments = torch.empty(2, len(indices), form.size, dtype=form.dtype, device=form.device)
+            moment = window_moments(indices, state["values"], state["step"], betas, moments)[0]
         return moment.flatten()[: parameter.numel()]
 
     def _group(self, parameter: Tensor) -> dict[str, Any]:
@@ -269,10 +269,18 @@ def _triton_step(
 ) -> None:
     from dpopt.kernels.microadam_triton import step_table
 
+    with torch.cuda.device_of(next(iter(table.tensors.values()))):  # Triton launches on the current device
+        for step in set(active.values()):
+            step_table(table, {p: flat[p] for p in active if active[p] == step}, step, group)
+
+
+def _c_step(
+    table: Table, active: dict[Tensor, int], flat: dict[Tensor, tuple[Tensor, Tensor]], group: dict[str, Any]
+) -> None:
+    from dpopt.kernels.microadam_cpu import step_table
+
     for step in set(active.values()):
-        chosen = {p: flat[p] for p in active if active[p] == step}
-        with torch.cuda.device_of(next(iter(table.tensors.values()))):  # Triton launches on the current device
-            step_table(table, chosen, step, group)
+        step_table(table, {p: flat[p] for p in active if active[p] == step}, step, group)
 
 
 def _reference_step(
@@ -298,6 +306,9 @@ def _reference_step(
             if decay:
                 values.mul_(1 - lr * decay)
             values.add_(update[offset : offset + count])
+
+
+_STEPS = {"triton": _triton_step, "c": _c_step, "torch": _reference_step}
 
 
 def _check(options: dict[str, Any]) -> None:
