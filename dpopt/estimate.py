@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dpopt.plan import PrivacyPlan
-from dpopt.privacy.gradients import LossFn, per_example_gradients
+from dpopt.privacy.engine import LossFn, per_example_gradients
 
 _PROBE_SECONDS = 0.2  # long enough to time, short enough not to be noticed
 

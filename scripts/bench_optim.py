@@ -250,28 +250,33 @@ def main() -> None:
     device = torch.device(arguments.device)
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"warning: the load of this machine is {load:.1f}; wait until it is quiet")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {_cpu()}"
     rows = []
     for name in arguments.models:
         rows += bench(name, device, arguments.rounds)
         print(markdown([row for row in rows if row["model"] == name], ""), flush=True)
-    versions = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, commit {(git_commit() or 'unknown')[:7]}"
-    )
+    machine = hardware(device)
     command = f"`python scripts/bench_optim.py --models {' '.join(arguments.models)} --rounds {arguments.rounds}`"
     header = (
-        f"# Optimizer step: time and memory\n\n{hardware}; {versions}. {command}: {arguments.rounds} rounds, "
+        f"# Optimizer step: time and memory\n\n{machine}; {versions()}. {command}: {arguments.rounds} rounds, "
         f"all variants in turn.\nRatios are medians of the ratios within a round.\n\n![](bench_optim_{device.type}.png)"
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / f"bench_optim_{device.type}.md").write_text(markdown(rows, header))
-    figure(rows, arguments.output / f"bench_optim_{device.type}.png", f"{hardware}; torch {torch.__version__}")
+    figure(rows, arguments.output / f"bench_optim_{device.type}.png", f"{machine}; torch {torch.__version__}")
 
 
-def _cpu() -> str:
+def hardware(device: torch.device | str) -> str:
+    """The name of the GPU, or of the processor with its cores."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return f"{os.cpu_count()} CPU cores, {names[0] if names else platform.processor()}"
+
+
+def versions() -> str:
+    """Of Python, torch and this project."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, commit {(git_commit() or 'unknown')[:7]}"
 
 
 if __name__ == "__main__":

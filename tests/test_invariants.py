@@ -24,15 +24,17 @@ from torch import nn
 
 import dpopt
 from dpopt.plan import PrivacyPlan
-from dpopt.privacy import gradients, sampling
+from dpopt.privacy import engine, gradients, sampling, taken
 from dpopt.privacy.accounting import compute_epsilon
 from dpopt.privacy.clipping import Flat
+from dpopt.privacy.engine import POLICIES, Engine
 from dpopt.privacy.gradients import PrivateGradient
 from dpopt.privacy.sampling import PoissonBatch
 from dpopt.privacy.streams import RandomKey
+from dpopt.privacy.taken import Taken
 from dpopt.sources import TensorSource
 
-REAL_GRADIENTS = gradients.per_example_gradients
+REAL_GRADIENTS = engine.per_example_gradients
 REAL_EPSILON_AT = PrivacyPlan.epsilon_at
 REAL_SAMPLE = sampling.sample_indices
 REAL_CLIPPED = PrivateGradient._accumulate_clipped
@@ -153,11 +155,12 @@ def empty_batches_uncounted(patch):
 def check_views_belong_to_their_example():
     plan, clip = make_plan(sigma=0.0), Flat(0.05)
     model, (inputs, targets) = small_model(), small_data(8, views=4)
-    private = PrivateGradient(model, F.cross_entropy, plan, clip)
-    micro_batch = (inputs, targets, torch.ones(8, dtype=torch.bool))
-    private.backward(PoissonBatch(plan, 0, torch.arange(8), iter([micro_batch])))
-    for p, e in zip(model.parameters(), loop_oracle(model, F.cross_entropy, inputs, targets, clip), strict=True):
-        torch.testing.assert_close(p.grad, e / plan.batch_size, rtol=1e-9, atol=1e-12)
+    for policy in POLICIES:
+        private = PrivateGradient(model, F.cross_entropy, plan, clip, engine=policy)
+        micro_batch = (inputs, targets, torch.ones(8, dtype=torch.bool))
+        private.backward(PoissonBatch(plan, 0, torch.arange(8), iter([micro_batch])))
+        for p, e in zip(model.parameters(), loop_oracle(model, F.cross_entropy, inputs, targets, clip), strict=True):
+            torch.testing.assert_close(p.grad, e / plan.batch_size, rtol=1e-9, atol=1e-12)
 
 
 def views_clipped_one_by_one(patch):
@@ -171,11 +174,10 @@ def views_clipped_one_by_one(patch):
 
 
 def views_in_another_order_than_labels(patch):
-    def mutant(model, loss_fn, inputs, targets, autocast):
-        shuffled = inputs.transpose(0, 1).reshape(inputs.shape)
-        return REAL_GRADIENTS(model, loss_fn, shuffled, targets, autocast)
+    def take(self, inputs, targets, real=Engine.take):
+        return real(self, inputs.transpose(0, 1).reshape(inputs.shape), targets)
 
-    patch.setattr(gradients, "per_example_gradients", mutant)
+    patch.setattr(Engine, "take", take)
 
 
 # 4. The clipped norm is bounded; non-finite and padded examples contribute zero.
@@ -190,19 +192,20 @@ def check_every_contribution_is_bounded():
     mask = torch.ones(12, dtype=torch.bool)
     mask[9:] = False
 
-    def contribution(selected):
-        private = PrivateGradient(model, flat_loss, plan, clip)
+    def contribution(selected, policy):
+        private = PrivateGradient(model, flat_loss, plan, clip, engine=policy)
         private.backward(PoissonBatch(plan, 0, torch.zeros(0), iter([(inputs, torch.zeros(12), selected)])))
         return torch.cat([p.grad.flatten().double() * plan.batch_size for p in model.parameters()])
 
-    total = contribution(mask)
-    assert total.isfinite().all()
-    for index in range(12):
-        without = mask.clone()
-        without[index] = False
-        norm = (total - contribution(without)).norm()
-        assert norm <= 0.1 * (1 + 1e-5)
-        assert (norm == 0) == (index in (5, 6) or not mask[index])
+    for policy in POLICIES:
+        total = contribution(mask, policy)
+        assert total.isfinite().all()
+        for index in range(12):
+            without = mask.clone()
+            without[index] = False
+            norm = (total - contribution(without, policy)).norm()
+            assert norm <= 0.1 * (1 + 1e-5)
+            assert (norm == 0) == (index in (5, 6) or not mask[index])
 
 
 def no_clip(patch):
@@ -232,16 +235,15 @@ def pads_counted(patch):
 
 
 def norm_of_the_first_parameter(patch):
-    real = gradients._norms
-    patch.setattr(gradients, "_norms", lambda g: real(dict(list(g.items())[1:])))
+    def finish(self, losses, real=Taken.finish):
+        del self._squares[0]
+        return real(self, losses)
+
+    patch.setattr(Taken, "finish", finish)
 
 
 def variance_for_the_square(patch):
-    patch.setattr(
-        gradients,
-        "_norms",
-        lambda g: torch.sqrt(sum(v.flatten(1).float().var(1, correction=0) * v[0].numel() for v in g.values())),
-    )
+    patch.setattr(taken, "square_norms", lambda rows: rows.double().var(1, correction=0) * rows.shape[1])
 
 
 # 5. Noise once per logical step, on the sum.

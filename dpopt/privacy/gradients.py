@@ -2,28 +2,21 @@
 
     p.grad = (Σ_i w(‖g_i‖)·g_i + N(0, σ²S²I)) / (qN),     S = the clip rule's sensitivity
 
-g_i is the gradient of example i's loss, averaged over its K augmented views *before* the clip (De et al., 2204.13650).
-Per-example gradients come from `torch.func.vmap(grad)`. Norms and sums are fp32 (float64 for a float64 model). An
-example whose gradient is not finite contributes zero, as a pad does: it is selected away before any reduction, because
-0·NaN is NaN. Everything to the right of `p.grad` is post-processing.
+g_i is the gradient of example i's loss, averaged over its K augmented views *before* the clip (De et al., 2204.13650);
+`dpopt.privacy.engine` takes it. Norms and sums are fp32 (float64 for a float64 model). An example whose gradient is not
+finite contributes zero, as a pad does: it is selected away before any reduction, because 0·NaN is NaN. Everything to
+the right of `p.grad` is post-processing.
 """
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 
 from dpopt.plan import PrivacyPlan
 from dpopt.privacy.clipping import ClipRule
+from dpopt.privacy.engine import Engine, LossFn
 from dpopt.privacy.noise import add_noise
+from dpopt.privacy.proof import check
 from dpopt.privacy.sampling import PoissonBatch
-
-# On a CPU, torch adds the squares of a long row one by one in fp32: 25 million equal entries lose 1 % of their norm.
-_NORM_BLOCK = 256  # at most 2e-7 is lost, whatever the length; 64 elements would cost half as much time again
-LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class PrivateGradient:
@@ -35,7 +28,9 @@ class PrivateGradient:
         plan: the noise, q, N and the number of steps.
         clip: the clip rule. None is the non-private control: no clipping, allowed only with a plan without noise.
         start: number of steps already taken (a resumed run).
-        precision: `fp32`, or `bf16` for autocast in forward and backward.
+        engine: how per-example gradients are taken, a performance setting: a policy of `Engine` (`auto`, `store`,
+            `recompute`, `gram`, `vmap`), or an Engine made for this model.
+        precision: `fp32`, or `bf16` for autocast in the forward.
         diagnostics: keep raw statistics of private data in `statistics` (training loss, clipped fraction,
             signal-to-noise, realised batch size). They are not covered by ε.
 
@@ -53,15 +48,17 @@ class PrivateGradient:
         start: int = 0,
         precision: str = "fp32",
         diagnostics: bool = False,
+        engine: str | Engine = "auto",
     ) -> None:
         if clip is None and plan.noise_multiplier > 0:
             raise ValueError("noise without a clip protects nothing: pass a clip rule, for example clip=Flat(1.0)")
         check_model(model, private=clip is not None)
         self.model, self.loss_fn, self.plan, self.clip = model, loss_fn, plan, clip
         self.step = start
-        self.precision, self.diagnostics = precision, diagnostics
+        self.engine = Engine(model, loss_fn, engine, precision=precision) if isinstance(engine, str) else engine
+        self.diagnostics = diagnostics
         self.statistics: dict[str, float] = {}
-        self._probed = False
+        self._proved = False
 
     @property
     def noise_std(self) -> float:
@@ -123,20 +120,16 @@ class PrivateGradient:
         raw: "_RawStatistics",
     ) -> None:
         assert self.clip is not None
-        if not self._probed:
-            self._probe(parameters, inputs[0], targets[0])
-        gradients, losses = per_example_gradients(self.model, self.loss_fn, inputs, targets, self._autocast)
-        norms = _norms(gradients)
-        valid = mask & norms.isfinite()
-        weights = torch.where(valid, self.clip.weight(norms), 0.0)
-        for name, gradient in gradients.items():
-            column = (-1,) + (1,) * (gradient.ndim - 1)
-            # Elementwise, not a matrix product: TF32 or autocast would round it, and the norm could exceed S. The first
-            # operation makes a copy: a gradient that is the same for all examples comes as one expanded tensor.
-            selected = gradient.to(sums[name].dtype).masked_fill(~valid.view(column), 0.0)
-            sums[name] += selected.mul_(weights.view(column)).sum(0)
+        if not self._proved:
+            check(self.engine, inputs, targets)
+            self._proved = True
+        taken = self.engine.take(inputs, targets)
+        valid = mask & taken.norms.isfinite()
+        weights = torch.where(valid, self.clip.weight(taken.norms), 0.0)
+        taken.add_to(sums, weights)
         if self.diagnostics:
-            raw.add(losses[valid], weights[valid] * norms[valid] < norms[valid] * (1 - 1e-6), int(mask.sum()))
+            clipped = weights[valid] * taken.norms[valid] < taken.norms[valid] * (1 - 1e-6)
+            raw.add(taken.losses[valid], clipped, int(mask.sum()))
 
     def _accumulate_plain(
         self,
@@ -152,7 +145,7 @@ class PrivateGradient:
         if len(inputs) == 0:
             return
         views = inputs.shape[1]
-        with self._autocast():
+        with self.engine.autocast():
             loss = self.loss_fn(self.model(inputs.flatten(0, 1)), targets.repeat_interleave(views, 0))
         gradients = torch.autograd.grad(loss * len(inputs), list(parameters.values()), materialize_grads=True)
         for total, gradient in zip(sums.values(), gradients, strict=True):
@@ -160,53 +153,6 @@ class PrivateGradient:
         if self.diagnostics:
             count = len(inputs)
             raw.add(loss.detach().expand(count), torch.zeros(count, dtype=torch.bool), count)
-
-    def _probe(self, parameters: dict[str, nn.Parameter], views: Tensor, target: Tensor) -> None:
-        """Refuse parameters that the loss does not depend on: they would be trained on noise alone."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}  # no trace of the example
-        with torch.enable_grad(), self._autocast():
-            outputs = functional_call(self.model, buffers, (views,))
-            loss = self.loss_fn(outputs, target.expand(len(views), *target.shape))
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-        if unused:
-            raise ValueError(
-                f"the loss does not depend on {', '.join(unused)}, so only noise would move them: "
-                "freeze them with requires_grad_(False) or remove them from the model"
-            )
-        self._probed = True
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
-
-
-def per_example_gradients(
-    model: nn.Module,
-    loss_fn: LossFn,
-    inputs: Tensor,
-    targets: Tensor,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradients (examples, *parameter shape) of the trainable parameters, by name, and losses (examples,).
-
-    Args:
-        model: called on the K views of one example at a time, (K, …).
-        loss_fn: mean loss over the views.
-        inputs: (examples, K, …).
-        targets: (examples, …).
-        autocast: context of forward and backward.
-    """
-    trainable = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    constant = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
-
-    def loss(values: dict[str, Tensor], views: Tensor, target: Tensor) -> Tensor:
-        outputs = functional_call(model, (values, constant), (views,))
-        return loss_fn(outputs, target.expand(len(views), *target.shape))
-
-    with autocast():
-        return vmap(grad_and_value(loss), in_dims=(None, 0, 0))(trainable, inputs, targets)
 
 
 def check_model(model: nn.Module, private: bool) -> None:
@@ -260,19 +206,3 @@ class _RawStatistics:
             "private/signal_to_noise": signal / (noise_std * dimension**0.5) if noise_std else float("inf"),
             "private/batch_size": float(self.count),
         }
-
-
-def _sum_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def _norms(gradients: dict[str, Tensor]) -> Tensor:
-    """Norms over all parameters, (examples,); a finite gradient whose square overflows counts as not finite."""
-    blocks = []
-    for gradient in gradients.values():
-        flat = gradient.reshape(len(gradient), -1).to(_sum_dtype(gradient))
-        whole = flat.shape[1] // _NORM_BLOCK * _NORM_BLOCK
-        blocks.append(torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, _NORM_BLOCK)), dim=2))
-        blocks.append(torch.linalg.vector_norm(flat[:, whole:], dim=1, keepdim=True))
-    total = torch.linalg.vector_norm(torch.cat(blocks, dim=1), dim=1, dtype=torch.float64)
-    return total.to(blocks[0].dtype)

@@ -1,0 +1,255 @@
+"""Per-example gradients of a micro-batch, as their norms and a way to sum them under weights.
+
+    taken = engine.take(inputs, targets)         # (B, K, …), (B, …) → norms (B,), losses (B,)
+    taken.add_to(sums, weights)                  # sums[name] += Σ weights[i]·g_i[name]
+
+g_i is the gradient of example i's mean loss over its K views. The model runs forward as it is, on all views at once,
+with detached parameters: the backward yields gradients of activations only, and an aggregated weight gradient, which
+nobody wants, is never computed. Hooks on the layers, there for the time of one forward, see what goes in and what comes
+back, and the rule of the layer (`dpopt.privacy.rules`) makes of it one of three things:
+
+    store      the per-example gradients, summed when the weights are known
+    recompute  their norms only, a few examples at a time; the sum is the ordinary gradient of scaled output gradients
+    gram       their norms from inner products of positions, never the gradients; then as recompute
+
+A parameter that a module holds beside its submodules (a class token, a position embedding, a skip gain) enters the
+forward as one copy per view. Layers without a rule go through vmap alone, and `policy="vmap"` does so with the model.
+Before the first batch is taken, `dpopt.privacy.proof` compares two examples with ordinary backward passes.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
+
+from dpopt.privacy.rules import BY_VMAP
+from dpopt.privacy.taken import Gathered, Record, Taken, record_of, size_of
+from dpopt.privacy.tensors import Gradients
+from dpopt.privacy.units import Unit, find_units
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+POLICIES = ("auto", "store", "recompute", "gram", "vmap")
+# Operations that a device does in the time of moving one byte; storing saves 2 operations per position and weight, and
+# costs the reading of 4 bytes.
+_BALANCE = {"cpu": 7, "cuda": 166}
+
+
+class _Attach(torch.autograd.Function):
+    """Ties an output that depends on nothing with a gradient to the graph, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[None, None]:
+        return None, None
+
+
+class Engine:
+    """Takes per-example gradients by per-layer rules.
+
+    Args:
+        model: checked by `dpopt.privacy.gradients.check_model`.
+        loss_fn: (outputs (K, …), targets (K, …)) → the mean loss, a scalar.
+        policy: `store`, `recompute` or `gram` wherever a layer can; `vmap`, no rules; `auto` chooses layer by layer.
+        memory: bytes that stored gradients may take under `auto`; None for no limit.
+        precision: `bf16` for autocast in the forward.
+        compiled: compile forward, backward and rules as one graph, anew for every shape of a batch.
+
+    Attributes:
+        fallbacks: names of layers that go through vmap, for want of a rule.
+        plan: what is done with the gradients of every layer, once a batch has been taken.
+
+    Raises:
+        ValueError: for an unknown policy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        policy: str = "auto",
+        memory: int | None = None,
+        precision: str = "fp32",
+        compiled: bool = False,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"engine={policy} must be one of {', '.join(POLICIES)}")
+        self.model, self.loss_fn, self.policy, self.memory = model, loss_fn, policy, memory
+        self.precision, self.compiled = precision, compiled
+        self.plan: dict[str, str] = {}
+        self._graphs: dict[Any, Callable[..., Taken]] = {}
+        self._whole: set[str] = set()
+        self._split_up()
+
+    def _split_up(self) -> None:
+        self.units, self.bare = ([], {}) if self.policy == "vmap" else find_units(self.model, self._whole)
+        everything = [u.name or "the whole model" for u in self.units if u.rule is BY_VMAP]
+        self.fallbacks = ["the whole model"] if self.policy == "vmap" else everything
+
+    def take(self, inputs: Tensor, targets: Tensor) -> Taken:
+        """Per-example gradients of (B, K, …) inputs and (B, …) targets.
+
+        Raises:
+            ValueError: for a layer whose gradients cannot be told apart by example.
+        """
+        values = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        if not self.compiled:
+            return self.take_at(values, inputs, targets)
+        shapes = (inputs.shape, inputs.dtype, targets.shape, self.model.training)
+        if shapes not in self._graphs:
+            self._graphs[shapes] = self._compile(values, inputs, targets)
+        return self._graphs[shapes](values, inputs, targets)
+
+    def _compile(self, values: Gradients, inputs: Tensor, targets: Tensor) -> Callable[..., Taken]:
+        """`take_at`, traced once through its backward and hooks, and compiled."""
+        template: list[Taken] = []
+
+        def flat(values: Gradients, inputs: Tensor, targets: Tensor) -> tuple[Any, ...]:
+            taken = self.take_at(values, inputs, targets)
+            template[:] = [taken]
+            return taken.tensors()
+
+        graph = torch.compile(make_fx(flat)(values, inputs, targets), dynamic=False)
+        return lambda *arguments: template[0].like(graph(*arguments))
+
+    def take_at(self, values: Gradients, inputs: Tensor, targets: Tensor) -> Taken:
+        """`take`, at parameters that are not the model's own, and never compiled."""
+        examples, views = inputs.shape[:2]
+        taken = Taken(examples)
+        if self.policy == "vmap":
+            gradients, losses = per_example_gradients(self.model, self.loss_fn, inputs, targets, self.autocast, values)
+            taken.store(None, gradients)
+            return taken.finish(losses)
+        records: list[Record] = []
+        gathered = Gathered(taken, records)
+        root = torch.zeros((), device=inputs.device, requires_grad=True)
+        copies = {
+            name: values[name].view(shape).expand(examples * views, *shape[1:]).requires_grad_()
+            for name, shape in self.bare.items()
+        }
+
+        def watch(unit: Unit) -> Callable[..., Any]:
+            def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+                record = record_of(unit, arguments, output, examples)
+                records.append(record)
+                attached = output if output.requires_grad else _Attach.apply(output, root)
+                attached.register_hook(lambda g: gathered.arrived(record, g))
+                return attached
+
+            return hook
+
+        hooks = [unit.module.register_forward_hook(watch(unit)) for unit in self.units]
+        try:
+            with torch.enable_grad(), self.autocast():
+                outputs = self.forward({**values, **copies}, inputs.flatten(0, 1))
+                outputs = tree_map(lambda x: x.unflatten(0, (examples, views)), outputs)
+                targets = targets[:, None].expand(examples, views, *targets.shape[1:])
+                losses = vmap(self.loss_fn)(outputs, targets)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._choose(records, examples, inputs.device.type)
+        with torch.enable_grad():
+            found = torch.autograd.grad(losses.sum(), [root, *copies.values()], allow_unused=True)
+        with torch.no_grad():
+            gathered.finish()
+            for (name, copy), gradient in zip(copies.items(), found[1:], strict=True):
+                gradient = torch.zeros_like(copy) if gradient is None else gradient
+                gradient = gradient.unflatten(0, (examples, views)).sum(1)
+                taken.store(None, {name: gradient.view(examples, *values[name].shape)})
+            return taken.finish(losses.detach())
+
+    def forward(self, values: Gradients, inputs: Tensor) -> Any:
+        """The model's outputs for views (N, …) with these parameters; what it does to its buffers is forgotten."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return functional_call(self.model, {**buffers, **values}, (inputs,))
+
+    def take_whole(self, name: str) -> None:
+        """Leave the module that contains a layer or parameter in one piece, to go through vmap."""
+        parent = name.rpartition(".")[0]
+        if not parent:
+            self.policy = "vmap"
+        self._whole.add(parent)
+        self._split_up()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward passes."""
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
+
+    def _choose(self, records: list[Record], examples: int, device: str) -> None:
+        """Decide for every call of a layer what is done with its gradients."""
+        calls = {record.unit: 0 for record in records}
+        for record in records:
+            calls[record.unit] += 1
+        stored = []
+        for record in records:
+            unit, size = record.unit, size_of(record.unit)
+            single = calls[unit] == 1 and not unit.tied  # several calls are one gradient, so they are summed first
+            all_trained = len(unit.names) == sum(1 for _ in unit.module.parameters())
+            gram = unit.rule.gram is not None and single and all_trained
+            if not single or (self.policy == "gram" and not gram and size < 4096):
+                record.policy = "store"
+            elif self.policy in ("store", "recompute", "gram"):
+                record.policy = self.policy if self.policy != "gram" or gram else "recompute"
+            elif gram and 8 * record.positions * _width(unit) < size:
+                record.policy = "gram"
+            elif size > 4096 and 2 * record.positions < 4 * _BALANCE.get(device, 7):
+                record.policy = "recompute"
+            else:
+                record.policy = "store"
+                stored.append(record)
+        if self.policy == "auto" and self.memory is not None:
+            left = self.memory - sum(4 * examples * size_of(record.unit) for record in stored)
+            # Where there are few positions, recomputing costs least per byte saved.
+            for record in sorted(stored, key=lambda r: r.positions):
+                if left >= 0:
+                    break
+                if calls[record.unit] == 1 and not record.unit.tied:
+                    record.policy = "recompute"
+                    left += 4 * examples * size_of(record.unit)
+        self.plan = {record.unit.name: record.policy for record in records}
+
+
+def _width(unit: Unit) -> int:
+    """Numbers that go in and come out at one position of a matrix-like layer."""
+    weight = next(unit.module.parameters())
+    return int(weight.shape[0] + weight[0].numel())
+
+
+def per_example_gradients(
+    model: nn.Module,
+    loss_fn: LossFn,
+    inputs: Tensor,
+    targets: Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    values: Gradients | None = None,
+) -> tuple[Gradients, Tensor]:
+    """Gradients (examples, *parameter shape) of the trainable parameters, by name, and losses (examples,).
+
+    Args:
+        model: called on the K views of one example at a time, (K, …).
+        loss_fn: mean loss over the views.
+        inputs: (examples, K, …).
+        targets: (examples, …).
+        autocast: context of forward and backward.
+        values: the trainable parameters, by name, where they are not the model's own.
+    """
+    trainable = values or {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    constant = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
+
+    def loss(values: dict[str, Tensor], views: Tensor, target: Tensor) -> Tensor:
+        outputs = functional_call(model, (values, constant), (views,))
+        return loss_fn(outputs, target.expand(len(views), *target.shape))
+
+    with autocast():
+        return vmap(grad_and_value(loss), in_dims=(None, 0, 0))(trainable, inputs, targets)

@@ -1,0 +1,137 @@
+"""Before an engine is trusted with a model: its gradients of two examples beside those of ordinary backward passes."""
+
+import torch
+from torch import Tensor, nn
+
+from dpopt.privacy.engine import Engine
+from dpopt.privacy.taken import Taken
+from dpopt.privacy.tensors import Gradients
+from dpopt.privacy.units import Inseparable, copy_shapes
+
+
+def check(engine: Engine, inputs: Tensor, targets: Tensor) -> None:
+    """Before the first batch: hold the engine against ordinary backward passes of two examples.
+
+    Images are replaced by noise and parameters moved a little, since a layer behind zeros or in front of them has no
+    gradient to compare; the model is left as it was. Also found here is the shape in which parameters beside submodules
+    enter, and what has to go through vmap after all.
+
+    Args:
+        engine: the engine, changed where it has to be.
+        inputs: a micro-batch (B, K, …).
+        targets: its targets (B, …).
+
+    Raises:
+        ValueError: for a parameter that the loss does not depend on, or whose gradient comes out otherwise.
+    """
+    if len(inputs) > 1:
+        inputs, targets = inputs[:2], targets[:2]
+    else:
+        inputs, targets = torch.cat([inputs, inputs.roll(1, -1)]), torch.cat([targets, targets])
+    parameters = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    if inputs.is_floating_point():
+        inputs = torch.randn(inputs.shape, generator=generator).to(inputs)
+    before = [p.detach().clone() for p in parameters.values()]
+    try:
+        with torch.no_grad():
+            for p in parameters.values():
+                p.add_((0.02 * torch.randn(p.shape, generator=generator)).to(p))
+        wanted = [_ordinary(engine, parameters, x, y) for x, y in zip(inputs, targets, strict=True)]
+        values = {name: p.detach() for name, p in parameters.items()}
+        taken = None
+        while taken is None and engine.policy != "vmap":
+            try:
+                _fit_bare(engine, inputs[:, 0])
+                taken = engine.take_at(values, inputs, targets)
+            except Inseparable as error:
+                engine.take_whole(error.name)
+        if taken is not None:
+            _compare(engine, wanted, taken)
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters.values(), before, strict=True):
+                p.copy_(old)
+
+
+def _ordinary(engine: Engine, parameters: dict[str, nn.Parameter], views: Tensor, target: Tensor) -> Gradients:
+    """The gradient of one example by an ordinary backward pass."""
+    with torch.enable_grad(), engine.autocast():
+        outputs = engine.forward({}, views)
+        loss = engine.loss_fn(outputs, target.expand(len(views), *target.shape))
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    found = dict(zip(parameters, gradients, strict=True))
+    unused = [name for name, gradient in found.items() if gradient is None]
+    if unused:
+        raise ValueError(
+            f"the loss does not depend on {', '.join(unused)}, so only noise would move them: "
+            "freeze them with requires_grad_(False) or remove them from the model"
+        )
+    return found
+
+
+def _fit_bare(engine: Engine, inputs: Tensor) -> None:
+    """Find the shape of a copy per example with which every bare parameter acts on its own example only."""
+    while engine.bare and engine.policy != "vmap":
+        shapes = {name: copy_shapes(engine.model.get_parameter(name).shape) for name in engine.bare}
+        for i in range(max(len(candidates) for candidates in shapes.values())):
+            guess = {name: candidates[min(i, len(candidates) - 1)] for name, candidates in shapes.items()}
+            if _act_alone(engine, guess, inputs):
+                engine.bare = guess
+                return
+        found = {}
+        for name, candidates in shapes.items():
+            fitting = [shape for shape in candidates if _act_alone(engine, {name: shape}, inputs)]
+            if not fitting:
+                engine.take_whole(name)
+                break
+            found[name] = fitting[0]
+        else:
+            engine.bare = found
+            return
+
+
+def _act_alone(engine: Engine, shapes: dict[str, tuple[int, ...]], inputs: Tensor) -> bool:
+    """Whether the model with different copies for two examples does with each what it does with that copy alone."""
+    generator = torch.Generator().manual_seed(1)
+    different = []
+    for _ in inputs:
+        parameters = {name: engine.model.get_parameter(name).detach() for name in shapes}
+        different.append(
+            {n: p + (0.5 * torch.randn(p.shape, generator=generator)).to(p) for n, p in parameters.items()}
+        )
+    copies = {n: torch.stack([one[n] for one in different]).view(len(inputs), *s[1:]) for n, s in shapes.items()}
+    with torch.no_grad(), engine.autocast():
+        alone = [engine.forward(one, x[None]) for one, x in zip(different, inputs, strict=True)]
+        try:
+            together = engine.forward(copies, inputs)
+        except RuntimeError:
+            return False
+    expected = torch.cat(alone)
+    tolerance = (0.05 if _coarse(engine) else 1e-3) * expected.abs().max()
+    return together.shape == expected.shape and bool((together - expected).abs().max() <= tolerance)
+
+
+def _compare(engine: Engine, wanted: list[Gradients], taken: Taken) -> None:
+    """Refuse gradients that differ by more than rounding explains."""
+    coarse = _coarse(engine)
+    relative, absolute = (0.1, 1e-2) if coarse else (1e-3, 1e-5)
+    for i, gradients in enumerate(wanted):
+        sums = {n: torch.zeros_like(g, dtype=taken.norms.dtype) for n, g in gradients.items()}
+        taken.add_to(sums, torch.eye(2, dtype=taken.norms.dtype, device=taken.norms.device)[i])
+        length = torch.stack([g.double().norm() for g in gradients.values()]).norm()
+        errors = {name: (sums[name] - g).double().norm() for name, g in gradients.items()}
+        wrong = [n for n, e in errors.items() if e > relative * gradients[n].double().norm() + absolute * length]
+        if not wrong and abs(taken.norms[i] - length) > relative / 2 * length:
+            wrong = ["the norm"]
+        if wrong:
+            raise ValueError(
+                f"the per-layer gradient of {', '.join(wrong[:3])} is not the one of an ordinary backward pass (a "
+                "layer's parameters are used outside of it, its input has the examples not in the first dimension, "
+                "or it mixes them): use engine=vmap"
+            )
+
+
+def _coarse(engine: Engine) -> bool:
+    """Whether 16-bit numbers are in play."""
+    return engine.precision == "bf16" or any(p.element_size() == 2 for p in engine.model.parameters())

@@ -1,0 +1,268 @@
+"""What one backward pass leaves of a micro-batch: the norms of its examples, and what their weighted sum is made of."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpopt.privacy.rules import BY_VMAP
+from dpopt.privacy.tensors import Gradients, by_example, memory_order, square_norms
+from dpopt.privacy.units import Inseparable, Unit
+
+_CHUNK = 32 << 20  # bytes of per-example gradients that are formed at once where only their norms are wanted
+
+
+@dataclass(eq=False)
+class Record:
+    """One call of a unit: its arguments, and the gradient with respect to its output once that has come back."""
+
+    unit: Unit
+    arguments: tuple[Any, ...]
+    version: int
+    positions: int
+    policy: str = "store"
+    output_gradient: Tensor | None = None
+
+
+class Taken:
+    """Per-example gradients of one micro-batch.
+
+    Attributes:
+        losses: mean loss of each example over its views, (B,).
+        norms: of each example's gradient over all parameters, (B,), at least float32; not finite where the gradient is
+            not, or where its square overflows.
+    """
+
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+        self.losses = self.norms = torch.empty(0)
+        self._squares: list[Tensor] = []
+        self._stored: list[tuple[Unit | None, Gradients]] = []  # without a unit: by the model's names
+        self._kept: list[Record] = []
+
+    def store(self, unit: Unit | None, found: Gradients) -> None:
+        """Keep gradients (B, *shape), and count their norms."""
+        if unit is not None and unit.rule.square_norms is not None:
+            self._squares.append(unit.rule.square_norms(unit.module, found))
+        else:
+            self._squares += [square_norms(by_example(g)) for g in found.values()]
+        self._stored.append((unit, found))
+
+    def keep(self, record: Record, squares: Tensor) -> None:
+        """Keep what a layer's sum can be made of."""
+        self._squares.append(squares)
+        self._kept.append(record)
+
+    def finish(self, losses: Tensor) -> "Taken":
+        """Add up the norms."""
+        self.losses = losses
+        self.norms = torch.stack(self._squares).sum(0).sqrt().to(max(losses.dtype, torch.float32, key=_bits))
+        return self
+
+    def tensors(self) -> tuple[Any, ...]:
+        """All that it holds, for a compiled graph to return."""
+        kept = [(record.arguments, record.output_gradient) for record in self._kept]
+        return self.losses, self.norms, [found for _, found in self._stored], kept
+
+    def like(self, tensors: tuple[Any, ...]) -> "Taken":
+        """Another of the same layers, of what such a graph has returned."""
+        other = Taken(self.examples)
+        other.losses, other.norms, stored, kept = tensors
+        other._stored = [(unit, found) for (unit, _), found in zip(self._stored, stored, strict=True)]
+        other._kept = [
+            replace(record, arguments=arguments, output_gradient=g)
+            for record, (arguments, g) in zip(self._kept, kept, strict=True)
+        ]
+        return other
+
+    def add_to(self, sums: Gradients, weights: Tensor) -> None:
+        """sums[name] += Σ weights[i]·g_i[name], where an example whose norm is not finite counts as zero.
+
+        Args:
+            sums: fp32 (float64 for a float64 model), by the model's parameter names.
+            weights: (B,), finite.
+        """
+        broken = ~self.norms.isfinite()
+        weights = weights.masked_fill(broken, 0.0)
+        # What is not finite is selected away before any reduction: 0·NaN is NaN.
+        select = broken if bool(broken.any()) else None
+        with _exact(weights.device):
+            for unit, found in self._stored:
+                local = {name: _weighted(gradient, weights, select) for name, gradient in found.items()}
+                _add(sums, unit, local)
+            for record in self._kept:
+                unit = record.unit
+                arguments, g = _split(record, self.examples)
+                g = g.mul(_column(weights, g))
+                if select is not None:
+                    g = g.masked_fill(_column(select, g), 0.0)
+                    arguments = tuple(
+                        x.masked_fill(_column(select, x), 0.0) if isinstance(x, Tensor) and x.is_floating_point() else x
+                        for x in arguments
+                    )
+                arguments = tuple(x.flatten(0, 1)[None] if isinstance(x, Tensor) else x for x in arguments)
+                found = _apply(unit, arguments, g.flatten(0, 1)[None])
+                _add(sums, unit, {name: gradient[0] for name, gradient in found.items()})
+
+
+def _add(sums: Gradients, unit: Unit | None, local: Gradients) -> None:
+    if unit is None:
+        for name, gradient in local.items():
+            sums[name] += gradient
+        return
+    if unit.rule.pull_back is not None:
+        local = unit.rule.pull_back(unit.module, local)
+    for name, full in unit.names.items():
+        sums[full] += local[name]
+
+
+def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None) -> Tensor:
+    """Σ weights[i]·gradient[i], (*shape)."""
+    rows = by_example(gradient).to(weights.dtype)
+    if select is not None:
+        rows = rows.masked_fill(select[:, None], 0.0)
+    order = memory_order(gradient)
+    total = torch.mv(rows.T, weights).view([gradient.shape[i] for i in order])
+    return total.permute([order.index(i) for i in range(1, gradient.ndim)])
+
+
+def _apply(unit: Unit, arguments: tuple[Any, ...], g: Tensor) -> Gradients:
+    """The rule's gradients of the trainable parameters; under a function of the parameters, all that it needs."""
+    if unit.rule is BY_VMAP:
+        return unit.rule.gradients(unit.module, arguments, g)
+    found = unit.rule.gradients(unit.module, arguments[0], g)
+    return found if unit.rule.pull_back is not None else {name: found[name] for name in unit.names}
+
+
+def _column(x: Tensor, like: Tensor) -> Tensor:
+    return (
+        x.view(-1, *(1,) * (like.ndim - 1)) if x.dtype == torch.bool else x.view(-1, *(1,) * (like.ndim - 1)).to(like)
+    )
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+def _split(record: Record, examples: int) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments and output gradient, (B, K, …), in one floating-point type: where gradients are not stored as they are
+    formed, that of the sum, since the norm must be the norm of what is summed."""
+    g = record.output_gradient
+    assert g is not None
+    dtype = g.dtype if record.policy == "store" else max(g.dtype, torch.float32, key=_bits)
+    arguments = tuple(
+        (x.to(dtype) if x.is_floating_point() else x).unflatten(0, (examples, -1)) if isinstance(x, Tensor) else x
+        for x in record.arguments
+    )
+    return arguments, g.to(dtype).unflatten(0, (examples, -1))
+
+
+class Gathered:
+    """What comes back from one backward pass, layer by layer."""
+
+    def __init__(self, taken: Taken, records: list[Record]) -> None:
+        self.taken, self.records = taken, records
+        self._partial: dict[Any, tuple[Unit | None, Gradients]] = {}
+
+    @torch.no_grad()
+    def arrived(self, record: Record, g: Tensor) -> None:
+        """The gradient with respect to a layer's output has come back."""
+        unit, examples = record.unit, self.taken.examples
+        tensor = next(x for x in record.arguments if isinstance(x, Tensor))
+        if tensor._version != record.version:
+            raise ValueError(
+                f"the input of layer '{unit.name}' is changed in place after the layer has read it: "
+                "use an operation that is not in place there, or engine=vmap"
+            )
+        record.output_gradient = g
+        with torch.autocast(g.device.type, enabled=False):
+            arguments, g = _split(record, examples)
+            if record.policy == "store":
+                self._store(record, _apply(unit, arguments, g))
+                record.arguments, record.output_gradient = (), None
+                return
+            with _exact(g.device):
+                if record.policy == "gram":
+                    assert unit.rule.gram is not None
+                    squares = unit.rule.gram(unit.module, arguments[0], g)
+                else:
+                    count = max(1, _CHUNK // (g.element_size() * max(1, size_of(unit))))
+                    squares = torch.cat(
+                        [
+                            _squares(
+                                unit,
+                                tuple(x[i : i + count] if isinstance(x, Tensor) else x for x in arguments),
+                                g[i : i + count],
+                            )
+                            for i in range(0, examples, count)
+                        ]
+                    )
+            self.taken.keep(record, squares)
+
+    def _store(self, record: Record, found: Gradients) -> None:
+        unit = record.unit
+        calls = sum(r.unit is unit for r in self.records)
+        if calls == 1 and not unit.tied:
+            self.taken.store(unit, found)
+            return
+        if unit.tied:  # by the model's names, in which tied parameters are one
+            found = {unit.names[name]: gradient for name, gradient in found.items()}
+            for name, gradient in found.items():
+                _, total = self._partial.setdefault(name, (None, {}))
+                total[name] = total[name] + gradient if name in total else gradient
+            return
+        _, total = self._partial.setdefault(unit, (unit, {}))
+        for name, gradient in found.items():
+            total[name] = total[name] + gradient if name in total else gradient
+
+    def finish(self) -> None:
+        """All has come back that will."""
+        for unit, total in self._partial.values():
+            self.taken.store(unit, total)
+
+
+def _squares(unit: Unit, arguments: tuple[Any, ...], g: Tensor) -> Tensor:
+    found = _apply(unit, arguments, g)
+    if unit.rule.square_norms is not None:
+        return unit.rule.square_norms(unit.module, found)
+    return torch.stack([square_norms(by_example(x)) for x in found.values()]).sum(0)
+
+
+def record_of(unit: Unit, arguments: tuple[Any, ...], output: Any, examples: int) -> Record:
+    """The record of a call.
+
+    Raises:
+        Inseparable: when arguments and output are not tensors with the examples, or pieces of them, first.
+    """
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if (
+        not isinstance(output, Tensor)
+        or not tensors
+        or any(x.ndim == 0 or len(x) % examples for x in [output, *tensors])
+    ):
+        raise Inseparable(unit.name)
+    weight = next(iter(unit.module.parameters()))
+    width = weight.shape[0] if weight.ndim > 1 else max(1, weight.numel())
+    # Detached, which shares the version: a record that held the graph would be held by it, through the hook.
+    arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    return Record(unit, arguments, tensors[0]._version, max(1, output.numel() // (examples * width)))
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Matrix products in full precision: TF32 would round the sum, and it could be longer than its norm says."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def size_of(unit: Unit) -> int:
+    """Number of values in the gradient of one example."""
+    return sum(p.numel() for p in unit.module.parameters() if p.requires_grad)

@@ -1,0 +1,307 @@
+"""Time and memory of one private gradient, from a batch to the clipped sum, beside the ordinary gradient of that batch.
+
+    python scripts/bench_engine.py                                       # this machine; CUDA where there is a GPU
+    python scripts/bench_engine.py --models wrn_16_4 --views 1 --rounds 20
+
+Every variant has a process of its own, so that none profits or suffers from the memory of another; they take turns, one
+step each, round by round, while the others sleep. A figure is the median over the rounds, with the quartiles, and a
+ratio is the median of the ratios to the plain step within a round. Settings with more augmented views per example have
+fewer examples: the number of views is the same. Memory is the peak of a step minus what model and batch take.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_optim import hardware, versions
+from torch import nn
+
+from dpopt import models
+from dpopt.estimate import peak_memory_bytes, reset_peak_memory
+from dpopt.models.layers import StandardizedConv2d
+from dpopt.prepare import keep_freed_memory
+from dpopt.privacy.clipping import Flat
+from dpopt.privacy.engine import Engine
+from dpopt.privacy.proof import check
+
+PLAIN = "not private"
+VARIANTS = {
+    PLAIN: None,
+    "dpopt": "auto",
+    "dpopt, store": "store",
+    "dpopt, recompute": "recompute",
+    "dpopt, vmap": "vmap",
+    "dpopt, compiled": "compiled auto",
+    "Opacus, hooks": "hooks",
+    "Opacus, ghost": "ghost",
+}
+
+
+def plain_convolutions(module: nn.Module) -> nn.Module:
+    """The model with ordinary convolutions in place of the standardised ones."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, StandardizedConv2d):
+            kernel, stride = child.kernel_size[0], child.stride[0]
+            setattr(module, name, nn.Conv2d(child.in_channels, child.out_channels, kernel, stride, kernel // 2))
+        else:
+            plain_convolutions(child)
+    return module
+
+
+# Model, image size, views in a batch.
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "wrn_16_4": (lambda: plain_convolutions(models.wrn_16_4()), 32, 32),
+    "wrn_16_4_ws": (models.wrn_16_4, 32, 32),
+    "nf_resnet50": (models.nf_resnet50, 64, 16),
+    "deit_tiny": (lambda: models.deit_tiny(pretrained=False, zero_head=False), 224, 16),
+    "cnn": (lambda: models.cnn(in_channels=3), 32, 256),
+}
+GPU_VIEWS = {"wrn_16_4": 2048, "wrn_16_4_ws": 2048, "nf_resnet50": 512, "deit_tiny": 512, "cnn": 8192}
+
+
+def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    """One step from (B, K, …) inputs to the clipped sum of a variant's own making."""
+    examples, views = x.shape[:2]
+    flat, labels = x.flatten(0, 1), y.repeat_interleave(views)
+    clip, how = Flat(1.0), VARIANTS[variant]
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda")
+
+    if how is None:
+
+        def step() -> None:
+            model.zero_grad()
+            with autocast():
+                loss = F.cross_entropy(model(flat), labels)
+            loss.backward()
+
+        return step
+    if how not in ("hooks", "ghost"):
+        precision = "bf16" if x.device.type == "cuda" else "fp32"
+        engine = Engine(
+            model, F.cross_entropy, how.split()[-1], precision=precision, compiled=how.startswith("compiled")
+        )
+        check(engine, x, y)
+        sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+        def private() -> None:
+            for total in sums.values():
+                total.zero_()
+            taken = engine.take(x, y)
+            taken.add_to(sums, clip.weight(taken.norms))
+
+        return private
+    # Opacus knows no views: each counts as an example.
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    noise = dict(noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=examples)
+    if how == "hooks":
+        wrapped = GradSampleModule(model)
+        optimizer = DPOptimizer(sgd, **noise)
+
+        def hooks() -> None:
+            optimizer.zero_grad()
+            with autocast():
+                loss = F.cross_entropy(wrapped(flat), labels)
+            loss.backward()
+            optimizer.clip_and_accumulate()
+
+        return hooks
+    ghost = GradSampleModuleFastGradientClipping(model, max_grad_norm=1.0)
+    fast = DPOptimizerFastGradientClipping(sgd, **noise)
+    criterion = DPLossFastGradientClipping(ghost, fast, nn.CrossEntropyLoss())
+
+    def two_passes() -> None:
+        fast.zero_grad()
+        with autocast():
+            loss = criterion(ghost(flat), labels)
+        loss.backward()
+
+    return two_passes
+
+
+def work(model_name: str, variant: str, views: int, total: int, device: str) -> None:
+    """A process of one variant: says its peak memory, then a time for every line that it reads."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+    make, size, _ = MODELS[model_name]
+    model = make().to(device)
+    x = torch.randn(total // views, views, 3, size, size, device=device)
+    y = torch.randint(0, 10, (total // views,), device=device)
+    where = torch.device(device)
+    before = torch.cuda.memory_allocated() if where.type == "cuda" else _resident()
+    try:
+        step = make_step(variant, model, x, y)
+        reset_peak_memory(where)
+        step()
+        peak = peak_memory_bytes(where) - before
+        step()
+    except Exception as error:  # whatever it is, the row says so
+        print(f"failed {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return
+    print(f"peak {peak}", flush=True)
+    for _ in sys.stdin:
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"time {time.perf_counter() - start}", flush=True)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def bench(model: str, views: int, total: int, device: str, rounds: int, variants: list[str]) -> list[dict]:
+    """One row per variant."""
+    command = [sys.executable, __file__, "--device", device, "--worker"]
+    workers, rows = {}, {}
+    for variant in variants:
+        arguments = [model, variant, str(views), str(total)]
+        worker = subprocess.Popen(
+            command + arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        said = _hear(worker)
+        row = {"model": model, "views": views, "total": total, "variant": variant}
+        if said.startswith("peak"):
+            workers[variant] = worker
+            row["peak"] = int(said.split()[1])
+        else:
+            row["failed"] = said.removeprefix("failed ") or "died"
+        rows[variant] = row
+    times: dict[str, list[float]] = {variant: [] for variant in workers}
+    for number in range(rounds + 1):  # the first is not counted
+        for variant, worker in workers.items():
+            assert worker.stdin is not None
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            said = _hear(worker)
+            if number and said.startswith("time"):
+                times[variant].append(float(said.split()[1]))
+    for variant, worker in workers.items():
+        worker.communicate()
+        quartiles = statistics.quantiles(times[variant], n=4)
+        ratios = [a / b for a, b in zip(times[variant], times[PLAIN], strict=True)]
+        rows[variant] |= {"seconds": quartiles[1], "low": quartiles[0], "high": quartiles[2]}
+        rows[variant] |= {"ratio": statistics.median(ratios)}
+    return list(rows.values())
+
+
+def _hear(worker: subprocess.Popen) -> str:
+    """The worker's next word, past whatever libraries print."""
+    assert worker.stdout is not None
+    for line in worker.stdout:
+        if line.startswith(("peak ", "time ", "failed ")):
+            return line.strip()
+    return ""
+
+
+def markdown(rows: list[dict], header: str) -> str:
+    """The table of one machine."""
+    lines = [header, ""]
+    for setting in dict.fromkeys((row["model"], row["views"]) for row in rows):
+        chosen = [row for row in rows if (row["model"], row["views"]) == setting]
+        total = chosen[0]["total"]
+        lines += [f"## {setting[0]}: {total // setting[1]} examples, K = {setting[1]}", ""]
+        lines += [
+            "| | ms, median (quartiles) | ratio | examples/s | views/s | peak, MB |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in chosen:
+            if "failed" in row:
+                lines.append(f"| {row['variant']} | {row['failed'][:70]} | | | | |")
+                continue
+            spread = f"{1e3 * row['seconds']:.4g} ({1e3 * row['low']:.4g}–{1e3 * row['high']:.4g})"
+            speed = total / row["seconds"]
+            lines.append(
+                f"| {row['variant']} | {spread} | {row['ratio']:.2f} | {speed / setting[1]:,.1f} | {speed:,.1f} | "
+                f"{row['peak'] / 1e6:,.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def figure(rows: list[dict], path: Path, title: str) -> None:
+    """The ratio to the plain step, one panel per model, one group of bars per number of views."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "ratio" in row and row["variant"] != PLAIN]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    labels = list(dict.fromkeys(row["variant"] for row in rows))
+    colors = dict(zip(labels, ["#0072B2", "#56B4E9", "#009E73", "#999999", "#D55E00", "#E69F00"], strict=False))
+    fig, axes = plt.subplots(1, len(names), figsize=(1.5 + 2.9 * len(names), 3.4), squeeze=False, sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        counts = sorted({row["views"] for row in rows if row["model"] == name})
+        for row in (row for row in rows if row["model"] == name):
+            at = counts.index(row["views"]) + (labels.index(row["variant"]) - len(labels) / 2 + 0.5) * 0.8 / len(labels)
+            ax.bar(at, row["ratio"], 0.8 / len(labels), color=colors[row["variant"]])
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set_xticks(range(len(counts)), [f"K = {count}" for count in counts])
+        ax.set_title(name, fontsize=10)
+        ax.grid(alpha=0.3, axis="y")
+        ax.set_axisbelow(True)
+    axes[0][0].set_ylabel("time of a step / plain step")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[label]) for label in labels]
+    fig.legend(handles, labels, ncol=len(labels), loc="lower center", fontsize=8, frameon=False)
+    fig.suptitle(f"A private gradient beside an ordinary one, at equal views. {title}", fontsize=9)
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
+    fig.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure, print, and write the table and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--views", nargs="+", type=int, default=[1, 4, 16], help="augmented views per example, K")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--total", type=int, help="views in a batch, instead of each model's own number")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path("experiments/results"), help="folder of table and figure")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        model, variant, views, total = arguments.worker
+        work(model, variant, int(views), int(total), arguments.device)
+        return
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"warning: the load of this machine is {load:.1f}; wait until it is quiet")
+    variants = [PLAIN, *(v for v in arguments.variants if v != PLAIN)]
+    kind = torch.device(arguments.device).type
+    rows = []
+    for model in arguments.models:
+        for views in arguments.views:
+            total = arguments.total or (GPU_VIEWS[model] if kind == "cuda" else MODELS[model][2])
+            rows += bench(model, views, total, arguments.device, arguments.rounds, variants)
+            print(markdown([r for r in rows if (r["model"], r["views"]) == (model, views)], ""), flush=True)
+    machine = hardware(arguments.device)
+    precision = "bf16 autocast" if kind == "cuda" else "fp32"
+    command = f"`python scripts/bench_engine.py {' '.join(sys.argv[1:])}`"
+    header = (
+        f"# A private gradient beside an ordinary one\n\n{machine}, {precision}; {versions()}. {command}: "
+        f"{arguments.rounds} rounds, all variants in turn.\nRatios to the plain step are medians within a round.\n\n"
+        f"![](bench_engine_{kind}.png)"
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / f"bench_engine_{kind}.md").write_text(markdown(rows, header))
+    figure(rows, arguments.output / f"bench_engine_{kind}.png", f"{machine}; torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()
