@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dpopt.privacy.rules import BY_VMAP
 from dpopt.privacy.taken import Gathered, Record, Taken, record_of, size_of
@@ -110,15 +110,22 @@ class Engine:
 
     def _compile(self, values: Gradients, inputs: Tensor, targets: Tensor) -> Callable[..., Taken]:
         """`take_at`, traced once through its backward and hooks, and compiled."""
-        template: list[Taken] = []
+        traced: list[Any] = []
 
-        def flat(values: Gradients, inputs: Tensor, targets: Tensor) -> tuple[Any, ...]:
-            taken = self.take_at(values, inputs, targets)
-            template[:] = [taken]
-            return taken.tensors()
+        def flat(*tensors: Tensor) -> tuple[Any, ...]:
+            taken = self.take_at(dict(zip(values, tensors, strict=False)), *tensors[-2:])
+            leaves, structure = tree_flatten(taken.tensors())
+            traced[:] = taken.form(), structure
+            return tuple(leaves)
 
-        graph = torch.compile(make_fx(flat)(values, inputs, targets), dynamic=False)
-        return lambda *arguments: template[0].like(graph(*arguments))
+        example: list[Any] = [*values.values(), inputs, targets]
+        compiled = torch._inductor.compile(make_fx(flat)(*example), example)  # what has been traced needs no Dynamo
+        form, structure = traced
+
+        def run(values: Gradients, inputs: Tensor, targets: Tensor) -> Taken:
+            return form.filled(tree_unflatten(list(compiled(*values.values(), inputs, targets)), structure))
+
+        return run
 
     def take_at(self, values: Gradients, inputs: Tensor, targets: Tensor) -> Taken:
         """`take`, at parameters that are not the model's own, and never compiled."""

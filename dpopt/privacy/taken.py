@@ -67,8 +67,15 @@ class Taken:
         kept = [(record.arguments, record.output_gradient) for record in self._kept]
         return self.losses, self.norms, [found for _, found in self._stored], kept
 
-    def like(self, tensors: tuple[Any, ...]) -> "Taken":
-        """Another of the same layers, of what such a graph has returned."""
+    def form(self) -> "Taken":
+        """The same layers, without the tensors."""
+        other = Taken(self.examples)
+        other._stored = [(unit, {}) for unit, _ in self._stored]
+        other._kept = [replace(record, arguments=(), output_gradient=None) for record in self._kept]
+        return other
+
+    def filled(self, tensors: tuple[Any, ...]) -> "Taken":
+        """This form, with tensors that a compiled graph has returned."""
         other = Taken(self.examples)
         other.losses, other.norms, stored, kept = tensors
         other._stored = [(unit, found) for (unit, _), found in zip(self._stored, stored, strict=True)]
