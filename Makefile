@@ -25,8 +25,9 @@ lint: $(READY)  ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-bench: $(READY)  ## time and memory of the optimizers, side by side (wants a quiet machine)
+bench: $(READY)  ## time and memory of optimizers and gradients, side by side (wants a quiet machine)
 	$(RUN) scripts/bench_optim.py
+	$(RUN) scripts/bench_engine.py
 
 .PHONY: help setup demo test lint bench
 .DEFAULT_GOAL := help

@@ -24,7 +24,7 @@ COMPONENTS = ("dataset", "model", "optimizer", "clipping", "schedule", "logger")
 # What may change without making another run: where things are, what is watched, how fast it goes.
 NOT_IDENTITY = {
     *("dry_run", "fresh", "logger", "diagnostics", "output_dir", "data_dir", "time_limit", "checkpoint_every"),
-    *("device", "workers", "micro_batch"),
+    *("device", "workers", "micro_batch", "memory", "engine", "compile"),
 }
 
 
@@ -67,7 +67,10 @@ class Config:
     output_dir: str = "runs"
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     workers: int = 2  # data-loading processes, for image folders
-    micro_batch: int = 64  # examples whose gradients are held at once
+    micro_batch: Any = "auto"  # examples whose gradients are held at once; auto: what fits into memory
+    memory: Optional[float] = None  # noqa: UP045 (GB for auto; a quarter of the machine's, or half of the GPU's)
+    engine: str = "auto"  # per-example gradients: auto, store, recompute, gram or vmap
+    compile: bool = False  # forward, backward and per-example gradients as one compiled graph
 
     def __post_init__(self) -> None:
         if self.private:
@@ -80,11 +83,17 @@ class Config:
                 )
             if (self.steps is None) == (self.epochs is None):
                 raise ValueError("privacy=none needs the number of steps: set steps, or set steps=null and epochs")
-        positive = ("batch_size", "views", "eval_every", "checkpoint_every", "micro_batch")
+        positive = ("batch_size", "views", "eval_every", "checkpoint_every")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, choices in (("precision", ("fp32", "bf16", "fp64")), ("accountant", ACCOUNTANTS)):
+        if self.micro_batch != "auto" and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
+            raise ValueError(f"micro_batch={self.micro_batch} must be at least 1, or auto for what fits into memory")
+        if self.memory is not None and not self.memory > 0:
+            raise ValueError(f"memory={self.memory} must be a positive number of GB, or null")
+        engines = ("auto", "store", "recompute", "gram", "vmap")
+        kinds = (("precision", ("fp32", "bf16", "fp64")), ("accountant", ACCOUNTANTS), ("engine", engines))
+        for name, choices in kinds:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")
         for name in ("steps", "epochs"):

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from dpopt.plan import PrivacyPlan
-from dpopt.privacy.engine import LossFn, per_example_gradients
+from dpopt.privacy.engine import Engine
 
+_ACTIVATIONS = 1.3  # of what the forward keeps: gradients of activations and working memory come on top
 _PROBE_SECONDS = 0.2  # long enough to time, short enough not to be noticed
 
 
@@ -28,8 +29,9 @@ class Estimate:
         parameters: number of trainable parameters.
         optimizer_state_bytes: of the optimizer in question, counted by one step on shapes without memory.
         adam_state_bytes: of Adam on the same parameters, for comparison.
-        memory_bytes: parameters, sums, optimizer state, weight average and per-example gradients of a micro-batch;
-            activations are not in it.
+        memory_bytes: parameters, sums, optimizer state, weight average, and activations and per-example gradients of a
+            micro-batch.
+        micro_batch: examples of a micro-batch.
         seconds: for all steps, from one timed micro-batch; None when it could not be timed.
     """
 
@@ -37,28 +39,74 @@ class Estimate:
     optimizer_state_bytes: int | None
     adam_state_bytes: int
     memory_bytes: int | None
+    micro_batch: int
     seconds: float | None
 
 
 def estimate(
-    model: nn.Module,
+    engine: Engine,
     make_optimizer: Callable[..., torch.optim.Optimizer],
-    loss_fn: LossFn,
     plan: PrivacyPlan,
-    shape: tuple[int, ...],
-    views: int,
+    inputs: torch.Tensor,
     micro_batch: int,
     averaged: bool,
 ) -> Estimate:
-    """Estimate a run of `model`, which is on the device and in the precision of the run."""
+    """Estimate a run of the engine's model, which is on the device and in the precision of the run.
+
+    Args:
+        engine: a private one has been proved.
+        make_optimizer: of the trainable parameters.
+        plan: its batches and steps.
+        inputs: of one example (K, …), any.
+        micro_batch: examples of a micro-batch.
+        averaged: whether an average of the weights is kept.
+    """
+    model = engine.model
     trainable = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainable)
     state = _state_on_shapes(model, make_optimizer)
-    memory = None
+    memory: float | None = None
     if state is not None:
         everything = sum(p.numel() * p.element_size() for p in model.parameters())
-        memory = everything * (2 if averaged else 1) + 4 * count * (1 + micro_batch) + state
-    return Estimate(count, state, 8 * count, memory, _seconds(model, loss_fn, plan, shape, views, micro_batch))
+        memory = everything * (2 if averaged else 1) + 4 * count + state
+        memory += micro_batch * (_ACTIVATIONS * activation_bytes(engine, inputs) + (4 * count if engine.proved else 0))
+    seconds = _seconds(engine, plan, inputs, micro_batch)
+    return Estimate(count, state, 8 * count, None if memory is None else int(memory), micro_batch, seconds)
+
+
+def fit_micro_batch(engine: Engine, inputs: torch.Tensor, budget: int, most: int) -> tuple[int, int]:
+    """The largest micro-batch that fits a budget, and what it leaves for stored gradients, in bytes.
+
+    Where fewer than eight examples would fit with their gradients stored, room is made by recomputing.
+
+    Args:
+        engine: of the model.
+        inputs: of one example (K, …), any.
+        budget: bytes for activations and per-example gradients.
+        most: examples at most.
+    """
+    activations = _ACTIVATIONS * activation_bytes(engine, inputs)
+    gradient = 4 * sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
+    fitting = int(budget / (activations + gradient * (2 if engine.policy == "vmap" else 1)))
+    few = min(8, most)
+    size = min(most, fitting) if fitting >= few else max(1, min(few, int(budget / (2 * activations))))
+    return size, max(0, budget - int(size * activations * (1 if fitting >= few else 2)))
+
+
+def activation_bytes(engine: Engine, inputs: torch.Tensor) -> int:
+    """Bytes that the forward of one example (K, …) keeps for the backward, parameters left out."""
+    parameters = {p.data_ptr() for p in engine.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), engine.autocast():
+        outputs = engine.forward({}, inputs)
+    return sum(kept.values()) + outputs.numel() * outputs.element_size()
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -100,21 +148,24 @@ def _state_on_shapes(model: nn.Module, make_optimizer: Callable[..., torch.optim
     return optimizer_state_bytes(optimizer)
 
 
-def _seconds(
-    model: nn.Module, loss_fn: LossFn, plan: PrivacyPlan, shape: tuple[int, ...], views: int, micro_batch: int
-) -> float | None:
-    """Time growing micro-batches of zeros until one takes long enough to be believed."""
-    reference = next(model.parameters())
+def _seconds(engine: Engine, plan: PrivacyPlan, inputs: torch.Tensor, micro_batch: int) -> float | None:
+    """Time growing micro-batches until one takes long enough to be believed."""
+    parameters = [p for p in engine.model.parameters() if p.requires_grad]
+    values = {name: p.detach() for name, p in engine.model.named_parameters() if p.requires_grad}
     size, elapsed = 1, 0.0
     try:
         while True:
-            inputs = torch.zeros(size, views, *shape, dtype=reference.dtype, device=reference.device)
-            targets = torch.zeros(size, dtype=torch.long, device=reference.device)
+            batch = inputs.expand(size, *inputs.shape)
+            targets = torch.zeros(size, dtype=torch.long, device=inputs.device)
             calls = []
             for _ in range(3):  # the first call pays for its memory, any call for other work on the machine
                 start = time.perf_counter()
-                _, losses = per_example_gradients(model, loss_fn, inputs, targets)
-                float(losses.sum())
+                if engine.proved:
+                    float(engine.take_at(values, batch, targets).norms.sum())
+                else:
+                    with engine.autocast():
+                        loss = engine.loss_fn(engine.forward({}, batch.flatten(0, 1)), targets.repeat(len(inputs)))
+                    float(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)[0].sum())
                 calls.append(time.perf_counter() - start)
             elapsed = min(calls)
             if elapsed > _PROBE_SECONDS or 2 * size > micro_batch:

@@ -5,14 +5,19 @@ Each function refuses, in one sentence, what could not be trained as asked, befo
 
 import contextlib
 import ctypes
+import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dpopt.config import Config, build
 from dpopt.data import DataSpec
+from dpopt.estimate import fit_micro_batch
 from dpopt.plan import PrivacyPlan
+from dpopt.privacy.engine import Engine
+from dpopt.privacy.proof import check
 from dpopt.privacy.streams import RandomKey
 from dpopt.sources import Source, as_source
 
@@ -52,6 +57,34 @@ def make_plan(config: Config, spec: DataSpec) -> PrivacyPlan:
         batch_size=config.batch_size,
         accountant=config.accountant,
     )
+
+
+def make_engine(config: Config, model: nn.Module, inputs: torch.Tensor) -> tuple[Engine, int]:
+    """The engine, proved if the run is private, and the size of a micro-batch.
+
+    Args:
+        config: the configuration.
+        model: the model, on its device.
+        inputs: of one example (K, …), any.
+    """
+    engine = Engine(model, F.cross_entropy, config.engine, precision=config.precision, compiled=config.compile)
+    if config.private:
+        check(engine, inputs[None], torch.zeros(1, dtype=torch.long, device=inputs.device))
+    budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
+    # A batch of many micro-batches wastes little on padding the last one.
+    most = min(config.batch_size, max(64, config.batch_size // 8))
+    size, engine.memory = fit_micro_batch(engine, inputs, budget, most)
+    return engine, size if config.micro_batch == "auto" else int(config.micro_batch)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that a run may take by itself: not of what is free, so that a resumed run does as the first one did."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
 
 
 def check_shapes(model: nn.Module, spec: DataSpec) -> None:

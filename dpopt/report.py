@@ -15,6 +15,7 @@ from dpopt.estimate import Estimate
 from dpopt.plan import PrivacyPlan
 from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
+from dpopt.privacy.engine import Engine
 
 _HOUR = 3600
 _SILENCE = 60  # seconds after which a log file gets a line although nothing was evaluated
@@ -27,7 +28,7 @@ def console() -> Console:
 
 
 def plan_panel(
-    name: str, config: Config, plan: PrivacyPlan, clip: ClipRule | None, guess: Estimate, device: str
+    name: str, config: Config, plan: PrivacyPlan, clip: ClipRule | None, guess: Estimate, engine: Engine, device: str
 ) -> None:
     """Print the plan; warn when it is long."""
     rows = [
@@ -57,13 +58,14 @@ def plan_panel(
         )
     memory = "unknown"
     if guess.memory_bytes is not None:
-        memory = f"≥ {_bytes(guess.memory_bytes)} (activations not counted; micro-batch {config.micro_batch})"
+        memory = f"about {_bytes(guess.memory_bytes)} beside code and data"
     rows += [
         (
             "model",
             f"{target_name(config.model)}, {guess.parameters:,} trainable parameters, {config.precision} on {device}",
         ),
         ("optimizer", f"{target_name(config.optimizer)}, lr = {config.optimizer.get('lr', '?')}, state {state}"),
+        ("gradients", _gradients(config, engine, guess.micro_batch)),
         ("peak memory", memory),
         ("time", _time(guess.seconds)),
     ]
@@ -74,6 +76,18 @@ def plan_panel(
             "[yellow]This plan takes more than an hour on this machine. For a first look: "
             "python run.py +experiment=quickstart[/yellow]"
         )
+
+
+def _gradients(config: Config, engine: Engine, micro_batch: int) -> str:
+    """How they are taken, and which layers no rule covers."""
+    size = f"micro-batches of {micro_batch:,}"
+    if not config.private:
+        return f"of whole {size}"
+    how = "by vmap" if engine.policy == "vmap" else f"by per-layer rules ({engine.policy})"
+    if engine.policy != "vmap" and engine.fallbacks:
+        more = len(engine.fallbacks) - 3
+        how += f", {', '.join(engine.fallbacks[:3])}{f' and {more} more' if more > 0 else ''} by vmap"
+    return f"per example {how}, {size}{', compiled' if config.compile else ''}"
 
 
 def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:

@@ -27,6 +27,7 @@ from dpopt.data import DataSpec
 from dpopt.estimate import estimate, optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from dpopt.optim.probe import StepProbe
 from dpopt.plan import PrivacyPlan
+from dpopt.privacy.engine import Engine
 from dpopt.privacy.gradients import PrivateGradient, check_model
 from dpopt.privacy.sampling import poisson_batches
 from dpopt.privacy.streams import RandomKey
@@ -64,11 +65,12 @@ def run(config: Config) -> dict[str, Any] | None:
     optimizer = make_optimizer(trainable)
     prepare.make_schedule(config, optimizer, plan.steps)
     averaged = config.ema is not None
-    guess = estimate(
-        model, make_optimizer, F.cross_entropy, plan, spec.shape, config.views, config.micro_batch, averaged
-    )
+    reference = next(model.parameters())
+    example = torch.zeros(config.views, *spec.shape, dtype=reference.dtype, device=device)
+    engine, micro_batch = prepare.make_engine(config, model, example)
+    guess = estimate(engine, make_optimizer, plan, example, micro_batch, averaged)
     if config.dry_run:
-        report.plan_panel(directory.name, config, plan, clip, guess, device.type)
+        report.plan_panel(directory.name, config, plan, clip, guess, engine, device.type)
         return None
 
     train, test, held_out = prepare.load_data(config, spec, device)
@@ -77,8 +79,9 @@ def run(config: Config) -> dict[str, Any] | None:
             if config.fresh:
                 store.clear(directory)
             (directory / store.ERROR).unlink(missing_ok=True)
-            report.plan_panel(directory.name, config, plan, clip, guess, device.type)
-            result = _train(config, directory, plan, model, optimizer, clip, train, test, held_out)
+            report.plan_panel(directory.name, config, plan, clip, guess, engine, device.type)
+            parts = (engine, micro_batch, optimizer, clip)
+            result = _train(config, directory, plan, *parts, train, test, held_out)
         except Exception as error:
             store.write_atomic(directory / store.ERROR, f"{type(error).__name__}: {error}\n")
             raise
@@ -92,13 +95,15 @@ def _train(
     config: Config,
     directory: Path,
     plan: PrivacyPlan,
-    model: nn.Module,
+    engine: Engine,
+    micro_batch: int,
     optimizer: torch.optim.Optimizer,
     clip: Any,
     train: Source,
     test: Source,
     held_out: Source | None,
 ) -> dict[str, Any]:
+    model = engine.model
     device = next(model.parameters()).device
     schedule = prepare.make_schedule(config, optimizer, plan.steps)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
@@ -129,7 +134,7 @@ def _train(
     tracker = build("logger", config.logger)()
     metrics = Metrics(directory / store.METRICS, progress["metrics_rows"], tracker, directory.name, asdict(config))
     private = PrivateGradient(
-        model, F.cross_entropy, plan, clip, start=step, precision=config.precision, diagnostics=config.diagnostics
+        model, F.cross_entropy, plan, clip, start=step, diagnostics=config.diagnostics, engine=engine
     )
     reset_peak_memory(device)
     start, first, training = time.perf_counter(), step, 0.0
@@ -143,7 +148,7 @@ def _train(
 
     with _stop_signals() as stop, report.Progress(plan, step) as live:
         try:
-            batches = poisson_batches(train, plan, step, config.views, config.micro_batch)
+            batches = poisson_batches(train, plan, step, config.views, micro_batch)
             for batch in batches:
                 began = time.perf_counter()
                 private.backward(batch)

@@ -54,3 +54,19 @@ def test_noise_check(monkeypatch, capsys):
     check_noise.main(5_000_000)
     out = capsys.readouterr().out
     assert "| 4.0 σ |" in out and "NO" not in out
+
+
+def test_the_engine_benchmark(monkeypatch, tmp_path):
+    """A process per variant: times, ratios, memory, and why a variant has none."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_engine
+
+    variants = ["dpopt", "dpopt, vmap", "Opacus, hooks", "Opacus, ghost"]
+    rows = bench_engine.bench("cnn", 4, 16, "cpu", 2, [bench_engine.PLAIN, *variants])
+    assert [row["variant"] for row in rows] == [bench_engine.PLAIN, *variants]
+    assert rows[0]["ratio"] == 1 and all(row["ratio"] > 0 and row["peak"] > 0 for row in rows)
+    (broken,) = [row for row in bench_engine.bench("cnn", 32, 16, "cpu", 2, [bench_engine.PLAIN])]
+    table = bench_engine.markdown([*rows, broken], "# Title")
+    assert "## cnn: 4 examples, K = 4" in table and "| Opacus, hooks |" in table and "Error" in table
+    bench_engine.figure(rows, tmp_path / "figure.png", "")
+    assert (tmp_path / "figure.png").stat().st_size > 5000

@@ -95,6 +95,9 @@ CHANGED = dict(
     device=["device=cpu"],
     workers=["workers=7"],
     micro_batch=["micro_batch=7"],
+    memory=["memory=2"],
+    engine=["engine=vmap"],
+    compile=["compile=true"],
 )
 
 

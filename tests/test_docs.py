@@ -5,10 +5,14 @@ import shlex
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 
 import dpopt
+from dpopt.privacy import rules
+from dpopt.privacy.engine import Engine
+from dpopt.privacy.proof import check
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -60,6 +64,23 @@ def test_readme_library_example():
     }
     exec(example, scope)
     assert scope["private"].step == scope["plan"].steps
+
+
+def test_layer_rule():
+    """The rule on the page holds its own against a loop over examples, and the page is short."""
+    text = (ROOT / "docs/layer_rule.md").read_text()
+    scope = {}
+    exec(blocks("docs/layer_rule.md", "python")[0], scope)
+    try:
+        model = nn.Sequential(nn.Linear(4, 5), scope["Scale"](5), nn.Linear(5, 3))
+        engine = Engine(model, F.cross_entropy)
+        check(engine, torch.randn(3, 2, 4), torch.arange(3))
+        assert engine.fallbacks == [] and len(text.splitlines()) <= 34 and text.count("\n", text.index("```")) <= 30
+        rules.RULES[scope["Scale"]] = rules.Rule(lambda module, a, g: {"factor": g.flatten(1, -2).sum(1)})
+        with pytest.raises(ValueError, match=r"1\.factor"):
+            check(Engine(model, F.cross_entropy), torch.randn(3, 2, 4), torch.arange(3))
+    finally:
+        del rules.RULES[scope["Scale"]]
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])

@@ -64,6 +64,7 @@ class Engine:
         compiled: compile forward, backward and rules as one graph, anew for every shape of a batch.
 
     Attributes:
+        proved: whether `dpopt.privacy.proof.check` has been passed.
         fallbacks: names of layers that go through vmap, for want of a rule.
         plan: what is done with the gradients of every layer, once a batch has been taken.
 
@@ -84,6 +85,7 @@ class Engine:
             raise ValueError(f"engine={policy} must be one of {', '.join(POLICIES)}")
         self.model, self.loss_fn, self.policy, self.memory = model, loss_fn, policy, memory
         self.precision, self.compiled = precision, compiled
+        self.proved = False
         self.plan: dict[str, str] = {}
         self._graphs: dict[Any, Callable[..., Taken]] = {}
         self._whole: set[str] = set()

@@ -58,7 +58,6 @@ class PrivateGradient:
         self.engine = Engine(model, loss_fn, engine, precision=precision) if isinstance(engine, str) else engine
         self.diagnostics = diagnostics
         self.statistics: dict[str, float] = {}
-        self._proved = False
 
     @property
     def noise_std(self) -> float:
@@ -120,9 +119,8 @@ class PrivateGradient:
         raw: "_RawStatistics",
     ) -> None:
         assert self.clip is not None
-        if not self._proved:
+        if not self.engine.proved:
             check(self.engine, inputs, targets)
-            self._proved = True
         taken = self.engine.take(inputs, targets)
         valid = mask & taken.norms.isfinite()
         weights = torch.where(valid, self.clip.weight(taken.norms), 0.0)

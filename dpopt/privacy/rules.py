@@ -156,7 +156,8 @@ def rule_for(module: nn.Module) -> Rule | None:
 
     A layer whose parameters are not where its class puts them (weight norm, parametrisations) has none.
     """
-    if {name for name, _ in module.named_parameters()} - {"weight", "bias", "gain"}:
+    moved = any(name.endswith(("_g", "_v", "_orig")) for name in module._parameters)
+    if moved or nn.utils.parametrize.is_parametrized(module):
         return None
     rules = {**RULES, **(_timm_rules() if "timm" in sys.modules else {})}
     for kind in type(module).__mro__:
