@@ -181,6 +181,7 @@ def bench(model: str, views: int, total: int, device: str, rounds: int, variants
             row["peak"] = int(said.split()[1])
         else:
             row["failed"] = said.removeprefix("failed ") or "died"
+            worker.communicate()
         rows[variant] = row
     times: dict[str, list[float]] = {variant: [] for variant in workers}
     for number in range(rounds + 1):  # the first is not counted
