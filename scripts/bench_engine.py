@@ -37,6 +37,7 @@ VARIANTS = {
     "dpopt": "auto",
     "dpopt, store": "store",
     "dpopt, recompute": "recompute",
+    "dpopt, memory=0": "least auto",
     "dpopt, vmap": "vmap",
     "dpopt, compiled": "compiled auto",
     "Opacus, hooks": "hooks",
@@ -86,9 +87,9 @@ def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) 
         return step
     if how not in ("hooks", "ghost"):
         precision = "bf16" if x.device.type == "cuda" else "fp32"
-        engine = Engine(
-            model, F.cross_entropy, how.split()[-1], precision=precision, compiled=how.startswith("compiled")
-        )
+        policy, compiled = how.split()[-1], how.startswith("compiled")
+        memory = 0 if how.startswith("least") else None
+        engine = Engine(model, F.cross_entropy, policy, memory, precision, compiled)
         check(engine, x, y)
         sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 

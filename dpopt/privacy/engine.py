@@ -59,7 +59,7 @@ class Engine:
         model: checked by `dpopt.privacy.gradients.check_model`.
         loss_fn: (outputs (K, …), targets (K, …)) → the mean loss, a scalar.
         policy: `store`, `recompute` or `gram` wherever a layer can; `vmap`, no rules; `auto` chooses layer by layer.
-        memory: bytes that stored gradients may take under `auto`; None for no limit.
+        memory: bytes that stored gradients may take under `auto`, if recomputing takes less; None for no limit.
         precision: `bf16` for autocast in the forward.
         compiled: compile forward, backward and rules as one graph, anew for every shape of a batch.
 
@@ -223,7 +223,7 @@ class Engine:
             for record in sorted(stored, key=lambda r: r.positions):
                 if left >= 0:
                     break
-                if calls[record.unit] == 1 and not record.unit.tied:
+                if calls[record.unit] == 1 and not record.unit.tied and size_of(record.unit) > record.kept:
                     record.policy = "recompute"
                     left += 4 * examples * size_of(record.unit)
         self.plan = {record.unit.name: record.policy for record in records}

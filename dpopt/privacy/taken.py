@@ -17,12 +17,19 @@ _CHUNK = 32 << 20  # bytes of per-example gradients that are formed at once wher
 
 @dataclass(eq=False)
 class Record:
-    """One call of a unit: its arguments, and the gradient with respect to its output once that has come back."""
+    """One call of a unit: its arguments, and the gradient with respect to its output once that has come back.
+
+    Attributes:
+        version: of the first argument when it was read.
+        positions: of an example, over its views, at which the layer's weight is used.
+        kept: values of an example in arguments and output.
+    """
 
     unit: Unit
     arguments: tuple[Any, ...]
     version: int
     positions: int
+    kept: int
     policy: str = "store"
     output_gradient: Tensor | None = None
 
@@ -255,7 +262,8 @@ def record_of(unit: Unit, arguments: tuple[Any, ...], output: Any, examples: int
     width = weight.shape[0] if weight.ndim > 1 else max(1, weight.numel())
     # Detached, which shares the version: a record that held the graph would be held by it, through the hook.
     arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    return Record(unit, arguments, tensors[0]._version, max(1, output.numel() // (examples * width)))
+    positions, kept = output.numel() // (examples * width), sum(x.numel() for x in [output, *tensors]) // examples
+    return Record(unit, arguments, tensors[0]._version, max(1, positions), kept)
 
 
 @contextmanager
