@@ -16,6 +16,7 @@ import dpopt
 from dpopt import models
 from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.clipping import Flat
+from dpopt.privacy.convolution import standardized_norms
 from dpopt.privacy.engine import POLICIES, Engine
 from dpopt.privacy.gradients import PrivateGradient
 from dpopt.privacy.proof import check
@@ -495,3 +496,26 @@ def test_the_proof_forgives_rounding(examples):
     """In fp32 a ReLU that rounding turns on or off is worth .4 % of a gradient of WRN-16-4."""
     torch.manual_seed(0)
     check(Engine(models.wrn_16_4(), F.cross_entropy), torch.randn(examples, 1, 3, 32, 32), torch.zeros(examples).long())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_through_standardisation_are_not_taken_in_16_bits(dtype):
+    """Of a bf16 gradient as it is: against the chain rule in float64."""
+    torch.manual_seed(0)
+    layer = StandardizedConv2d(16, 8, 3)
+    gradient = (torch.randn(5, 8, 16, 3, 3) + layer.weight.detach()).to(dtype)
+    found = {"weight": gradient, "bias": torch.zeros(5, 8)}
+    norms = standardized_norms(layer, found).sqrt()
+    layer.double()
+    for g, norm in zip(gradient.double(), norms, strict=True):
+        expected = torch.autograd.grad(layer.standardized_weight(), [layer.weight, layer.gain], g)
+        exact = torch.cat([e.flatten() for e in expected]).norm()
+        assert abs(norm / exact - 1) < 1e-5
+
+
+def test_a_parameter_unfrozen_later_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.Linear(4, 3))
+    engine = Engine(model, F.cross_entropy)
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"0\.bias.*make a new PrivateGradient"):
+        engine.take(torch.randn(3, 1, 4), torch.arange(3))

@@ -134,6 +134,7 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     it, and these filters are done one by one in float64.
     """
     through, gradient = _standardization(module), found["weight"]
+    gradient = gradient.float() if gradient.element_size() == 2 else gradient
     h, project = through.direction, through.project
     parts, directions = _by_filter(gradient, h)
     examples, pieces, out, _ = parts.shape

@@ -88,6 +88,7 @@ class Engine:
         self.proved = False
         self.plan: dict[str, str] = {}
         self._graphs: dict[Any, Callable[..., Taken]] = {}
+        self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._whole: set[str] = set()
         self._split_up()
 
@@ -103,6 +104,9 @@ class Engine:
             ValueError: for a layer whose gradients cannot be told apart by example.
         """
         values = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        if values.keys() != self._trained:
+            changed = ", ".join(sorted(values.keys() ^ self._trained)[:3])
+            raise ValueError(f"{changed} was frozen, unfrozen or added since: make a new PrivateGradient for the model")
         if not self.compiled:
             return self.take_at(values, inputs, targets)
         shapes = (inputs.shape, inputs.dtype, targets.shape, self.model.training)

@@ -52,10 +52,8 @@ class Taken:
 
     def store(self, unit: Unit | None, found: Gradients) -> None:
         """Keep gradients (B, *shape), and count their norms."""
-        if unit is not None and unit.rule.square_norms is not None:
-            self._squares.append(unit.rule.square_norms(unit.module, found))
-        else:
-            self._squares += [square_norms(by_example(g)) for g in found.values()]
+        with _exact(next(iter(found.values())).device):
+            self._squares.append(_square_norms(unit, found))
         self._stored.append((unit, found))
 
     def keep(self, record: Record, squares: Tensor) -> None:
@@ -206,11 +204,7 @@ class Gathered:
                     count = max(1, _CHUNK // (g.element_size() * max(1, size_of(unit))))
                     squares = torch.cat(
                         [
-                            _squares(
-                                unit,
-                                tuple(x[i : i + count] if isinstance(x, Tensor) else x for x in arguments),
-                                g[i : i + count],
-                            )
+                            _square_norms(unit, _apply(unit, _rows(arguments, i, count), g[i : i + count]))
                             for i in range(0, examples, count)
                         ]
                     )
@@ -238,11 +232,15 @@ class Gathered:
             self.taken.store(unit, total)
 
 
-def _squares(unit: Unit, arguments: tuple[Any, ...], g: Tensor) -> Tensor:
-    found = _apply(unit, arguments, g)
-    if unit.rule.square_norms is not None:
+def _rows(arguments: tuple[Any, ...], start: int, count: int) -> tuple[Any, ...]:
+    return tuple(x[start : start + count] if isinstance(x, Tensor) else x for x in arguments)
+
+
+def _square_norms(unit: Unit | None, found: Gradients) -> Tensor:
+    """Of each example, over all of these gradients."""
+    if unit is not None and unit.rule.square_norms is not None:
         return unit.rule.square_norms(unit.module, found)
-    return torch.stack([square_norms(by_example(x)) for x in found.values()]).sum(0)
+    return torch.stack([square_norms(by_example(gradient)) for gradient in found.values()]).sum(0)
 
 
 def record_of(unit: Unit, arguments: tuple[Any, ...], output: Any, examples: int) -> Record:
@@ -268,11 +266,12 @@ def record_of(unit: Unit, arguments: tuple[Any, ...], output: Any, examples: int
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """Matrix products in full precision: TF32 would round the sum, and it could be longer than its norm says."""
+    """Matrix products in full precision: TF32 or autocast would round the sum, and it could be longer than its norm."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext():
+        cudnn = torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext()
+        with cudnn, torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
