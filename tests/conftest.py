@@ -1,4 +1,4 @@
-"""Shared fixtures: a command-line runner, a tiny private problem, and where CIFAR-10 lies."""
+"""Shared fixtures: a command-line runner, a tiny private problem, the engine's oracle, and where CIFAR-10 lies."""
 
 import os
 import subprocess
@@ -14,6 +14,8 @@ from torch import nn
 
 import dpopt
 from dpopt.privacy.accounting import compute_epsilon
+from dpopt.privacy.engine import Engine
+from dpopt.privacy.proof import check
 from dpopt.privacy.streams import RandomKey
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,3 +152,60 @@ def assert_caught(check, mutant, monkeypatch):
         monkeypatch.undo()
         compute_epsilon.cache_clear()
     raise AssertionError(f"{check.__name__} does not notice {mutant.__name__}")
+
+
+RULED = ("auto", "store", "recompute", "gram")
+
+
+class Head(nn.Module):
+    """A layer under test, then a small nonlinear head that makes logits of whatever comes out."""
+
+    def __init__(self, *layers, classes=3):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.mix = nn.Parameter(torch.randn(classes, 7))
+
+    def forward(self, x):
+        y = torch.tanh(self.layers(x).flatten(1))
+        y = F.pad(y, (0, -y.shape[1] % 7)).unflatten(1, (7, -1)).sum(2)
+        return y @ self.mix.detach().T
+
+
+def oracle(model, inputs, targets):
+    """Gradients (B, *shape) by one backward pass per example."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    rows = []
+    for views, target in zip(inputs, targets, strict=True):
+        loss = F.cross_entropy(model(views), target.expand(len(views)))
+        rows.append(torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True))
+    return {name: torch.stack(columns) for name, columns in zip(parameters, zip(*rows, strict=True), strict=True)}
+
+
+def assert_exact(model, inputs, targets, policies=RULED, prove=True, tolerance=1e-10):
+    """Norms and weighted sums of every policy are the loop's; an example that is masked has weight 0."""
+    model.double()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(model, Head):
+        model.mix.requires_grad_(False)
+    expected = oracle(model, inputs, targets)
+    norms = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in expected.values()]).sum(0).sqrt()
+    weights = (0.3 / norms).clamp(max=1.0)
+    weights[-1:] = 0.0  # a pad
+    plans = {}
+    for policy in policies:
+        engine = Engine(model, F.cross_entropy, policy)
+        if prove:
+            check(engine, inputs, targets)
+        taken = engine.take(inputs, targets)
+        torch.testing.assert_close(taken.norms, norms, rtol=tolerance, atol=1e-14)
+        sums = {name: torch.zeros_like(g[0]) for name, g in expected.items()}
+        taken.add_to(sums, weights)
+        for name, g in expected.items():
+            total = torch.einsum("b,b...->b...", weights, g).sum(0)
+            torch.testing.assert_close(sums[name], total, rtol=tolerance, atol=1e-13, msg=f"{policy} {name}")
+        plans[policy] = (engine.plan, engine.fallbacks)
+    return plans
+
+
+def images(channels, height=9, width=8, examples=3, views=1):
+    return torch.randn(examples, views, channels, height, width), torch.arange(examples) % 3

@@ -44,14 +44,7 @@ def supports(table: Table) -> str:
 
 
 def step_table(table: Table, parameters: dict[Tensor, tuple[Tensor, Tensor]], step: int, group: dict[str, Any]) -> None:
-    """One step on parameters of a table that are at the same step.
-
-    Args:
-        table: the state.
-        parameters: for each parameter its values and its gradient, contiguous; the values change in place.
-        step: t, from 1.
-        group: the options of `MicroAdam`.
-    """
+    """`dpopt.kernels.microadam_cpu.step_table`, on a GPU and for any floating-point type."""
     lr, betas, eps, decay = float(group["lr"]), group["betas"], group["eps"], float(group["weight_decay"])
     form, device = table.layout, table.layout.device
     for dtype in {values.dtype for values, _ in parameters.values()}:

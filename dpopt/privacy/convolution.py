@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dpopt.models.layers import StandardizedConv2d
-from dpopt.privacy.tensors import Gradients, gram, memory_order, square_norms
+from dpopt.privacy.tensors import Gradients, at_once, gram, memory_order, square_norms
 
 
 def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
@@ -61,20 +61,23 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
     # … together. Then what row dy of the kernel meets is a contiguous stretch for all positions of the output, and the
     # gradient is kh batched matrix products over the positions, without an unfolded input.
     rows = -(-(a.shape[3] + top + bottom) // sh)
-    a = F.pad(a, (left, right, top, rows * sh - a.shape[3] - top)).contiguous()
-    by_batch, by_view, by_channel, pitch, _ = a.stride()
-    sizes = (examples, a.shape[2], kw, sh, views, rows, width)
-    met = a.as_strided(sizes, (by_batch, by_channel, dw, pitch, by_view, sh * pitch, sw))
-    met = met.reshape(examples * groups, channels * kw, sh, views * rows * width)
-    g = g.transpose(1, 2)
-    if views > 1:  # g in the pitch of a: rows between the views are zero
-        g = F.pad(g, (0, 0, 0, rows - height))
-    g = g.reshape(examples * groups, out // groups, -1)
     length = ((views - 1) * rows + height) * width
     result = a.new_empty(examples * groups, kh, out // groups, channels * kw)
-    for dy in range(kh):
-        phase, start = dy * dh % sh, dy * dh // sh * width
-        torch.bmm(g[:, :, :length], met[:, :, phase, start : start + length].mT, out=result[:, dy])
+    count = at_once(a, a.shape[2] * kw * sh * views * rows * width)
+    for start in range(0, examples, count):
+        x = F.pad(a[start : start + count], (left, right, top, rows * sh - a.shape[3] - top)).contiguous()
+        by_batch, by_view, by_channel, pitch, _ = x.stride()
+        sizes = (len(x), x.shape[2], kw, sh, views, rows, width)
+        met = x.as_strided(sizes, (by_batch, by_channel, dw, pitch, by_view, sh * pitch, sw))
+        met = met.reshape(len(x) * groups, channels * kw, sh, views * rows * width)
+        y = g[start : start + count].transpose(1, 2)
+        if views > 1:  # y in the pitch of x: rows between the views are zero
+            y = F.pad(y, (0, 0, 0, rows - height))
+        y = y.reshape(len(x) * groups, out // groups, -1)[:, :, :length]
+        into = result[start * groups :][: len(y)]
+        for dy in range(kh):
+            phase, first = dy * dh % sh, dy * dh // sh * width
+            torch.bmm(y, met[:, :, phase, first : first + length].mT, out=into[:, dy])
     result = result.view(examples, groups, kh, out // groups, channels, kw)
     result = result.permute(0, 1, 3, 4, 2, 5).flatten(1, 2) if groups > 1 else result[:, 0].permute(0, 2, 3, 1, 4)
     return result.squeeze(3) if module.weight.ndim == 3 else result

@@ -17,6 +17,7 @@ forward as one copy per view. Layers without a rule go through vmap alone, and `
 Before the first batch is taken, `dpopt.privacy.proof` compares two examples with ordinary backward passes.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -37,6 +38,7 @@ POLICIES = ("auto", "store", "recompute", "gram", "vmap")
 # Operations that a device does in the time of moving one byte; storing saves 2 operations per position and weight, and
 # costs the reading of 4 bytes.
 _BALANCE = {"cpu": 7, "cuda": 166}
+_SMALL = 4096  # values of a gradient that is not worth recomputing
 
 
 class _Attach(torch.autograd.Function):
@@ -142,7 +144,7 @@ class Engine:
             taken.store(None, gradients)
             return taken.finish(losses)
         records: list[Record] = []
-        gathered = Gathered(taken, records)
+        gathered = Gathered(taken)
         root = torch.zeros((), device=inputs.device, requires_grad=True)
         copies = {
             name: values[name].view(shape).expand(examples * views, *shape[1:]).requires_grad_()
@@ -201,33 +203,29 @@ class Engine:
 
     def _choose(self, records: list[Record], examples: int, device: str) -> None:
         """Decide for every call of a layer what is done with its gradients."""
-        calls = {record.unit: 0 for record in records}
-        for record in records:
-            calls[record.unit] += 1
-        stored = []
+        calls = Counter(record.unit for record in records)
         for record in records:
             unit, size = record.unit, size_of(record.unit)
-            single = calls[unit] == 1 and not unit.tied  # several calls are one gradient, so they are summed first
-            all_trained = len(unit.names) == sum(1 for _ in unit.module.parameters())
-            gram = unit.rule.gram is not None and single and all_trained
-            if not single or (self.policy == "gram" and not gram and size < 4096):
-                record.policy = "store"
-            elif self.policy in ("store", "recompute", "gram"):
-                record.policy = self.policy if self.policy != "gram" or gram else "recompute"
+            record.alone = calls[unit] == 1 and not unit.tied
+            gram = unit.rule.gram is not None and len(unit.names) == sum(1 for _ in unit.module.parameters())
+            if not record.alone:
+                record.policy = "store"  # several calls make one gradient
+            elif self.policy == "gram":
+                record.policy = "gram" if gram else "recompute" if size > _SMALL else "store"
+            elif self.policy != "auto":
+                record.policy = self.policy
             elif gram and 8 * record.positions * _width(unit) < size:
                 record.policy = "gram"
-            elif size > 4096 and 2 * record.positions < 4 * _BALANCE.get(device, 7):
+            elif size > _SMALL and record.positions < 2 * _BALANCE.get(device, 7):
                 record.policy = "recompute"
             else:
                 record.policy = "store"
-                stored.append(record)
         if self.policy == "auto" and self.memory is not None:
+            stored = [record for record in records if record.policy == "store"]
             left = self.memory - sum(4 * examples * size_of(record.unit) for record in stored)
             # Where there are few positions, recomputing costs least per byte saved.
             for record in sorted(stored, key=lambda r: r.positions):
-                if left >= 0:
-                    break
-                if calls[record.unit] == 1 and not record.unit.tied and size_of(record.unit) > record.kept:
+                if left < 0 and record.alone and size_of(record.unit) > record.kept:
                     record.policy = "recompute"
                     left += 4 * examples * size_of(record.unit)
         self.plan = {record.unit.name: record.policy for record in records}

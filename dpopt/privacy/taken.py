@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from dpopt.privacy.rules import BY_VMAP
-from dpopt.privacy.tensors import Gradients, by_example, memory_order, square_norms
+from dpopt.privacy.tensors import Gradients, at_once, by_example, memory_order, square_norms
 from dpopt.privacy.units import Inseparable, Unit
-
-_CHUNK = 32 << 20  # bytes of per-example gradients that are formed at once where only their norms are wanted
 
 
 @dataclass(eq=False)
@@ -20,17 +18,20 @@ class Record:
     """One call of a unit: its arguments, and the gradient with respect to its output once that has come back.
 
     Attributes:
-        version: of the first argument when it was read.
+        versions: of the tensors among the arguments when they were read.
         positions: of an example, over its views, at which the layer's weight is used.
         kept: values of an example in arguments and output.
+        policy: what is done with the gradients.
+        alone: whether this call is all that the unit's parameters are used for.
     """
 
     unit: Unit
     arguments: tuple[Any, ...]
-    version: int
+    versions: list[int]
     positions: int
     kept: int
     policy: str = "store"
+    alone: bool = True
     output_gradient: Tensor | None = None
 
 
@@ -150,9 +151,9 @@ def _apply(unit: Unit, arguments: tuple[Any, ...], g: Tensor) -> Gradients:
 
 
 def _column(x: Tensor, like: Tensor) -> Tensor:
-    return (
-        x.view(-1, *(1,) * (like.ndim - 1)) if x.dtype == torch.bool else x.view(-1, *(1,) * (like.ndim - 1)).to(like)
-    )
+    """One number per example, or a yes or no, (B, 1, …), to go with a tensor (B, …) and in its type."""
+    x = x.view(-1, *(1,) * (like.ndim - 1))
+    return x if x.dtype == torch.bool else x.to(like)
 
 
 def _bits(dtype: torch.dtype) -> int:
@@ -175,16 +176,15 @@ def _split(record: Record, examples: int) -> tuple[tuple[Any, ...], Tensor]:
 class Gathered:
     """What comes back from one backward pass, layer by layer."""
 
-    def __init__(self, taken: Taken, records: list[Record]) -> None:
-        self.taken, self.records = taken, records
+    def __init__(self, taken: Taken) -> None:
+        self.taken = taken
         self._partial: dict[Any, tuple[Unit | None, Gradients]] = {}
 
     @torch.no_grad()
     def arrived(self, record: Record, g: Tensor) -> None:
         """The gradient with respect to a layer's output has come back."""
         unit, examples = record.unit, self.taken.examples
-        tensor = next(x for x in record.arguments if isinstance(x, Tensor))
-        if tensor._version != record.version:
+        if [x._version for x in record.arguments if isinstance(x, Tensor)] != record.versions:
             raise ValueError(
                 f"the input of layer '{unit.name}' is changed in place after the layer has read it: "
                 "use an operation that is not in place there, or engine=vmap"
@@ -201,7 +201,7 @@ class Gathered:
                     assert unit.rule.gram is not None
                     squares = unit.rule.gram(unit.module, arguments[0], g)
                 else:
-                    count = max(1, _CHUNK // (g.element_size() * max(1, size_of(unit))))
+                    count = at_once(g, size_of(unit))
                     squares = torch.cat(
                         [
                             _square_norms(unit, _apply(unit, _rows(arguments, i, count), g[i : i + count]))
@@ -212,17 +212,16 @@ class Gathered:
 
     def _store(self, record: Record, found: Gradients) -> None:
         unit = record.unit
-        calls = sum(r.unit is unit for r in self.records)
-        if calls == 1 and not unit.tied:
+        if record.alone:
             self.taken.store(unit, found)
-            return
-        if unit.tied:  # by the model's names, in which tied parameters are one
-            found = {unit.names[name]: gradient for name, gradient in found.items()}
+        elif unit.tied:  # by the model's names, in which tied parameters are one
             for name, gradient in found.items():
-                _, total = self._partial.setdefault(name, (None, {}))
-                total[name] = total[name] + gradient if name in total else gradient
-            return
-        _, total = self._partial.setdefault(unit, (unit, {}))
+                self._add(unit.names[name], None, {unit.names[name]: gradient})
+        else:
+            self._add(unit, unit, found)
+
+    def _add(self, key: Any, unit: Unit | None, found: Gradients) -> None:
+        _, total = self._partial.setdefault(key, (unit, {}))
         for name, gradient in found.items():
             total[name] = total[name] + gradient if name in total else gradient
 
@@ -261,7 +260,7 @@ def record_of(unit: Unit, arguments: tuple[Any, ...], output: Any, examples: int
     # Detached, which shares the version: a record that held the graph would be held by it, through the hook.
     arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
     positions, kept = output.numel() // (examples * width), sum(x.numel() for x in [output, *tensors]) // examples
-    return Record(unit, arguments, tensors[0]._version, max(1, positions), kept)
+    return Record(unit, arguments, [x._version for x in tensors], max(1, positions), kept)
 
 
 @contextmanager

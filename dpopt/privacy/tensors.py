@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 Gradients = dict[str, Tensor]
+_WORKSPACE = {"cpu": 8 << 20, "cuda": 256 << 20}  # bytes of intermediate results that are formed at once
+
+
+def at_once(like: Tensor, size: int) -> int:
+    """Number of examples with `size` intermediate values each, in the type of a tensor, to be worked on at once."""
+    return max(1, _WORKSPACE.get(like.device.type, 8 << 20) // (like.element_size() * max(1, size)))
 
 
 def square_norms(rows: Tensor) -> Tensor:
