@@ -120,7 +120,8 @@ def test_models(name):
     options |= {"small_images": True} if name == "resnet18" else {}
     torch.manual_seed(0)
     model = getattr(models, name)(num_classes=3, in_channels=3, **options)
-    plans = assert_exact(model, *images(3, 32, 32, views=2), policies=["auto", "recompute"], tolerance=1e-8)
+    policies = ["auto"] if name == "nf_resnet50" else ["auto", "recompute", "vmap"]
+    plans = assert_exact(model, *images(3, 32, 32, examples=2, views=2), policies=policies, tolerance=1e-8)
     assert plans["auto"][1] == []
 
 
