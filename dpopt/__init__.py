@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpopt import data, models, optim
+    from dpopt import data, filters, models, optim, schedules
     from dpopt.plan import PrivacyPlan
     from dpopt.privacy import clipping
     from dpopt.privacy.gradients import PrivateGradient
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from dpopt.store import load
 
 __version__ = "0.1.0"
-__all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "load", "models", "optim", "poisson_batches"]
+__all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "filters", "load", "models", "optim"]
+__all__ += ["poisson_batches", "schedules"]
 
 _HOME = {
     "PrivacyPlan": "dpopt.plan:PrivacyPlan",
@@ -31,8 +32,10 @@ _HOME = {
     "load": "dpopt.store:load",
     "clipping": "dpopt.privacy.clipping",
     "data": "dpopt.data",
+    "filters": "dpopt.filters",
     "models": "dpopt.models",
     "optim": "dpopt.optim",
+    "schedules": "dpopt.schedules",
 }
 
 

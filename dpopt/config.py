@@ -3,6 +3,7 @@
 This module imports no torch, so that `--help`, `--cfg job` and TAB completion answer at once.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpopt.privacy.accounting import ACCOUNTANTS, check_budget
 
-COMPONENTS = ("dataset", "model", "optimizer", "clipping", "schedule", "logger")
+COMPONENTS = ("dataset", "model", "optimizer", "clipping", "estimator", "filter", "schedule", "logger")
 # What may change without making another run: where things are, what is watched, how fast it goes.
 NOT_IDENTITY = {
     *("dry_run", "fresh", "logger", "diagnostics", "output_dir", "data_dir", "time_limit", "checkpoint_every"),
@@ -36,6 +37,8 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     clipping: dict[str, Any] = field(default_factory=dict)
+    estimator: dict[str, Any] = field(default_factory=dict)
+    filter: dict[str, Any] = field(default_factory=dict)  # empty for none
     schedule: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
     # The budget: exactly two of epsilon, noise_multiplier, and steps or epochs; the third follows.
@@ -167,15 +170,16 @@ def check_components(config: Config) -> None:
     """
     for group in COMPONENTS:
         node = getattr(config, group)
+        if group == "filter" and not node:
+            continue
         target = _target(group, node)
-        signature = inspect.signature(target)
-        hints = _hints(target)
+        parameters, hints = _parameters(target)
         for key, value in node.items():
             if key in ("_target_", "_partial_", "_convert_"):
                 continue
-            parameter = signature.parameters.get(key)
+            parameter = parameters.get(key)
             if parameter is None:
-                accepted = [name for name in signature.parameters if name not in ("self", "params", "optimizer")]
+                accepted = [name for name in parameters if name not in ("self", "params", "optimizer")]
                 raise ValueError(
                     f"{group}.{key} is not an argument of {node['_target_']}: it takes {', '.join(accepted) or 'none'}"
                 )
@@ -212,12 +216,20 @@ def _target(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
     return target
 
 
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    target = target.func if isinstance(target, partial) else target
-    try:
-        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError, AttributeError):
-        return {}
+def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """The arguments of a target and their types; its parent's, too, where it passes **options on to it."""
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    kinds = target.__mro__ if inspect.isclass(target) else ()
+    for function in [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)] or [target]:
+        own = inspect.signature(function).parameters
+        rest = [p.name for p in own.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        parameters = {**{name: p for name, p in own.items() if name not in rest}, **parameters}
+        with contextlib.suppress(NameError, TypeError, AttributeError):
+            hints = {**get_type_hints(function.func if isinstance(function, partial) else function), **hints}
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    return parameters, hints
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -19,12 +19,15 @@ class PrivacyPlan:
     """What a private run may do; make one with `calibrate`.
 
     Attributes:
-        noise_multiplier: σ, the noise's standard deviation over the sensitivity of the sum; 0 adds no noise (ε = ∞).
+        noise_multiplier: σ, the noise's standard deviation over the sensitivity of a step's release; 0 adds no noise
+            (ε = ∞).
         dataset_size: N, the number of training examples, taken to be public.
         batch_size: qN, the *expected* number of examples in a batch.
         steps: T, the number of noisy releases.
         delta: the δ of (ε, δ).
         accountant: `pld`, `rdp` or `prv`.
+        count_noise: σ_b, of the count that a clip rule releases beside the gradients (`dpopt.clipping.Adaptive`); 0
+            where there is none. Both together cost what σ says.
         key: the key of sampling, augmentation and noise; secret, from the operating system, unless a seed is given.
     """
 
@@ -34,6 +37,7 @@ class PrivacyPlan:
     steps: int
     delta: float
     accountant: str = "pld"
+    count_noise: float = 0.0
     key: RandomKey = field(default_factory=RandomKey.from_os, repr=False, compare=False)
 
     relation: ClassVar[str] = "add_or_remove_one"
@@ -53,6 +57,11 @@ class PrivacyPlan:
             )
         if self.accountant not in accounting.ACCOUNTANTS:
             raise ValueError(f"accountant={self.accountant} must be one of {', '.join(accounting.ACCOUNTANTS)}")
+        if self.count_noise and not 2 * self.count_noise > self.noise_multiplier:
+            raise ValueError(
+                f"count_noise={self.count_noise:g} must be above half of the noise multiplier, "
+                f"{self.noise_multiplier:.4g}, or the count alone would cost more than the plan: raise it"
+            )
 
     @classmethod
     def calibrate(
@@ -66,6 +75,7 @@ class PrivacyPlan:
         epochs: float | None = None,
         noise_multiplier: float | None = None,
         accountant: str = "pld",
+        count_noise: float = 0.0,
         seed: int | None = None,
     ) -> "PrivacyPlan":
         """Make the plan from two of (ε, σ, T) and derive the third.
@@ -79,6 +89,7 @@ class PrivacyPlan:
             epochs: T in passes over the data: T = round(epochs · N / batch_size). Instead of `steps`.
             noise_multiplier: σ.
             accountant: `pld` (tightest), `rdp` or `prv`.
+            count_noise: σ_b of the count that an adaptive clip rule releases, batch_size/20, say.
             seed: makes sampling, augmentation and noise reproducible, and known to whoever knows the seed; plans that
                 differ draw differently. Without one they are keyed by the operating system, and the plan serves one
                 training.
@@ -96,7 +107,7 @@ class PrivacyPlan:
             _check("epochs", epochs, 0 < epochs < math.inf, "a positive number")
             steps = max(1, round(epochs * dataset_size / batch_size)) if batch_size > 0 else 1
         # Built first with what is known, so that a bad value is reported before any time goes into calibration.
-        plan = cls(noise_multiplier or 0.0, dataset_size, batch_size, steps or 1, delta, accountant)
+        plan = cls(noise_multiplier or 0.0, dataset_size, batch_size, steps or 1, delta, accountant, count_noise)
         if noise_multiplier is None:
             assert epsilon is not None
             if math.isfinite(epsilon):
@@ -116,6 +127,13 @@ class PrivacyPlan:
     def sample_rate(self) -> float:
         """q, the probability with which each example enters a batch."""
         return self.batch_size / self.dataset_size
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """The noise's standard deviation over the sensitivity of the sum of gradients: σ, or more beside a count."""
+        if not self.count_noise or not self.noise_multiplier:
+            return self.noise_multiplier
+        return (self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5
 
     def epsilon_at(self, step: int, accountant: str | None = None) -> float:
         """The ε spent after `step` steps, by the plan's accountant unless another one is named."""

@@ -6,7 +6,9 @@ Each function refuses, in one sentence, what could not be trained as asked, befo
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,12 @@ from dpopt.config import Config, build
 from dpopt.data import DataSpec
 from dpopt.estimate import fit_micro_batch
 from dpopt.plan import PrivacyPlan
+from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.engine import Engine
+from dpopt.privacy.gradients import PrivateGradient
 from dpopt.privacy.proof import check
 from dpopt.privacy.streams import RandomKey
+from dpopt.schedules import ClipRate
 from dpopt.sources import Source, as_source
 
 
@@ -44,8 +49,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def make_plan(config: Config, spec: DataSpec) -> PrivacyPlan:
-    """The privacy plan of a configuration; without privacy, the same plan with σ = 0."""
+def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyPlan:
+    """The privacy plan of a configuration; without privacy, the same plan with σ = 0.
+
+    An adaptive clip rule that leaves the noise of its count open gets a twentieth of the batch size.
+    """
     size = spec.train_size - round(config.holdout * spec.train_size)
     budget = {"epsilon": config.epsilon, "noise_multiplier": config.noise_multiplier}
     return PrivacyPlan.calibrate(
@@ -56,6 +64,7 @@ def make_plan(config: Config, spec: DataSpec) -> PrivacyPlan:
         dataset_size=size,
         batch_size=config.batch_size,
         accountant=config.accountant,
+        count_noise=(clip.count_noise or config.batch_size / 20) if isinstance(clip, Adaptive) else 0.0,
     )
 
 
@@ -75,6 +84,21 @@ def make_engine(config: Config, model: nn.Module, inputs: torch.Tensor) -> tuple
     most = min(config.batch_size, max(64, config.batch_size // 8))
     size, engine.memory = fit_micro_batch(engine, inputs, budget, most)
     return engine, size if config.micro_batch == "auto" else int(config.micro_batch)
+
+
+def make_private(
+    config: Config, engine: Engine, clip: ClipRule | None, optimizer: torch.optim.Optimizer, filtered: Any
+) -> Callable[..., PrivateGradient]:
+    """(plan, start) → the way from batches to `p.grad`, with what optimizer and filter have to say about it."""
+    make = build("estimator", config.estimator)
+
+    def private(plan: PrivacyPlan, start: int = 0) -> PrivateGradient:
+        seams = {"scale": getattr(optimizer, "scale", None), "points": filtered.points if filtered else None}
+        options = {"engine": engine, "diagnostics": config.diagnostics, **seams}
+        made: PrivateGradient = make(engine.model, F.cross_entropy, plan, clip, start=start, **options)
+        return made
+
+    return private
 
 
 def _memory(device: torch.device) -> int:
@@ -106,15 +130,19 @@ def check_shapes(model: nn.Module, spec: DataSpec) -> None:
         raise ValueError(f"the model's output has shape {shape[1:]} where {spec.name} has {spec.classes} classes")
 
 
-def make_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def make_schedule(
+    config: Config, optimizer: torch.optim.Optimizer, plan: PrivacyPlan
+) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning-rate schedule; a length that the configuration leaves null is the number of steps."""
-    lengths = {name: steps for name in ("T_max", "total_iters", "total_steps")}
+    lengths = {name: plan.steps for name in ("T_max", "total_iters", "total_steps")}
     node = {k: lengths.get(k, v) if v is None else v for k, v in config.schedule.items()}
     schedule: torch.optim.lr_scheduler.LRScheduler = build("schedule", node)(optimizer)
     if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ValueError(
             "schedule=ReduceLROnPlateau follows a metric of private data: use a schedule of the step alone"
         )
+    if isinstance(schedule, ClipRate) and config.private and not plan.count_noise:
+        raise ValueError("schedule=clip_rate follows a privatised clip rate: choose clipping=adaptive, which has one")
     return schedule
 
 

@@ -7,7 +7,7 @@ state from which the same command continues, or the finished result.
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from dpopt.data import DataSpec
 from dpopt.estimate import estimate, optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from dpopt.optim.probe import StepProbe
 from dpopt.plan import PrivacyPlan
-from dpopt.privacy.engine import Engine
+from dpopt.privacy.clipping import Adaptive
 from dpopt.privacy.gradients import PrivateGradient, check_model
 from dpopt.privacy.sampling import poisson_batches
 from dpopt.privacy.streams import RandomKey
@@ -54,8 +54,8 @@ def run(config: Config) -> dict[str, Any] | None:
     prepare.keep_freed_memory()
     device = prepare.make_device(config.device)
     spec: DataSpec = build("dataset", config.dataset)()
-    plan = prepare.make_plan(config, spec)
     clip = build("clipping", config.clipping)() if config.private else None
+    plan = prepare.make_plan(config, spec, clip)
     offline = {"pretrained": False, "weights": None} if config.dry_run else {}
     model = store.build_model(config, spec, **offline).to(device)
     check_model(model, private=config.private)
@@ -63,11 +63,14 @@ def run(config: Config) -> dict[str, Any] | None:
     make_optimizer = build("optimizer", config.optimizer)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trainable)
-    prepare.make_schedule(config, optimizer, plan.steps)
+    prepare.make_schedule(config, optimizer, plan)
     averaged = config.ema is not None
     reference = next(model.parameters())
     example = torch.zeros(config.views, *spec.shape, dtype=reference.dtype, device=device)
     engine, micro_batch = prepare.make_engine(config, model, example)
+    filtered = build("filter", config.filter)(trainable) if config.filter else None
+    make_private = prepare.make_private(config, engine, clip, optimizer, filtered)
+    make_private(plan).inform(optimizer)  # or refused, before there is a run directory
     guess = estimate(engine, make_optimizer, plan, example, micro_batch, averaged)
     if config.dry_run:
         report.plan_panel(directory.name, config, plan, clip, guess, engine, device.type)
@@ -80,7 +83,7 @@ def run(config: Config) -> dict[str, Any] | None:
                 store.clear(directory)
             (directory / store.ERROR).unlink(missing_ok=True)
             report.plan_panel(directory.name, config, plan, clip, guess, engine, device.type)
-            parts = (engine, micro_batch, optimizer, clip)
+            parts = (make_private, micro_batch, optimizer, filtered)
             result = _train(config, directory, plan, *parts, train, test, held_out)
         except Exception as error:
             store.write_atomic(directory / store.ERROR, f"{type(error).__name__}: {error}\n")
@@ -95,20 +98,23 @@ def _train(
     config: Config,
     directory: Path,
     plan: PrivacyPlan,
-    engine: Engine,
+    make_private: Callable[..., PrivateGradient],
     micro_batch: int,
     optimizer: torch.optim.Optimizer,
-    clip: Any,
+    filtered: Any,
     train: Source,
     test: Source,
     held_out: Source | None,
 ) -> dict[str, Any]:
-    model = engine.model
+    model, clip = (getattr(make_private(plan), name) for name in ("model", "clip"))
     device = next(model.parameters()).device
-    schedule = prepare.make_schedule(config, optimizer, plan.steps)
+    schedule = prepare.make_schedule(config, optimizer, plan)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
     final = ema.module if ema is not None else model
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    parts |= {"ema": ema} if ema else {}
+    parts |= {"filter": filtered} if filtered else {}
+    parts |= {"clip": clip} if isinstance(clip, Adaptive) else {}
     fingerprint = train.fingerprint()
     facts = {"name": directory.name, "configuration": identity(config), "plan": plan.to_dict(), "data_set": fingerprint}
     path = directory / store.CHECKPOINT
@@ -133,9 +139,7 @@ def _train(
     store.write_atomic(directory / store.CONFIG, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
     tracker = build("logger", config.logger)()
     metrics = Metrics(directory / store.METRICS, progress["metrics_rows"], tracker, directory.name, asdict(config))
-    private = PrivateGradient(
-        model, F.cross_entropy, plan, clip, start=step, diagnostics=config.diagnostics, engine=engine
-    )
+    private = make_private(plan, start=step)
     reset_peak_memory(device)
     start, first, training = time.perf_counter(), step, 0.0
     clock = start - progress["wall_seconds"]
@@ -155,6 +159,9 @@ def _train(
                 log = batch.step + 1 == plan.steps or (batch.step + 1) % config.eval_every == 0
                 probe = StepProbe(optimizer) if log else None
                 lr = optimizer.param_groups[0]["lr"]
+                private.inform(optimizer)
+                if filtered is not None:
+                    filtered.apply()
                 optimizer.step()
                 schedule.step()
                 if ema is not None:
@@ -167,6 +174,8 @@ def _train(
                     values = evaluate(final, test, config.precision, "test/")
                     values |= {"privacy/epsilon": plan.epsilon_at(step), "optimizer/lr": float(lr)}
                     values |= probe.measure() | private.statistics
+                    if isinstance(clip, Adaptive):
+                        values |= {f"privacy/{name}": private.facts[name] for name in ("clip_norm", "clip_rate")}
                     if config.diagnostics and held_out is not None:
                         values |= evaluate(final, held_out, config.precision, "private/holdout_")
                     values |= {"memory/optimizer_state_bytes": optimizer_state_bytes(optimizer)}

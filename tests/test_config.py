@@ -33,12 +33,15 @@ def test_there_is_something_to_test():
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_every_component_mirrors_its_call(path):
     """Every key is an argument and every value fits; the file opens with its command and its source."""
-    lines = (CONF / path).with_suffix(".yaml").read_text().splitlines()
+    lines = (CONF / path).with_suffix(".yaml").read_text().removeprefix("# @package _global_\n").splitlines()
     assert lines[0].startswith("# python run.py ") and lines[1].startswith("# ")
     group, name = path.parts
     config = configure(f"{group}={name}")
     check_components(config)
     node = getattr(config, group)
+    if path == Path("filter/none"):
+        assert node == {}
+        return
     inspect.signature(get_object(node["_target_"])).bind_partial(**{k: v for k, v in node.items() if k != "_target_"})
 
 
@@ -66,6 +69,8 @@ CHANGED = dict(
     model=["model=wrn_40_4"],
     optimizer=["optimizer.density=0.05"],
     clipping=["clipping=automatic"],
+    estimator=["estimator=zeroth_order"],
+    filter=["filter=kalman"],
     schedule=["schedule=cosine"],
     logger=["logger=tensorboard"],
     private=["privacy=none"],

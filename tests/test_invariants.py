@@ -36,7 +36,7 @@ from dpopt.sources import TensorSource
 REAL_GRADIENTS = engine.per_example_gradients
 REAL_EPSILON_AT = PrivacyPlan.epsilon_at
 REAL_SAMPLE = sampling.sample_indices
-REAL_CLIPPED = PrivateGradient._accumulate_clipped
+REAL_TAKE, REAL_ADD = PrivateGradient._take, PrivateGradient._add_clipped
 
 
 # 1. One record feeds sampler, noise and accountant.
@@ -163,18 +163,21 @@ def check_views_belong_to_their_example():
 
 
 def views_clipped_one_by_one(patch):
-    def accumulate(self, parameters, sums, inputs, targets, mask, raw):
-        flat, views = inputs.flatten(0, 1).unsqueeze(1), inputs.shape[1]
-        REAL_CLIPPED(
-            self, parameters, sums, flat, targets.repeat_interleave(views, 0), mask.repeat_interleave(views), raw
+    def take(self, inputs, targets, scale, points):
+        return REAL_TAKE(
+            self, inputs.flatten(0, 1).unsqueeze(1), targets.repeat_interleave(inputs.shape[1]), scale, points
         )
 
-    patch.setattr(PrivateGradient, "_accumulate_clipped", accumulate)
+    def add(self, sums, taken, mask, raw):
+        REAL_ADD(self, sums, taken, mask.repeat_interleave(taken.examples // len(mask)), raw)
+
+    patch.setattr(PrivateGradient, "_take", take)
+    patch.setattr(PrivateGradient, "_add_clipped", add)
 
 
 def views_in_another_order_than_labels(patch):
-    def take(self, inputs, targets, real=Engine.take):
-        return real(self, inputs.transpose(0, 1).reshape(inputs.shape), targets)
+    def take(self, inputs, targets, scale=None, real=Engine.take):
+        return real(self, inputs.transpose(0, 1).reshape(inputs.shape), targets, scale)
 
     patch.setattr(Engine, "take", take)
 
@@ -212,14 +215,15 @@ def no_clip(patch):
 
 
 def clip_of_the_mean(patch):
-    def accumulate(self, parameters, sums, inputs, targets, mask, raw):
-        found, _ = REAL_GRADIENTS(self.model, self.loss_fn, inputs[mask], targets[mask])
+    def add(self, sums, taken, mask, raw):
+        found, _ = REAL_GRADIENTS(self.model, self.loss_fn, *(x[mask] for x in taken))
         means = {name: g.nan_to_num(0, 0, 0).mean(0) for name, g in found.items()}
         norm = torch.sqrt(sum(m.square().sum() for m in means.values()))
         for name, mean in means.items():
             sums[name] += mean * self.clip.weight(norm) * int(mask.sum())
 
-    patch.setattr(PrivateGradient, "_accumulate_clipped", accumulate)
+    patch.setattr(PrivateGradient, "_take", lambda self, inputs, targets, scale, points: (inputs, targets))
+    patch.setattr(PrivateGradient, "_add_clipped", add)
 
 
 def weights_instead_of_selection(patch):
@@ -227,15 +231,15 @@ def weights_instead_of_selection(patch):
 
 
 def pads_counted(patch):
-    def accumulate(self, parameters, sums, inputs, targets, mask, raw):
-        REAL_CLIPPED(self, parameters, sums, inputs, targets, torch.ones_like(mask), raw)
+    def add(self, sums, taken, mask, raw):
+        REAL_ADD(self, sums, taken, torch.ones_like(mask), raw)
 
-    patch.setattr(PrivateGradient, "_accumulate_clipped", accumulate)
+    patch.setattr(PrivateGradient, "_add_clipped", add)
 
 
 def norm_of_the_first_parameter(patch):
-    real = taken._square_norms
-    patch.setattr(taken, "_square_norms", lambda unit, found: real(unit, dict(list(found.items())[1:])))
+    real = taken._by_model_names
+    patch.setattr(taken, "_by_model_names", lambda unit, found: dict(list(real(unit, found).items())[1:]))
 
 
 def variance_for_the_square(patch):
@@ -261,12 +265,12 @@ def noise_for_the_first_piece_only(patch, real=RandomKey.gaussians):
 
 
 def noise_per_micro_batch(patch):
-    def accumulate(self, parameters, sums, inputs, targets, mask, raw):
-        REAL_CLIPPED(self, parameters, sums, inputs, targets, mask, raw)
+    def add(self, sums, taken, mask, raw):
+        REAL_ADD(self, sums, taken, mask, raw)
         for total in sums.values():
             total += torch.randn_like(total) * self.plan.noise_multiplier * self.clip.sensitivity
 
-    patch.setattr(PrivateGradient, "_accumulate_clipped", accumulate)
+    patch.setattr(PrivateGradient, "_add_clipped", add)
 
 
 # 6. The micro-batch size changes nothing.

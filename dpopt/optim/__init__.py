@@ -1,5 +1,10 @@
 """Optimizers that torch lacks. Each is an ordinary `torch.optim.Optimizer` that reads `p.grad` and knows no privacy."""
 
+from dpopt.optim.adam_bc import AdamBC
+from dpopt.optim.averaged_sgd import AveragedSGD
+from dpopt.optim.lamb import LAMB
 from dpopt.optim.microadam import MicroAdam
+from dpopt.optim.scale_then_privatise import AdamSTP, MicroAdamSTP
+from dpopt.optim.sign_sgd import SignSGD
 
-__all__ = ["MicroAdam"]
+__all__ = ["LAMB", "AdamBC", "AdamSTP", "AveragedSGD", "MicroAdam", "MicroAdamSTP", "SignSGD"]

@@ -196,14 +196,26 @@ class MicroAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def first_moment(self, parameter: Tensor) -> Tensor:
         """m̂ of a parameter, dense, (d,), after at least one step."""
-        state, betas, form = self.state[parameter], self._group(parameter)["betas"], self._layout(parameter)
+        state, betas = self.state[parameter], self._group(parameter)["betas"]
         if "exp_avg" in state:
-            moment = state["exp_avg"] / (1 - betas[0] ** state["step"])
-        else:
-            indices = state["indices"].flatten(1).long()
-            moments = torch.empty(2, len(indices), form.size, dtype=form.dtype, device=form.device)
-            moment = window_moments(indices, state["values"], state["step"], betas, moments)[0]
-        return moment.flatten()[: parameter.numel()]
+            return (state["exp_avg"] / (1 - betas[0] ** state["step"])).flatten()[: parameter.numel()]
+        return self._window_moments(parameter)[0]
+
+    @torch.no_grad()
+    def second_moment(self, parameter: Tensor) -> Tensor:
+        """v of a parameter, dense, (d,), without bias correction, after at least one step; 0 outside the window."""
+        state, betas = self.state[parameter], self._group(parameter)["betas"]
+        if "exp_avg_sq" in state:
+            return state["exp_avg_sq"].flatten()[: parameter.numel()]
+        return self._window_moments(parameter)[1] * (1 - betas[1] ** state["step"])
+
+    def _window_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """m̂ and v̂ over the window, (d,)."""
+        state, betas, form = self.state[parameter], self._group(parameter)["betas"], self._layout(parameter)
+        indices = state["indices"].flatten(1).long()
+        moments = torch.empty(2, len(indices), form.size, dtype=form.dtype, device=form.device)
+        m, v = window_moments(indices, state["values"], state["step"], betas, moments)
+        return m.flatten()[: parameter.numel()], v.flatten()[: parameter.numel()]
 
     def _group(self, parameter: Tensor) -> dict[str, Any]:
         return next(g for g in self.param_groups if any(p is parameter for p in g["params"]))

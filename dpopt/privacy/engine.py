@@ -99,8 +99,10 @@ class Engine:
         everything = [u.name or "the whole model" for u in self.units if u.rule is BY_VMAP]
         self.fallbacks = ["the whole model"] if self.policy == "vmap" else everything
 
-    def take(self, inputs: Tensor, targets: Tensor) -> Taken:
+    def take(self, inputs: Tensor, targets: Tensor, scale: Gradients | None = None) -> Taken:
         """Per-example gradients of (B, K, …) inputs and (B, …) targets.
+
+        With a scale, norms are those of scaled gradients (`Taken`), and nothing is compiled.
 
         Raises:
             ValueError: for a layer whose gradients cannot be told apart by example.
@@ -109,8 +111,8 @@ class Engine:
         if values.keys() != self._trained:
             changed = ", ".join(sorted(values.keys() ^ self._trained)[:3])
             raise ValueError(f"{changed} was frozen, unfrozen or added since: make a new PrivateGradient for the model")
-        if not self.compiled:
-            return self.take_at(values, inputs, targets)
+        if not self.compiled or scale is not None:
+            return self.take_at(values, inputs, targets, scale)
         shapes = (inputs.shape, inputs.dtype, targets.shape, self.model.training)
         if shapes not in self._graphs:
             self._graphs[shapes] = self._compile(values, inputs, targets)
@@ -121,7 +123,7 @@ class Engine:
         traced: list[Any] = []
 
         def flat(*tensors: Tensor) -> tuple[Any, ...]:
-            taken = self.take_at(dict(zip(values, tensors, strict=False)), *tensors[-2:])
+            taken = self.take_at(dict(zip(values, tensors, strict=False)), tensors[-2], tensors[-1])
             leaves, structure = tree_flatten(taken.tensors())
             traced[:] = taken.form(), structure
             return tuple(leaves)
@@ -135,10 +137,23 @@ class Engine:
 
         return run
 
-    def take_at(self, values: Gradients, inputs: Tensor, targets: Tensor) -> Taken:
-        """`take`, at parameters that are not the model's own, and never compiled."""
+    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Gradients, Tensor]:
+        """The per-example gradients themselves, (B, *shape) by parameter name, and the losses (B,)."""
+        values = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        taken = self.take_at(values, inputs, targets, policy="store")
+        return taken.gradients(), taken.losses
+
+    def take_at(
+        self,
+        values: Gradients,
+        inputs: Tensor,
+        targets: Tensor,
+        scale: Gradients | None = None,
+        policy: str | None = None,
+    ) -> Taken:
+        """`take`, at parameters that are not the model's own or by another policy, and never compiled."""
         examples, views = inputs.shape[:2]
-        taken = Taken(examples)
+        taken = Taken(examples, scale)
         if self.policy == "vmap":
             gradients, losses = per_example_gradients(self.model, self.loss_fn, inputs, targets, self.autocast, values)
             taken.store(None, gradients)
@@ -171,7 +186,7 @@ class Engine:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._choose(records, examples, inputs.device.type)
+        self._choose(records, examples, inputs.device.type, policy or self.policy)
         with torch.enable_grad():
             found = torch.autograd.grad(losses.sum(), [root, *copies.values()], allow_unused=True)
         with torch.no_grad():
@@ -201,7 +216,7 @@ class Engine:
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
 
-    def _choose(self, records: list[Record], examples: int, device: str) -> None:
+    def _choose(self, records: list[Record], examples: int, device: str, policy: str) -> None:
         """Decide for every call of a layer what is done with its gradients."""
         calls = Counter(record.unit for record in records)
         for record in records:
@@ -210,17 +225,17 @@ class Engine:
             gram = unit.rule.gram is not None and len(unit.names) == sum(1 for _ in unit.module.parameters())
             if not record.alone:
                 record.policy = "store"  # several calls make one gradient
-            elif self.policy == "gram":
+            elif policy == "gram":
                 record.policy = "gram" if gram else "recompute" if size > _SMALL else "store"
-            elif self.policy != "auto":
-                record.policy = self.policy
+            elif policy != "auto":
+                record.policy = policy
             elif gram and 8 * record.positions * _width(unit) < size:
                 record.policy = "gram"
             elif size > _SMALL and record.positions < 2 * _BALANCE.get(device, 7):
                 record.policy = "recompute"
             else:
                 record.policy = "store"
-        if self.policy == "auto" and self.memory is not None:
+        if policy == "auto" and self.memory is not None:
             stored = [record for record in records if record.policy == "store"]
             left = self.memory - sum(4 * examples * size_of(record.unit) for record in stored)
             # Where there are few positions, recomputing costs least per byte saved.

@@ -6,17 +6,32 @@ g_i is the gradient of example i's loss, averaged over its K augmented views *be
 `dpopt.privacy.engine` takes it. Norms and sums are fp32 (float64 for a float64 model). An example whose gradient is not
 finite contributes zero, as a pad does: it is selected away before any reduction, because 0·NaN is NaN. Everything to
 the right of `p.grad` is post-processing.
+
+Some algorithms reach to the left of it, through three seams:
+
+    scale   s from the optimizer: s∘g_i is clipped, summed and noised, and divided by s again (scale-then-privatise)
+    points  from a filter: g_i = Σ_j c_j·∇f_i(θ + d_j), clipped as one gradient (DiSK)
+    count   from the clip rule: of unclipped examples, noised, moves the clip norm, and is in the plan (adaptive)
+
+and what they need to know of the step flows right, as `facts`, all of it public or privatised.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from dpopt.plan import PrivacyPlan
-from dpopt.privacy.clipping import ClipRule
+from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.engine import Engine, LossFn
 from dpopt.privacy.noise import add_noise
 from dpopt.privacy.proof import check
 from dpopt.privacy.sampling import PoissonBatch
+from dpopt.privacy.taken import Taken
+from dpopt.privacy.tensors import Gradients
+
+Point = tuple[float, dict[nn.Parameter, Tensor] | None]  # weight c and displacement d; None for no displacement
 
 
 class PrivateGradient:
@@ -33,10 +48,19 @@ class PrivateGradient:
         precision: `fp32`, or `bf16` for autocast in the forward.
         diagnostics: keep raw statistics of private data in `statistics` (training loss, clipped fraction,
             signal-to-noise, realised batch size). They are not covered by ε.
+        scale: parameter → a positive tensor of its shape, or None for 1, made of privatised gradients only;
+            `dpopt.optim.AdamSTP.scale`, say.
+        points: () → weights and displacements of the points at which gradients are taken, made of privatised gradients
+            only; `dpopt.filters.Kalman.points`, say.
+
+    Attributes:
+        facts: of the last step, for optimizers and schedules: `noise_std`, the standard deviation of the noise in each
+            coordinate of `p.grad` (absent where it is not the same for all), `clip_norm`, and `clip_rate`, the
+            privatised fraction of clipped examples, under a clip rule that counts them.
 
     Raises:
-        ValueError: for a layer whose parameters have no per-example gradient, a model with nothing to train, or noise
-            without a clip.
+        ValueError: for a layer whose parameters have no per-example gradient, a model with nothing to train, noise
+            without a clip, or a count that the plan does not pay for.
     """
 
     def __init__(
@@ -49,20 +73,36 @@ class PrivateGradient:
         precision: str = "fp32",
         diagnostics: bool = False,
         engine: str | Engine = "auto",
+        scale: Callable[[Tensor], Tensor | None] | None = None,
+        points: Callable[[], list[Point]] | None = None,
     ) -> None:
         if clip is None and plan.noise_multiplier > 0:
             raise ValueError("noise without a clip protects nothing: pass a clip rule, for example clip=Flat(1.0)")
+        if clip is not None and plan.noise_multiplier > 0 and isinstance(clip, Adaptive) != (plan.count_noise > 0):
+            raise ValueError(
+                "an adaptive clip rule releases a count, and the plan must pay for it, and for no other: calibrate the "
+                f"plan with count_noise={plan.batch_size / 20 if isinstance(clip, Adaptive) else 0:g}"
+            )
         check_model(model, private=clip is not None)
         self.model, self.loss_fn, self.plan, self.clip = model, loss_fn, plan, clip
         self.step = start
         self.engine = Engine(model, loss_fn, engine, precision=precision) if isinstance(engine, str) else engine
         self.diagnostics = diagnostics
+        self.scale, self.points = scale, points
+        self.facts = self._constants()
         self.statistics: dict[str, float] = {}
 
     @property
     def noise_std(self) -> float:
         """The standard deviation of the noise in every coordinate of `p.grad`: σ·S/(qN)."""
-        return 0.0 if self.clip is None else self.plan.noise_multiplier * self.clip.sensitivity / self.plan.batch_size
+        return self._std / self.plan.batch_size
+
+    def _constants(self) -> dict[str, float]:
+        return {} if self.scale is not None or self.points is not None else {"noise_std": self.noise_std}
+
+    @property
+    def _std(self) -> float:
+        return 0.0 if self.clip is None else self.plan.gradient_noise_multiplier * self.clip.sensitivity
 
     def backward(self, batch: PoissonBatch) -> None:
         """Fill `p.grad` of every trainable parameter with the privatised mean gradient of the batch.
@@ -86,71 +126,159 @@ class PrivateGradient:
                 "cancel it: calibrate a new plan for every training"
             )
         key.released[0] = self.step + 1
+        self._fill(batch)
+        self.step += 1
+
+    def inform(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write the facts of the step into the parameter groups that have an option of that name.
+
+        Raises:
+            ValueError: when an optimizer wants the noise of a gradient whose coordinates have different noise.
+        """
+        for group in optimizer.param_groups:
+            if "noise_std" in group and "noise_std" not in self.facts:
+                raise ValueError(
+                    f"{type(optimizer).__name__} corrects for noise that is the same in every coordinate and step, "
+                    "which a scale, a filter or a zeroth-order estimate is not: choose another optimizer"
+                )
+            group.update({name: value for name, value in self.facts.items() if name in group})
+
+    def _fill(self, batch: PoissonBatch) -> None:
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        accumulate = self._accumulate_plain if self.clip is None else self._accumulate_clipped
         reference = next(iter(parameters.values()))
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
         total = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=dtype, device=reference.device)
-        parts = total.split([p.numel() for p in parameters.values()])
-        sums = {n: part.view(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}
-        raw = _RawStatistics()
-        for inputs, targets, mask in batch:
-            inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
-            targets, mask = targets.to(reference.device), mask.to(reference.device)
-            accumulate(parameters, sums, inputs, targets, mask, raw)
+        sums = _split_up(total, parameters)
+        scale = self._scale(parameters, total) if self.scale is not None and self.clip is not None else None
+        by_name = None if scale is None else _split_up(scale, parameters)
+        points: list[Point] = self.points() if self.points is not None else [(1.0, None)]
+        raw = RawStatistics()
+        with displaced(points[0][1] if len(points) == 1 else None):
+            for inputs, targets, mask in batch:
+                inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
+                targets, mask = targets.to(reference.device), mask.to(reference.device)
+                if self.clip is None:
+                    self._add_plain(sums, inputs[mask], targets[mask], points, raw)
+                else:
+                    self._add_clipped(sums, self._take(inputs, targets, by_name, points), mask, raw)
         if self.diagnostics:
-            self.statistics = raw.summary(sums, self.noise_std * self.plan.batch_size)
+            self.statistics = raw.summary(sums, self._std)
+        self.facts = self._constants()
         # The noise of this logical step, once, on the sum.
-        std = 0.0 if self.clip is None else self.plan.noise_multiplier * self.clip.sensitivity
-        add_noise(total, std, self.plan.batch_size, self.plan.key, self.step)
+        if scale is not None:
+            total.mul_(scale)
+        add_noise(total, self._std, self.plan.batch_size, self.plan.key, self.step)
+        if scale is not None:
+            total.div_(scale)
+        self._observe(raw)
         for name, parameter in parameters.items():
             grad = sums[name].to(parameter.dtype)
             # Some fused optimizers want the strides of the parameter.
             parameter.grad = grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
-        self.step += 1
 
-    def _accumulate_clipped(
-        self,
-        parameters: dict[str, nn.Parameter],
-        sums: dict[str, Tensor],
-        inputs: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-        raw: "_RawStatistics",
-    ) -> None:
-        assert self.clip is not None
+    def _scale(self, parameters: dict[str, nn.Parameter], total: Tensor) -> Tensor:
+        """The optimizer's scale of all parameters, as long as the sum; 1 where it has none."""
+        assert self.scale is not None
+        parts = []
+        for name, p in parameters.items():
+            part = self.scale(p)
+            part = torch.ones_like(p) if part is None else part
+            if part.shape != p.shape or not bool(((part > 0) & part.isfinite()).all()):
+                raise ValueError(f"the scale of {name} must have its shape and be positive and finite")
+            parts.append(part.detach().flatten().to(total))
+        return torch.cat(parts)
+
+    def _observe(self, raw: "RawStatistics") -> None:
+        """Noise the count of an adaptive clip rule, and let it move the clip norm."""
+        if self.clip is None:
+            return
+        self.facts["clip_norm"] = self.clip.sensitivity
+        if not isinstance(self.clip, Adaptive):
+            return
+        std = self.plan.count_noise if self.plan.noise_multiplier > 0 else 0.0
+        noise = std * float(self.plan.key.normal(1, "count", self.step))
+        self.clip.observe(raw.unclipped + noise, self.plan.batch_size)
+        self.facts["clip_rate"] = self.clip.clip_rate
+
+    def _take(self, inputs: Tensor, targets: Tensor, scale: Gradients | None, points: list[Point]) -> Taken:
+        """The per-example gradients of a micro-batch, combined over points."""
         if not self.engine.proved:
             check(self.engine, inputs, targets)
-        taken = self.engine.take(inputs, targets)
-        valid = mask & taken.norms.isfinite()
-        weights = torch.where(valid, self.clip.weight(taken.norms), 0.0)
+        if len(points) == 1:
+            return self.engine.take(inputs, targets, scale)
+        combined: Gradients = {}
+        for weight, displacement in points:
+            with displaced(displacement):
+                found, losses = self.engine.gradients(inputs, targets)
+            for name, gradient in found.items():
+                gradient = gradient * weight
+                combined[name] = combined[name] + gradient if name in combined else gradient
+        taken = Taken(len(inputs), scale)
+        taken.store(None, combined)
+        return taken.finish(losses)
+
+    def _add_clipped(self, sums: Gradients, taken: Taken, mask: Tensor, raw: "RawStatistics") -> None:
+        assert self.clip is not None
+        weights = clip_weights(self.clip, taken, mask)
         taken.add_to(sums, weights)
+        if isinstance(self.clip, Adaptive):
+            raw.unclipped += self.clip.count(taken.norms, mask)
         if self.diagnostics:
-            clipped = weights[valid] * taken.norms[valid] < taken.norms[valid] * (1 - 1e-6)
+            valid = mask & taken.norms.isfinite()
+            clipped = weights.view(len(weights), -1).amin(1)[valid] < 1 - 1e-6
             raw.add(taken.losses[valid], clipped, int(mask.sum()))
 
-    def _accumulate_plain(
-        self,
-        parameters: dict[str, nn.Parameter],
-        sums: dict[str, Tensor],
-        inputs: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-        raw: "_RawStatistics",
+    def _add_plain(
+        self, sums: Gradients, inputs: Tensor, targets: Tensor, points: list[Point], raw: "RawStatistics"
     ) -> None:
         """The non-private control: the ordinary batched gradient of the summed losses."""
-        inputs, targets = inputs[mask], targets[mask]
         if len(inputs) == 0:
             return
-        views = inputs.shape[1]
-        with self.engine.autocast():
-            loss = self.loss_fn(self.model(inputs.flatten(0, 1)), targets.repeat_interleave(views, 0))
-        gradients = torch.autograd.grad(loss * len(inputs), list(parameters.values()), materialize_grads=True)
-        for total, gradient in zip(sums.values(), gradients, strict=True):
-            total += gradient
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        count, views = inputs.shape[:2]
+        for weight, displacement in points:
+            with displaced(displacement if len(points) > 1 else None):
+                with self.engine.autocast():
+                    loss = self.loss_fn(self.model(inputs.flatten(0, 1)), targets.repeat_interleave(views, 0))
+                gradients = torch.autograd.grad(weight * loss * count, parameters, materialize_grads=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total += gradient
         if self.diagnostics:
-            count = len(inputs)
             raw.add(loss.detach().expand(count), torch.zeros(count, dtype=torch.bool), count)
+
+
+def clip_weights(clip: ClipRule, taken: Taken, mask: Tensor) -> Tensor:
+    """Weights of the examples' gradients, (B,), or of their layers, (B, L): 0 for pads and for what is not finite.
+
+    Args:
+        clip: the rule.
+        taken: the gradients.
+        mask: (B,), False for pads.
+    """
+    valid = mask & taken.norms.isfinite()
+    if getattr(clip, "by_layer", False):
+        return torch.where(valid[:, None], clip.weight(taken.layer_norms), 0.0)
+    return torch.where(valid, clip.weight(taken.norms), 0.0)
+
+
+def _split_up(total: Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:
+    parts = total.split([p.numel() for p in parameters.values()])
+    return {n: part.view(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}
+
+
+@contextmanager
+def displaced(displacement: dict[nn.Parameter, Tensor] | None) -> Iterator[None]:
+    """Parameters displaced for a while; afterwards they are what they were, to the bit."""
+    before = {p: p.detach().clone() for p in displacement or {}}
+    try:
+        with torch.no_grad():
+            for p, difference in (displacement or {}).items():
+                p.add_(difference)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in before.items():
+                p.copy_(old)
 
 
 def check_model(model: nn.Module, private: bool) -> None:
@@ -183,11 +311,12 @@ def check_model(model: nn.Module, private: bool) -> None:
             )
 
 
-class _RawStatistics:
+class RawStatistics:
     """Sums of private statistics over the micro-batches of one step; kept only for diagnostics."""
 
     def __init__(self) -> None:
         self.loss, self.clipped, self.count, self.valid = 0.0, 0.0, 0, 0
+        self.unclipped = 0.0  # the centred count of an adaptive clip rule
 
     def add(self, losses: Tensor, clipped: Tensor, count: int) -> None:
         self.loss += float(losses.double().sum())

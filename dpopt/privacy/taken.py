@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from dpopt.privacy.rules import BY_VMAP
 from dpopt.privacy.tensors import Gradients, at_once, by_example, memory_order, square_norms
@@ -38,44 +39,58 @@ class Record:
 class Taken:
     """Per-example gradients of one micro-batch.
 
+    Args:
+        examples: B.
+        scale: by which gradients are multiplied, element by element, before their norms are taken; by parameter name.
+
     Attributes:
         losses: mean loss of each example over its views, (B,).
-        norms: of each example's gradient over all parameters, (B,), at least float32; not finite where the gradient is
-            not, or where its square overflows.
+        norms: of each example's (scaled) gradient over all parameters, (B,), at least float32; not finite where the
+            gradient is not, or where its square overflows.
+        layers: names of the modules with trainable parameters of their own.
+        layer_norms: of each example's gradient in each of them, (B, L).
     """
 
-    def __init__(self, examples: int) -> None:
-        self.examples = examples
-        self.losses = self.norms = torch.empty(0)
-        self._squares: list[Tensor] = []
+    def __init__(self, examples: int, scale: Gradients | None = None) -> None:
+        self.examples, self.scale = examples, scale
+        self.losses = self.norms = self.layer_norms = torch.empty(0)
+        self.layers: list[str] = []
+        self._squares: Gradients = {}  # by layer
         self._stored: list[tuple[Unit | None, Gradients]] = []  # without a unit: by the model's names
         self._kept: list[Record] = []
 
     def store(self, unit: Unit | None, found: Gradients) -> None:
         """Keep gradients (B, *shape), and count their norms."""
-        with _exact(next(iter(found.values())).device):
-            self._squares.append(_square_norms(unit, found))
+        with exact(next(iter(found.values())).device):
+            self._count(squares_of(unit, found, self.scale))
         self._stored.append((unit, found))
 
-    def keep(self, record: Record, squares: Tensor) -> None:
+    def keep(self, record: Record, squares: Gradients) -> None:
         """Keep what a layer's sum can be made of."""
-        self._squares.append(squares)
+        self._count(squares)
         self._kept.append(record)
 
     def finish(self, losses: Tensor) -> "Taken":
         """Add up the norms."""
-        self.losses = losses
-        self.norms = torch.stack(self._squares).sum(0).sqrt().to(max(losses.dtype, torch.float32, key=_bits))
+        self.losses, self.layers = losses, list(self._squares)
+        squares = torch.stack(list(self._squares.values()), 1)
+        dtype = max(losses.dtype, torch.float32, key=_bits)
+        self.layer_norms, self.norms = squares.sqrt().to(dtype), squares.sum(1).sqrt().to(dtype)
         return self
+
+    def gradients(self) -> Gradients:
+        """(B, *shape) by the model's names; all must have been stored."""
+        return {name: g for unit, found in self._stored for name, g in _by_model_names(unit, found).items()}
 
     def tensors(self) -> tuple[Any, ...]:
         """All that it holds, for a compiled graph to return."""
         kept = [(record.arguments, record.output_gradient) for record in self._kept]
-        return self.losses, self.norms, [found for _, found in self._stored], kept
+        return self.losses, self.norms, self.layer_norms, [found for _, found in self._stored], kept
 
     def form(self) -> "Taken":
         """The same layers, without the tensors."""
         other = Taken(self.examples)
+        other.layers = self.layers
         other._stored = [(unit, {}) for unit, _ in self._stored]
         other._kept = [replace(record, arguments=(), output_gradient=None) for record in self._kept]
         return other
@@ -83,7 +98,8 @@ class Taken:
     def filled(self, tensors: tuple[Any, ...]) -> "Taken":
         """This form, with tensors that a compiled graph has returned."""
         other = Taken(self.examples)
-        other.losses, other.norms, stored, kept = tensors
+        other.layers = self.layers
+        other.losses, other.norms, other.layer_norms, stored, kept = tensors
         other._stored = [(unit, found) for (unit, _), found in zip(self._stored, stored, strict=True)]
         other._kept = [
             replace(record, arguments=arguments, output_gradient=g)
@@ -92,36 +108,47 @@ class Taken:
         return other
 
     def add_to(self, sums: Gradients, weights: Tensor) -> None:
-        """sums[name] += Σ weights[i]·g_i[name], where an example whose norm is not finite counts as zero.
+        """sums[name] += Σ weights[i]·g_i[name], not scaled; an example whose norm is not finite counts as zero.
 
         Args:
             sums: fp32 (float64 for a float64 model), by the model's parameter names.
-            weights: (B,), finite.
+            weights: (B,), or (B, L) with one for every layer; finite.
         """
         broken = ~self.norms.isfinite()
-        weights = weights.masked_fill(broken, 0.0)
+        weights = weights.masked_fill(broken.view(-1, *(1,) * (weights.ndim - 1)), 0.0)
         # What is not finite is selected away before any reduction: 0·NaN is NaN.
         select = broken if bool(broken.any()) else None
-        with _exact(weights.device):
+
+        def weight(layer: str) -> Tensor:
+            return weights if weights.ndim == 1 else weights[:, self.layers.index(layer)].contiguous()
+
+        with exact(weights.device):
             for unit, found in self._stored:
-                local = {name: _weighted(gradient, weights, select) for name, gradient in found.items()}
+                local = {n: _weighted(g, weight(_layer(unit, n)), select) for n, g in found.items()}
                 _add(sums, unit, local)
             for record in self._kept:
                 unit = record.unit
+                layers = dict.fromkeys(_layer(unit, name) for name in unit.names)
                 arguments, g = _split(record, self.examples)
-                g = g.mul(_column(weights, g))
                 if select is not None:
                     g = g.masked_fill(_column(select, g), 0.0)
                     arguments = tuple(
                         x.masked_fill(_column(select, x), 0.0) if isinstance(x, Tensor) and x.is_floating_point() else x
                         for x in arguments
                     )
-                arguments = tuple(x.flatten(0, 1)[None] if isinstance(x, Tensor) else x for x in arguments)
-                found = _apply(unit, arguments, g.flatten(0, 1)[None])
-                _add(sums, unit, {name: gradient[0] for name, gradient in found.items()})
+                together = tuple(x.flatten(0, 1)[None] if isinstance(x, Tensor) else x for x in arguments)
+                for layer in layers if weights.ndim > 1 else ("",):
+                    weighted = g.mul(_column(weight(layer), g)).flatten(0, 1)[None]
+                    local = {name: gradient[0] for name, gradient in _apply(unit, together, weighted).items()}
+                    _add(sums, unit, local, layer if len(layers) > 1 and weights.ndim > 1 else None)
+
+    def _count(self, squares: Gradients) -> None:
+        for layer, square in squares.items():
+            self._squares[layer] = self._squares[layer] + square if layer in self._squares else square
 
 
-def _add(sums: Gradients, unit: Unit | None, local: Gradients) -> None:
+def _add(sums: Gradients, unit: Unit | None, local: Gradients, layer: str | None = None) -> None:
+    """Add summed gradients of a unit, of one layer within it only where one is named."""
     if unit is None:
         for name, gradient in local.items():
             sums[name] += gradient
@@ -129,7 +156,36 @@ def _add(sums: Gradients, unit: Unit | None, local: Gradients) -> None:
     if unit.rule.pull_back is not None:
         local = unit.rule.pull_back(unit.module, local)
     for name, full in unit.names.items():
-        sums[full] += local[name]
+        if layer in (None, _layer(unit, name)):
+            sums[full] += local[name]
+
+
+def _layer(unit: Unit | None, name: str) -> str:
+    """The module that a parameter belongs to: the unit, but for units that were left in one piece."""
+    if unit is not None and unit.rule is not BY_VMAP:
+        return unit.name
+    return (name if unit is None else unit.names[name]).rpartition(".")[0]
+
+
+def _by_model_names(unit: Unit | None, found: Gradients) -> Gradients:
+    """Per-example gradients of the parameters themselves."""
+    if unit is None:
+        return found
+    if (pull_back := unit.rule.pull_back) is not None:
+        found = vmap(lambda one: pull_back(unit.module, one))(found)
+    return {full: found[name] for name, full in unit.names.items()}
+
+
+def squares_of(unit: Unit | None, found: Gradients, scale: Gradients | None = None) -> Gradients:
+    """Squared norms (B,) of every layer's gradients, scaled first if need be, in float64."""
+    if unit is not None and unit.rule.square_norms is not None and scale is None:
+        return {unit.name: unit.rule.square_norms(unit.module, found)}
+    squares: Gradients = {}
+    for name, gradient in _by_model_names(unit, found).items():
+        layer = name.rpartition(".")[0]
+        square = square_norms(by_example(gradient if scale is None else gradient * scale[name]))
+        squares[layer] = squares[layer] + square if layer in squares else square
+    return squares
 
 
 def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None) -> Tensor:
@@ -196,18 +252,17 @@ class Gathered:
                 self._store(record, _apply(unit, arguments, g))
                 record.arguments, record.output_gradient = (), None
                 return
-            with _exact(g.device):
-                if record.policy == "gram":
+            with exact(g.device):
+                if record.policy == "gram" and self.taken.scale is None:
                     assert unit.rule.gram is not None
-                    squares = unit.rule.gram(unit.module, arguments[0], g)
+                    squares = {unit.name: unit.rule.gram(unit.module, arguments[0], g)}
                 else:
                     count = at_once(g, size_of(unit))
-                    squares = torch.cat(
-                        [
-                            _square_norms(unit, _apply(unit, _rows(arguments, i, count), g[i : i + count]))
-                            for i in range(0, examples, count)
-                        ]
-                    )
+                    parts = [
+                        squares_of(unit, _apply(unit, _rows(arguments, i, count), g[i : i + count]), self.taken.scale)
+                        for i in range(0, examples, count)
+                    ]
+                    squares = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
             self.taken.keep(record, squares)
 
     def _store(self, record: Record, found: Gradients) -> None:
@@ -235,13 +290,6 @@ def _rows(arguments: tuple[Any, ...], start: int, count: int) -> tuple[Any, ...]
     return tuple(x[start : start + count] if isinstance(x, Tensor) else x for x in arguments)
 
 
-def _square_norms(unit: Unit | None, found: Gradients) -> Tensor:
-    """Of each example, over all of these gradients."""
-    if unit is not None and unit.rule.square_norms is not None:
-        return unit.rule.square_norms(unit.module, found)
-    return torch.stack([square_norms(by_example(gradient)) for gradient in found.values()]).sum(0)
-
-
 def record_of(unit: Unit, arguments: tuple[Any, ...], output: Any, examples: int) -> Record:
     """The record of a call.
 
@@ -264,7 +312,7 @@ def record_of(unit: Unit, arguments: tuple[Any, ...], output: Any, examples: int
 
 
 @contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def exact(device: torch.device) -> Iterator[None]:
     """Matrix products in full precision: TF32 or autocast would round the sum, and it could be longer than its norm."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

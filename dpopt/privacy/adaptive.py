@@ -1,0 +1,83 @@
+"""The clip norm that follows a quantile of the gradients' norms, privately (Andrew et al., 2021, 1905.03871).
+
+    b̃ = ½ + (Σ_{i in batch} (1[‖g_i‖ ≤ C] − ½) + N(0, σ_b²))/(qN)          the fraction that is not clipped
+    C ← C·exp(−lr·(b̃ − quantile))
+
+The count is centred: one example more or less moves it by ½, and an example that is not there adds 0. Count and sum of
+gradients are one Gaussian release: over their sensitivities ½ and C their noise is 2σ_b and z_Δ, and together they cost
+what a single release with z = (z_Δ⁻² + (2σ_b)⁻²)^(−1/2) does. The plan's noise multiplier is z, from which
+`PrivacyPlan.gradient_noise_multiplier` derives z_Δ > z, so the count is in ε and no data is spent on it otherwise.
+
+DP-Adam-AC (2510.05288) takes C from a percentile of the raw history of norms, which is not private; this one is.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+
+class Adaptive:
+    """A flat clip at a quantile of the norms.
+
+    Args:
+        clip_norm: C at the start.
+        quantile: fraction of the examples that is to stay unclipped.
+        lr: of the clip norm, in its logarithm.
+        count_noise: σ_b; None for a twentieth of the expected batch.
+        bounds: C stays within these multiples of its first value.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    def __init__(
+        self,
+        clip_norm: float,
+        quantile: float = 0.8,
+        lr: float = 0.2,
+        count_noise: float | None = None,
+        bounds: tuple[float, float] = (0.01, 100.0),
+    ) -> None:
+        for name, value in {"clip_norm": clip_norm, "lr": lr, "count_noise": count_noise or 1.0}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be a positive number")
+        if not 0 < quantile < 1:
+            raise ValueError(f"quantile={quantile} must be a fraction between 0 and 1")
+        if not 0 < bounds[0] <= 1 <= bounds[1] < math.inf:
+            raise ValueError(f"bounds={bounds} must be a number up to 1 and one from 1")
+        self.clip_norm, self.quantile, self.lr, self.count_noise = clip_norm, quantile, lr, count_noise
+        self.limits = (clip_norm * bounds[0], clip_norm * bounds[1])
+        self.clip_rate = 1 - quantile
+
+    @property
+    def sensitivity(self) -> float:
+        return self.clip_norm
+
+    def weight(self, norm: torch.Tensor) -> torch.Tensor:
+        """min(1, C/‖g‖)."""
+        return (self.clip_norm / norm).clamp(max=1.0)
+
+    def count(self, norm: torch.Tensor, present: torch.Tensor) -> float:
+        """Σ (1[‖g‖ ≤ C] − ½) over the examples that are present; raw, hence private."""
+        return float(((norm <= self.clip_norm).double() - 0.5)[present].sum())
+
+    def observe(self, count: float, batch_size: float) -> None:
+        """Move C by a count that has been noised.
+
+        Args:
+            count: the noised count.
+            batch_size: the expected batch size qN.
+        """
+        fraction = 0.5 + count / batch_size
+        self.clip_rate = 1 - fraction
+        moved = self.clip_norm * math.exp(-self.lr * (fraction - self.quantile))
+        self.clip_norm = min(max(moved, self.limits[0]), self.limits[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"clip_norm": self.clip_norm, "clip_rate": self.clip_rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.clip_norm, self.clip_rate = float(state["clip_norm"]), float(state["clip_rate"])

@@ -1,0 +1,92 @@
+"""DP-ZO (Tang et al., 2401.04343): a private step from losses alone, without a backward pass.
+
+With a random direction z ~ N(0, I), which depends on no data, an example's gradient is seen along z only,
+
+    d_i = (f_i(θ + smoothing·z) − f_i(θ − smoothing·z))/(2·smoothing)
+    p.grad = z·(Σ clip(d_i) + N(0, σ²S²))/(qN)
+
+What is released is one number per step, a subsampled Gaussian with the sensitivity of the clip rule: ε is that of any
+other run. The paper clips the difference of the losses, which is 2·smoothing·d_i: a clip norm here is in units of the
+gradient, and holds whatever the smoothing. z is drawn from the plan's key.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from dpopt.privacy.clipping import Adaptive
+from dpopt.privacy.gradients import PrivateGradient, RawStatistics, displaced
+from dpopt.privacy.noise import add_noise
+from dpopt.privacy.sampling import PoissonBatch
+
+
+class ZerothOrder(PrivateGradient):
+    """`PrivateGradient` from differences of losses.
+
+    Args:
+        arguments: of `PrivateGradient`.
+        smoothing: how far along z the losses are taken, on either side.
+        options: of `PrivateGradient`.
+
+    Raises:
+        ValueError: with a clip by layer, a scale or a filter, which one number per example does not have.
+    """
+
+    def __init__(self, *arguments: Any, smoothing: float = 1e-3, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if not smoothing > 0:
+            raise ValueError(f"smoothing={smoothing} must be positive")
+        if self.scale is not None or self.points is not None or getattr(self.clip, "by_layer", False):
+            raise ValueError(
+                "a zeroth-order estimate is one number per example, which has no layers, scale or filter: choose "
+                "clipping=flat, filter=none and an optimizer without a scale"
+            )
+        self.smoothing = smoothing
+
+    def _constants(self) -> dict[str, float]:
+        return {}  # the noise lies along z
+
+    @torch.no_grad()
+    def _fill(self, batch: PoissonBatch) -> None:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        reference = parameters[0]
+        draw = self.plan.key.normal(sum(p.numel() for p in parameters), "direction", self.step).to(reference.device)
+        pieces = draw.split([p.numel() for p in parameters])
+        z = {p: piece.view(p.shape).to(p.dtype) for p, piece in zip(parameters, pieces, strict=True)}
+        dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+        total = torch.zeros(1, dtype=dtype, device=reference.device)
+        raw = RawStatistics()
+        for inputs, targets, mask in batch:
+            inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
+            targets, mask = targets.to(reference.device), mask.to(reference.device)
+            sides = []
+            for sign in (1, -1):
+                with displaced({p: sign * self.smoothing * piece for p, piece in z.items()}):
+                    sides.append(self._losses(inputs, targets))
+            slope = ((sides[0] - sides[1]) / (2 * self.smoothing)).to(dtype)
+            norm = slope.abs()
+            valid = mask & norm.isfinite()
+            weights = torch.where(valid, self.clip.weight(norm), 0.0) if self.clip is not None else mask.to(dtype)
+            total += (weights * slope.masked_fill(~valid, 0.0)).sum()
+            if isinstance(self.clip, Adaptive):
+                raw.unclipped += self.clip.count(norm, mask)
+            if self.diagnostics:
+                losses = (sides[0] + sides[1]) / 2
+                raw.add(losses[valid], weights[valid] < 1 - 1e-6, int(mask.sum()))
+        if self.diagnostics:
+            self.statistics = raw.summary({"slope": total}, self._std)
+        self.facts = self._constants()
+        add_noise(total, self._std, self.plan.batch_size, self.plan.key, self.step)
+        self._observe(raw)
+        for p in parameters:
+            p.grad = z[p] * total.to(p.dtype)
+
+    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of each example over its views, (B,)."""
+        examples, views = inputs.shape[:2]
+        with self.engine.autocast():
+            outputs = self.engine.forward({}, inputs.flatten(0, 1)).unflatten(0, (examples, views))
+            losses: Tensor = vmap(self.loss_fn)(outputs, targets[:, None].expand(examples, views, *targets.shape[1:]))
+        return losses
