@@ -77,4 +77,4 @@ class Kalman:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore it."""
         for name in ("before", "filtered"):
-            setattr(self, name, [t.to(p.device) for t, p in zip(state[name], self.parameters, strict=False)])
+            setattr(self, name, [t.to(p.device).clone() for t, p in zip(state[name], self.parameters, strict=False)])

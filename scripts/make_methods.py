@@ -1,0 +1,111 @@
+"""The page of methods, docs/methods.md, from the heads of the YAML files and from what the code says and measures.
+
+python scripts/make_methods.py            # writes docs/methods.md
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from dpopt.config import build, from_hydra
+from dpopt.estimate import optimizer_state_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 1_000_000
+INTRODUCTION = """\
+# Methods
+
+Every line is one file of Python and one of YAML, and any clip rule, optimizer and filter go together unless a sentence
+says why not. What is left of `p.grad` is accounted for; what is right of it is post-processing. This page is made by
+`python scripts/make_methods.py`: rules, papers and advice are the heads of the YAML files, the other columns are
+measured. Published methods that differ from their public code say so at the top of their Python file, and so do those
+that were read from an abstract.
+"""
+
+NOTES = """\
+## What goes with what
+
+- `dp_adambc` and `dp_adamw_bc` subtract the variance of the noise, so they want noise that is the same in every
+  coordinate: not with `filter=kalman`, a scale (`dp_adam_stp`, `dp_microadam_stp`) or `estimator=zeroth_order`. Under
+  `clipping=adaptive` they follow the noise of every step.
+- `schedule=clip_rate` follows a privatised clip rate: it wants `clipping=adaptive`.
+- `estimator=zeroth_order` releases one number per step: no scale, no filter, no clip by layer. Its clip norm is one of
+  slopes along a random direction.
+- `clipping=adaptive` gives a part of the budget to the count of unclipped examples: with the noise of its count at a
+  twentieth of the batch (`count_noise=null`) the gradients' noise grows by (1 − (10·σ/(qN))²)^(−½), a thousandth at
+  σ = 1 and qN = 256.
+- Moving `s` of `clipping=psasc` at a fixed learning rate also moves the step: compare at equal `clip_norm`/s.
+"""
+
+
+def head(group: str, name: str) -> dict[str, str]:
+    """Paper, rule and use of a method, from the comments that open its YAML."""
+    lines = (ROOT / "conf" / group / f"{name}.yaml").read_text().removeprefix("# @package _global_\n").splitlines()
+    found = {"paper": lines[1].removeprefix("# ")}
+    for line in lines:
+        if match := re.match(r"# (rule|use): (.*)", line):
+            found[match[1]] = match[2].replace("|", "\\|")
+    return found
+
+
+def names(group: str) -> list[str]:
+    """The methods of a group, in alphabetical order."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def state_bytes(name: str) -> float:
+    """Bytes of optimizer state per parameter, after a step on a million of them."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = from_hydra(compose("config", [f"optimizer={name}"]))
+    parameter = nn.Parameter(torch.zeros(SIZE))
+    parameter.grad = torch.randn(SIZE)
+    optimizer = build("optimizer", config.optimizer)([parameter])
+    optimizer.step()
+    return optimizer_state_bytes(optimizer) / SIZE
+
+
+def sensitivity(name: str) -> str:
+    """S of a clip rule at clip_norm = 1."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = from_hydra(compose("config", [f"clipping={name}", "clip_norm=1"]))
+    return f"{build('clipping', config.clipping)().sensitivity:g}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION]
+    rows = []
+    for name in names("optimizer"):
+        about = head("optimizer", name)
+        rows.append([f"`{name}`", about["rule"], f"{state_bytes(name):.3g}", about["use"], about["paper"]])
+    parts += ["## optimizer=\n", table(["", "step", "state, B/parameter", "when", "paper"], rows), ""]
+    rows = []
+    for name in names("clipping"):
+        about = head("clipping", name)
+        rows.append([f"`{name}`", about["rule"], sensitivity(name), about["use"], about["paper"]])
+    parts += ["## clipping=\n", table(["", "weight of g", "S at C = 1", "when", "paper"], rows), ""]
+    costs = {
+        ("filter", "none"): ("0", "none"),
+        ("filter", "kalman"): ("8", "1; none with gamma=null"),
+        ("estimator", "gradient"): ("0", "none"),
+        ("estimator", "zeroth_order"): ("0", "two forward passes, no gradient"),
+    }
+    rows = []
+    for (group, name), (state, extra) in costs.items():
+        about = head(group, name)
+        rows.append([f"`{group}={name}`", about["rule"], state, extra, about["use"], about["paper"]])
+    header = ["", "rule", "state, B/parameter", "extra gradients per step", "when", "paper"]
+    parts += ["## filter= and estimator=\n", table(header, rows), ""]
+    return "\n".join([*parts, NOTES])
+
+
+if __name__ == "__main__":
+    (ROOT / "docs/methods.md").write_text(page())
