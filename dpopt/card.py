@@ -48,8 +48,8 @@ def privacy_card(
             f"| N | {plan.dataset_size:,}, taken as public |",
             f"| δ against 1/N | {plan.delta:g} = {against:.2g} · 1/N{warning} |",
             f"| sampler | Poisson, q = {plan.sample_rate:.6g} (expected batch {plan.batch_size:,}) |",
-            f"| clip rule | {config.clipping['_target_']}, sensitivity {sensitivity:g} |",
-            f"| noise multiplier σ | {plan.noise_multiplier:.6g} |",
+            f"| clip rule | {config.clipping['_target_']}, sensitivity {sensitivity:g}{_moving(plan)} |",
+            f"| noise multiplier σ | {plan.noise_multiplier:.6g}{_shares(plan)} |",
             f"| accountant | {plan.accountant}; by pld {plan.epsilon_at(steps, 'pld'):.4g}, "
             f"by rdp {plan.epsilon_at(steps, 'rdp'):.4g} |",
             f"| randomness | {_randomness(config)} |",
@@ -64,6 +64,17 @@ def privacy_card(
     elif config.holdout:
         lines += ["- held-out training examples were not trained on; no metric on them was recorded."]
     return "\n".join(lines) + "\n"
+
+
+def _moving(plan: PrivacyPlan) -> str:
+    return " at first, then moved at every step by a noised count" if plan.count_noise else ""
+
+
+def _shares(plan: PrivacyPlan) -> str:
+    if not plan.count_noise:
+        return ""
+    shares = f"{plan.gradient_noise_multiplier:.6g} on the gradients and {2 * plan.count_noise:.6g} on the count"
+    return f", of both releases of a step together: {shares}, each over its sensitivity"
 
 
 def _randomness(config: Config) -> str:

@@ -37,7 +37,7 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     clipping: dict[str, Any] = field(default_factory=dict)
-    estimator: dict[str, Any] = field(default_factory=dict)
+    estimator: dict[str, Any] = field(default_factory=lambda: {"_target_": "dpopt.PrivateGradient"})
     filter: dict[str, Any] = field(default_factory=dict)  # empty for none
     schedule: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)

@@ -43,11 +43,10 @@ def plan_panel(
     if clip is not None and plan.noise_multiplier > 0:
         mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
         other = " · ".join(f"{a} ε = {plan.epsilon_at(plan.steps, a):.4g}" for a in ("pld", "rdp"))
+        count = f", count ± {plan.count_noise:g}" if plan.count_noise else ""
+        rule = f"S = {clip.sensitivity:g} ({target_name(config.clipping)} clip)"
         rows += [
-            (
-                "noise",
-                f"σ = {plan.noise_multiplier:.4f}, S = {clip.sensitivity:g} ({target_name(config.clipping)} clip)",
-            ),
+            ("noise", f"σ = {plan.noise_multiplier:.4f}, {rule}{count}"),
             ("accounting", f"{plan.accountant} · {other} · μ-GDP = {mu:.3g} (approximate)"),
         ]
     state = "unknown"

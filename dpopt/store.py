@@ -52,6 +52,7 @@ def locate(config: Config) -> Path:
 def _same(stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether a stored configuration is this one, where keys that it lacks have their default today."""
     defaults = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
+    defaults |= {f.name: f.default_factory() for f in fields(Config) if f.default_factory is not MISSING}
     return bool(stored) and identity(defaults | stored) == wanted
 
 

@@ -118,6 +118,7 @@ def _train(
     fingerprint = train.fingerprint()
     facts = {"name": directory.name, "configuration": identity(config), "plan": plan.to_dict(), "data_set": fingerprint}
     path = directory / store.CHECKPOINT
+    sensitivity = clip.sensitivity if clip is not None else None
     step = 0
     commit = store.git_commit()
     progress: dict[str, Any] = {"wall_seconds": 0.0, "metrics_rows": 0, "git_commit": commit, "diagnostics": False}
@@ -128,7 +129,6 @@ def _train(
     secret = store.secret_key(directory) if config.secure_rng else RandomKey.from_seed(config.seed)
     plan = replace(plan, key=secret.derive(directory.name, fingerprint))
     progress["diagnostics"] |= config.diagnostics  # once recorded, the card must say so for good
-    sensitivity = clip.sensitivity if clip is not None else None
 
     def write_card(steps: int) -> None:
         text = privacy_card(config, plan, sensitivity, steps, directory.name, progress["diagnostics"])

@@ -22,12 +22,16 @@ def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
 
 def conv_gram(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
     """As for a linear layer, over the unfolded input: for maps so small that pairs of positions cost little."""
+    return gram(*_positions(module, a, g), module.bias is not None)
+
+
+def _positions(module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """What the filters meet (B, groups, T, n) and the output gradient (B, groups, T, filters), position by position."""
     examples, views, groups = *a.shape[:2], module.groups
     a, kernel, stride, dilation, padding = _as_2d(module, a)
     columns = F.unfold(F.pad(a, padding).flatten(0, 1), kernel, dilation, 0, stride)
     columns = columns.view(examples, views, groups, -1, columns.shape[2]).permute(0, 2, 1, 4, 3).flatten(2, 3)
-    g = g.reshape(examples, views, groups, g.shape[2] // groups, -1).permute(0, 2, 1, 4, 3).flatten(2, 3)
-    return gram(columns, g, module.bias is not None)
+    return columns, g.reshape(examples, views, groups, g.shape[2] // groups, -1).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
 def _as_2d(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> tuple[Tensor, Any, Any, Any, list[int]]:
@@ -122,12 +126,39 @@ def _standardization(module: Any) -> _Standardization:
 
 def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
     """The plain convolution's gradients, with respect to the standardised weight."""
-    if getattr(module, "same_pad", False):
-        from timm.layers import pad_same
+    return {"bias": g.flatten(3).sum((1, 3)), "weight": _conv_weight(module, _padded_to_same(module, a), g)}
 
-        padded = pad_same(a.flatten(0, 1), module.kernel_size, module.stride, module.dilation)
-        a = padded.unflatten(0, a.shape[:2])
-    return {"bias": g.flatten(3).sum((1, 3)), "weight": _conv_weight(module, a, g)}
+
+def standardized_gram(module: Any, a: Tensor, g: Tensor) -> Tensor:
+    """`standardized_norms` from positions: ‖G‖² is a quadratic form in a·aᵀ, ΣG and h·G are sums over positions.
+
+    h·G takes a convolution with h, in fp32 where that is enough.
+    """
+    through = _standardization(module)
+    columns, g = _positions(module, _padded_to_same(module, a), g)
+    double, gradient = columns.double(), g.double()
+    filters = through.direction.unflatten(0, (module.groups, -1)).mT.to(columns.dtype)
+    square = ((double @ double.mT @ gradient) * gradient).sum(2).flatten(1)
+    total = (double.sum(3, keepdim=True) * gradient).sum(2).flatten(1)
+    along = (_meet(columns, filters) * gradient).sum(2).flatten(1)
+    left = _left_of(through, square, total, along)
+    if get_proxy_mode() is not None or bool((left < square / 20).any()):
+        along = (_meet(double, filters.double()) * gradient).sum(2).flatten(1)
+        left = _left_of(through, square, total, along)
+    return _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
+
+
+def _meet(columns: Tensor, filters: Tensor) -> Tensor:
+    """(B, groups, T, n) times (groups, n, filters), all examples in one product."""
+    return (columns.transpose(0, 1).flatten(1, 2) @ filters).unflatten(1, (len(columns), -1)).transpose(0, 1)
+
+
+def _padded_to_same(module: Any, a: Tensor) -> Tensor:
+    if not getattr(module, "same_pad", False):
+        return a
+    from timm.layers import pad_same
+
+    return pad_same(a.flatten(0, 1), module.kernel_size, module.stride, module.dilation).unflatten(0, a.shape[:2])
 
 
 def standardized_norms(module: Any, found: Gradients) -> Tensor:
@@ -145,14 +176,25 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     columns = torch.stack([torch.ones_like(directions), directions], 3).flatten(0, 1).to(parts.dtype)
     sums = torch.bmm(parts.flatten(1, 2).transpose(0, 1), columns).double().view(pieces, out, examples, 2).sum(0)
     total, along = sums.permute(2, 1, 0)
-    left = square - total.square() / h.shape[1] - project * (2 - h.square().sum(1)) * along.square()
+    left = _left_of(through, square, total, along)
     if get_proxy_mode() is not None:  # a graph has no branches
         left = _left(gradient.flatten(2), h, project)
     elif bool((lost := left < square / 20).any()):
         left[lost] = _left(gradient[lost].flatten(1), h.expand(examples, -1, -1)[lost], project.expand_as(lost)[lost])
-    norms = torch.zeros(examples, dtype=torch.float64, device=gradient.device)
+    return _through(module, through, left, along, found)
+
+
+def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Tensor) -> Tensor:
+    """‖G − mean(G) − p·h·(h·G)‖² of every filter from ‖G‖², ΣG and h·G, (B, out) float64."""
+    h = through.direction
+    return square - total.square() / h.shape[1] - through.project * (2 - h.square().sum(1)) * along.square()
+
+
+def _through(module: Any, through: _Standardization, left: Tensor, along: Tensor, found: Gradients) -> Tensor:
+    """Squared norms (B,) of all trainable parameters of the layer."""
+    norms = torch.zeros(len(left), dtype=torch.float64, device=left.device)
     if module.weight.requires_grad:
-        norms += (through.scale.square() * left).sum(1)
+        norms += (through.scale.square() * left.clamp(min=0)).sum(1)
     if getattr(module, "gain", None) is not None and module.gain.requires_grad:
         norms += (through.gain * along).square().sum(1)
     if module.bias is not None and module.bias.requires_grad:

@@ -24,6 +24,7 @@ from dpopt.privacy.convolution import (
     conv,
     conv_gram,
     standardized_conv,
+    standardized_gram,
     standardized_norms,
     standardized_pull_back,
 )
@@ -143,7 +144,7 @@ RULES: dict[type, Rule] = {
     nn.Linear: Rule(linear, linear_gram),
     nn.Conv1d: Rule(conv, conv_gram),
     nn.Conv2d: Rule(conv, conv_gram),
-    StandardizedConv2d: Rule(standardized_conv, None, standardized_norms, standardized_pull_back),
+    StandardizedConv2d: Rule(standardized_conv, standardized_gram, standardized_norms, standardized_pull_back),
     nn.GroupNorm: Rule(group_norm),
     nn.LayerNorm: Rule(layer_norm),
     nn.RMSNorm: Rule(rms_norm),
