@@ -32,7 +32,7 @@ def privacy_card(
         lines += [
             "**This run is not private.** Gradients were clipped, but no noise was added: ε = ∞.",
             "",
-            f"Clip rule: {config.clipping['_target_']}, sensitivity {sensitivity:g}.",
+            f"Clip rule: {config.clipping['_target_']}, sensitivity {sensitivity:g}{_moving(plan)}.",
         ]
     else:
         against = plan.delta * plan.dataset_size
@@ -67,7 +67,7 @@ def privacy_card(
 
 
 def _moving(plan: PrivacyPlan) -> str:
-    return " at first, then moved at every step by a noised count" if plan.count_noise else ""
+    return " at first, then moved at every step by a count" if plan.count_noise else ""
 
 
 def _shares(plan: PrivacyPlan) -> str:

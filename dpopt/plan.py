@@ -90,9 +90,10 @@ class PrivacyPlan:
             noise_multiplier: σ.
             accountant: `pld` (tightest), `rdp` or `prv`.
             count_noise: σ_b of the count that an adaptive clip rule releases, batch_size/20, say.
-            seed: makes sampling, augmentation and noise reproducible, and known to whoever knows the seed; plans that
-                differ draw differently. Without one they are keyed by the operating system, and the plan serves one
-                training.
+            seed: makes sampling, augmentation and noise reproducible, and known to whoever knows the seed. Plans that
+                differ draw differently, but two trainings under equal plans and seeds share their noise, and the
+                difference of their gradients is not protected: a seed for every training. Without one, draws are keyed
+                by the operating system, and the plan serves one training.
 
         Returns:
             A plan with target·(1 − 1e-4) ≤ ε ≤ target when σ was derived, and ε(T) ≤ target < ε(T + 1) when T was.

@@ -77,13 +77,18 @@ def make_engine(config: Config, model: nn.Module, inputs: torch.Tensor) -> tuple
         inputs: of one example (K, …), any.
     """
     engine = Engine(model, F.cross_entropy, config.engine, precision=config.precision, compiled=config.compile)
-    if config.private:
+    if config.private and takes_gradients(config):
         check(engine, inputs[None], torch.zeros(1, dtype=torch.long, device=inputs.device))
     budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
     # A batch of many micro-batches wastes little on padding the last one.
     most = min(config.batch_size, max(64, config.batch_size // 8))
     size, engine.memory = fit_micro_batch(engine, inputs, budget, most)
     return engine, size if config.micro_batch == "auto" else int(config.micro_batch)
+
+
+def takes_gradients(config: Config) -> bool:
+    """Whether the estimator takes gradients of examples; else it is content with their losses."""
+    return bool(build("estimator", config.estimator).func.takes_gradients)  # type: ignore[attr-defined]
 
 
 def make_private(
@@ -93,6 +98,8 @@ def make_private(
     make = build("estimator", config.estimator)
 
     def private(plan: PrivacyPlan, start: int = 0) -> PrivateGradient:
+        if config.compile and (filtered or hasattr(optimizer, "scale") or not takes_gradients(config)):
+            raise ValueError("compile=true does not go with a scale, a filter or estimator=zeroth_order: drop it")
         seams = {"scale": getattr(optimizer, "scale", None), "points": filtered.points if filtered else None}
         options = {"engine": engine, "diagnostics": config.diagnostics, **seams}
         made: PrivateGradient = make(engine.model, F.cross_entropy, plan, clip, start=start, **options)
@@ -131,7 +138,7 @@ def check_shapes(model: nn.Module, spec: DataSpec) -> None:
 
 
 def make_schedule(
-    config: Config, optimizer: torch.optim.Optimizer, plan: PrivacyPlan
+    config: Config, optimizer: torch.optim.Optimizer, plan: PrivacyPlan, clip: ClipRule | None
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning-rate schedule; a length that the configuration leaves null is the number of steps."""
     lengths = {name: plan.steps for name in ("T_max", "total_iters", "total_steps")}
@@ -141,8 +148,16 @@ def make_schedule(
         raise ValueError(
             "schedule=ReduceLROnPlateau follows a metric of private data: use a schedule of the step alone"
         )
-    if isinstance(schedule, ClipRate) and config.private and not plan.count_noise:
-        raise ValueError("schedule=clip_rate follows a privatised clip rate: choose clipping=adaptive, which has one")
+    if isinstance(schedule, ClipRate) and clip is not None:
+        if not isinstance(clip, Adaptive):
+            raise ValueError(
+                "schedule=clip_rate follows a privatised clip rate: choose clipping=adaptive, which has one"
+            )
+        if abs(1 - clip.quantile - schedule.target) > 1e-6:
+            raise ValueError(
+                f"clipping.quantile={clip.quantile:g} clips {1 - clip.quantile:.4g} of the examples; aiming at another "
+                f"rate, the learning rate would run to its bound: set schedule.target={1 - clip.quantile:.4g}"
+            )
     return schedule
 
 

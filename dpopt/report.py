@@ -13,6 +13,7 @@ from rich.text import Text
 from dpopt.config import Config, target_name
 from dpopt.estimate import Estimate
 from dpopt.plan import PrivacyPlan
+from dpopt.prepare import takes_gradients
 from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
 from dpopt.privacy.engine import Engine
@@ -82,6 +83,8 @@ def _gradients(config: Config, engine: Engine, micro_batch: int) -> str:
     size = f"micro-batches of {micro_batch:,}"
     if not config.private:
         return f"of whole {size}"
+    if not takes_gradients(config):
+        return f"none: two losses per example, {size}"
     how = "by vmap" if engine.policy == "vmap" else f"by per-layer rules ({engine.policy})"
     if engine.policy != "vmap" and engine.fallbacks:
         more = len(engine.fallbacks) - 3

@@ -63,7 +63,7 @@ def run(config: Config) -> dict[str, Any] | None:
     make_optimizer = build("optimizer", config.optimizer)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(trainable)
-    prepare.make_schedule(config, optimizer, plan)
+    schedule = prepare.make_schedule(config, optimizer, plan, clip)
     averaged = config.ema is not None
     reference = next(model.parameters())
     example = torch.zeros(config.views, *spec.shape, dtype=reference.dtype, device=device)
@@ -83,7 +83,7 @@ def run(config: Config) -> dict[str, Any] | None:
                 store.clear(directory)
             (directory / store.ERROR).unlink(missing_ok=True)
             report.plan_panel(directory.name, config, plan, clip, guess, engine, device.type)
-            parts = (make_private, micro_batch, optimizer, filtered)
+            parts = (make_private, micro_batch, optimizer, schedule, filtered)
             result = _train(config, directory, plan, *parts, train, test, held_out)
         except Exception as error:
             store.write_atomic(directory / store.ERROR, f"{type(error).__name__}: {error}\n")
@@ -101,6 +101,7 @@ def _train(
     make_private: Callable[..., PrivateGradient],
     micro_batch: int,
     optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
     filtered: Any,
     train: Source,
     test: Source,
@@ -108,7 +109,6 @@ def _train(
 ) -> dict[str, Any]:
     model, clip = (getattr(make_private(plan), name) for name in ("model", "clip"))
     device = next(model.parameters()).device
-    schedule = prepare.make_schedule(config, optimizer, plan)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema is not None else None
     final = ema.module if ema is not None else model
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -156,12 +156,12 @@ def _train(
             for batch in batches:
                 began = time.perf_counter()
                 private.backward(batch)
-                log = batch.step + 1 == plan.steps or (batch.step + 1) % config.eval_every == 0
-                probe = StepProbe(optimizer) if log else None
-                lr = optimizer.param_groups[0]["lr"]
                 private.inform(optimizer)
                 if filtered is not None:
                     filtered.apply()
+                log = batch.step + 1 == plan.steps or (batch.step + 1) % config.eval_every == 0
+                probe = StepProbe(optimizer) if log else None
+                lr = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 schedule.step()
                 if ema is not None:

@@ -250,6 +250,19 @@ def test_the_noise_that_is_subtracted_is_the_plans(name):
     assert state["noise"] / (1 - 0.999**2) == pytest.approx((1.7 / 16) ** 2)
 
 
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        *(("dp_adambc", "betas", [0.9, 1.0]), ("dp_lamb", "betas", [-0.1, 0.9]), ("dp_adambc", "floor", 0.0)),
+        *(("dp_signsgd", "momentum", 1.0), ("dp_psasc_momentum", "momentum", 1.0)),
+        *(("dp_adam_stp", "eps_scale", 0.0), ("dp_microadam_stp", "eps_root", -1.0)),
+    ],
+)
+def test_bad_options(name, option, value):
+    with pytest.raises(ValueError, match=option):
+        make(name, [nn.Parameter(torch.zeros(3))], **{option: value})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_options_are_checked_and_shown(name):
     with pytest.raises(ValueError, match=r"lr|learning rate"):

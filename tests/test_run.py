@@ -81,6 +81,12 @@ def test_bad_input_is_one_sentence(cli, tmp_path, arguments, words):
         (["device=mps"], "use device=cpu"),
         (["model.widths=[8,8,8,8]"], "does not accept digits's inputs"),
         (["time_limit=-1"], "time_limit=-1.0 must be"),
+        (["schedule=clip_rate"], "choose clipping=adaptive"),
+        (["schedule=clip_rate", "clipping=adaptive", "clipping.quantile=0.5"], "set schedule.target=0.5"),
+        (["clipping=adaptive", "clipping.count_noise=0.1"], "count_noise=0.1 must be above half"),
+        (["filter=kalman", "optimizer=dp_adambc"], "choose another optimizer"),
+        (["estimator=zeroth_order", "clipping=per_layer"], "one number per example"),
+        (["optimizer=dp_adam_stp", "compile=true"], "compile=true does not go with"),
     ],
     ids=str,
 )
@@ -212,7 +218,14 @@ def killed(tmp_path):
     return kill
 
 
-@pytest.mark.parametrize("options", [(), ("secure_rng=true",), ("optimizer=dp_sgd", "schedule=cosine")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *((), ("secure_rng=true",), ("optimizer=dp_sgd", "schedule=cosine")),
+        ("optimizer=dp_adam_ac", "filter=kalman"),
+    ],
+    ids=str,
+)
 def test_kill_and_resume_is_bit_exact(cli, killed, tmp_path, options):
     arguments = (*SHORT, "steps=32", "eval_every=1", "checkpoint_every=4", *options)
     run = killed(*arguments)
@@ -230,6 +243,13 @@ def test_kill_and_resume_is_bit_exact(cli, killed, tmp_path, options):
     assert not (run / "secret.key").exists()
     first = int(next(line for line in resumed.stdout.splitlines() if line.startswith("step ")).split()[1].split("/")[0])
     assert first > 4 and (first - 1) % 4 == 0  # it went on from a checkpoint
+
+
+def test_a_warm_up_arrives(tmp_path):
+    warm_up = ("schedule=linear", "schedule.start_factor=0.01", "schedule.end_factor=1", "schedule.total_iters=3")
+    dpopt.train.run(configure(*SHORT, "optimizer=dp_sgd", *warm_up, f"output_dir={tmp_path}/runs", "eval_every=1"))
+    rates = [float(row["optimizer/lr"]) for row in rows(only_run(tmp_path))]
+    assert rates[:4] == pytest.approx([0.01, 0.34, 0.67, 1.0])
 
 
 def test_resume_with_another_micro_batch(cli, tmp_path):

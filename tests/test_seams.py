@@ -182,7 +182,9 @@ def test_counts_and_plans_belong_together():
         PrivateGradient(small_model(), F.cross_entropy, paid, Flat(1.0))
     with pytest.raises(ValueError, match=r"count_noise=0\.4 must be above half"):
         PrivacyPlan(1.0, 64, 16, 20, 1e-3, count_noise=0.4)
-    for bad in (dict(clip_norm=0), dict(quantile=1), dict(lr=-1), dict(bounds=(2.0, 3.0)), dict(count_noise=-1.0)):
+    with pytest.raises(ValueError, match=r"count_noise=5\.0 of the clip rule is 0\.8 in the plan"):
+        PrivateGradient(small_model(), F.cross_entropy, paid, Adaptive(1.0, count_noise=5.0))
+    for bad in (dict(clip_norm=0), dict(quantile=1), dict(lr=-1), dict(bounds=(2.0, 3.0)), dict(count_noise=0.0)):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Adaptive(**{"clip_norm": 1.0, **bad})
 
@@ -482,6 +484,33 @@ def slope_noise_over_the_smoothing(patch):
 def test_zeroth_order_noise(monkeypatch):
     check_zeroth_order_noise()
     assert_caught(check_zeroth_order_noise, slope_noise_over_the_smoothing, monkeypatch)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+def test_one_example_moves_one_slope(engine):
+    """Even in a model that mixes examples: one more of them moves the release by at most C."""
+
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.head = nn.Parameter(torch.tensor(1.0)), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.gain * self.head(x - x.mean(0))
+
+    torch.manual_seed(0)
+    model, plan = Mixing().double(), make_plan(sigma=0.0)
+    inputs, targets = 5 * torch.randn(16, 2, 5, dtype=torch.float64), torch.arange(16) % 3
+    z = plan.key.normal(sum(p.numel() for p in model.parameters()), "direction", 0).double()
+    released = []
+    for count in (15, 16):
+        private = ZerothOrder(model, F.cross_entropy, plan, Flat(0.01), engine=engine)
+        mask = torch.arange(16) < count
+        private.backward(PoissonBatch(plan, 0, torch.arange(count), iter([(inputs, targets, mask)])))
+        grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert model.gain.grad.shape == ()
+        released.append(float(grad @ z / (z @ z)) * plan.batch_size)
+    assert 0 < abs(released[1] - released[0]) <= 0.01 * (1 + 1e-6)
 
 
 def test_zeroth_order_refuses_what_it_has_not():

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpopt.optim.tensorwise import Tensorwise, check_options, first_and_second_moment
+from dpopt.optim.tensorwise import BELOW_ONE, Tensorwise, check_options, first_and_second_moment
 
 
 class AdamBC(Tensorwise):
@@ -43,6 +43,7 @@ class AdamBC(Tensorwise):
         noise_std: float = 0.0,
     ) -> None:
         check_options(lr=(lr, 0, 1e6), floor=(floor, 1e-30, 1e6), weight_decay=(weight_decay, 0, 1e6))
+        check_options(**{f"betas[{i}]": (beta, 0, BELOW_ONE) for i, beta in enumerate(betas)})
         super().__init__(params, dict(lr=lr, betas=betas, floor=floor, weight_decay=weight_decay, noise_std=noise_std))
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

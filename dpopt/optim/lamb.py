@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpopt.optim.tensorwise import Tensorwise, check_options, first_and_second_moment
+from dpopt.optim.tensorwise import BELOW_ONE, Tensorwise, check_options, first_and_second_moment
 
 
 class LAMB(Tensorwise):
@@ -41,6 +41,7 @@ class LAMB(Tensorwise):
         weight_decay: float = 0.0,
     ) -> None:
         check_options(lr=(lr, 0, 1e6), eps=(eps, 0, 1e6), weight_decay=(weight_decay, 0, 1e6))
+        check_options(**{f"betas[{i}]": (beta, 0, BELOW_ONE) for i, beta in enumerate(betas)})
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dpopt.optim.microadam import MicroAdam
+from dpopt.optim.tensorwise import check_options
 
 
 class AdamSTP(torch.optim.Adam):
@@ -45,6 +46,7 @@ class AdamSTP(torch.optim.Adam):
         eps_scale: float = 1e-2,
         eps_root: float = 0.0,
     ) -> None:
+        check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.eps_scale, self.eps_root = eps_scale, eps_root
 
@@ -65,6 +67,7 @@ class MicroAdamSTP(MicroAdam):
     """
 
     def __init__(self, params: Any, eps_scale: float = 1e-2, eps_root: float = 0.0, **options: Any) -> None:
+        check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
         super().__init__(params, **options)
         self.eps_scale, self.eps_root = eps_scale, eps_root
 

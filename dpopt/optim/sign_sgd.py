@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpopt.optim.tensorwise import Tensorwise, check_options
+from dpopt.optim.tensorwise import BELOW_ONE, Tensorwise, check_options
 
 
 class SignSGD(Tensorwise):
@@ -29,7 +29,7 @@ class SignSGD(Tensorwise):
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        check_options(lr=(lr, 0, 1e6), momentum=(momentum, 0, 1), weight_decay=(weight_decay, 0, 1e6))
+        check_options(lr=(lr, 0, 1e6), momentum=(momentum, 0, BELOW_ONE), weight_decay=(weight_decay, 0, 1e6))
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

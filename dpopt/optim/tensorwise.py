@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BELOW_ONE = 1 - 1e-9  # the largest decay
+
 
 class Tensorwise(torch.optim.Optimizer):
     """An optimizer that is a function of one tensor, its gradient and its state: subclasses write `update`."""

@@ -17,6 +17,16 @@ from typing import Any
 import torch
 
 
+def check_positive(name: str, value: float) -> None:
+    """Refuse what is not positive, or so small or large that the square of a gradient leaves the range of fp32.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not 1e-12 <= value <= 1e30:
+        raise ValueError(f"{name}={value} must be a positive number between 1e-12 and 1e30")
+
+
 class Adaptive:
     """A flat clip at a quantile of the norms.
 
@@ -24,7 +34,7 @@ class Adaptive:
         clip_norm: C at the start.
         quantile: fraction of the examples that is to stay unclipped.
         lr: of the clip norm, in its logarithm.
-        count_noise: σ_b; None for a twentieth of the expected batch.
+        count_noise: σ_b, that of the plan; None for whatever the plan says (`run.py`: a twentieth of the batch).
         bounds: C stays within these multiples of its first value.
 
     Raises:
@@ -39,9 +49,9 @@ class Adaptive:
         count_noise: float | None = None,
         bounds: tuple[float, float] = (0.01, 100.0),
     ) -> None:
-        for name, value in {"clip_norm": clip_norm, "lr": lr, "count_noise": count_noise or 1.0}.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} must be a positive number")
+        positive = {"clip_norm": clip_norm, "smallest clip norm": clip_norm * bounds[0], "lr": lr}
+        for name, value in (positive | ({} if count_noise is None else {"count_noise": count_noise})).items():
+            check_positive(name, value)
         if not 0 < quantile < 1:
             raise ValueError(f"quantile={quantile} must be a fraction between 0 and 1")
         if not 0 < bounds[0] <= 1 <= bounds[1] < math.inf:

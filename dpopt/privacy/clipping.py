@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from dpopt.privacy.adaptive import Adaptive
+from dpopt.privacy.adaptive import Adaptive, check_positive
 
 __all__ = ["PSAC", "PSASC", "Adaptive", "Automatic", "ClipRule", "Flat", "PerLayer"]
 
@@ -41,12 +41,11 @@ class ClipRule(Protocol):
 
 
 class _Positive:
-    """A record of positive, finite numbers; raises ValueError for any other."""
+    """A record of positive numbers; raises ValueError for any other."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value} must be a positive number")
+            check_positive(name, value)
 
 
 class _WithinClipNorm(_Positive):

@@ -63,6 +63,8 @@ class PrivateGradient:
             without a clip, or a count that the plan does not pay for.
     """
 
+    takes_gradients = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,6 +85,8 @@ class PrivateGradient:
                 "an adaptive clip rule releases a count, and the plan must pay for it, and for no other: calibrate the "
                 f"plan with count_noise={plan.batch_size / 20 if isinstance(clip, Adaptive) else 0:g}"
             )
+        if isinstance(clip, Adaptive) and plan.count_noise and clip.count_noise not in (None, plan.count_noise):
+            raise ValueError(f"count_noise={clip.count_noise} of the clip rule is {plan.count_noise:g} in the plan")
         check_model(model, private=clip is not None)
         self.model, self.loss_fn, self.plan, self.clip = model, loss_fn, plan, clip
         self.step = start
@@ -159,14 +163,16 @@ class PrivateGradient:
                 targets, mask = targets.to(reference.device), mask.to(reference.device)
                 if self.clip is None:
                     self._add_plain(sums, inputs[mask], targets[mask], points, raw)
-                else:
-                    self._add_clipped(sums, self._take(inputs, targets, by_name, points), mask, raw)
-        if self.diagnostics:
-            self.statistics = raw.summary(sums, self._std)
+                    continue
+                size = len(inputs) if len(points) == 1 else self._explicit(total)
+                for x, y, present in zip(inputs.split(size), targets.split(size), mask.split(size), strict=True):
+                    self._add_clipped(sums, self._take(x, y, by_name, points), present, raw)
         self.facts = self._constants()
-        # The noise of this logical step, once, on the sum.
         if scale is not None:
             total.mul_(scale)
+        if self.diagnostics:
+            self.statistics = raw.summary(sums, self._std)
+        # The noise of this logical step, once, on the sum.
         add_noise(total, self._std, self.plan.batch_size, self.plan.key, self.step)
         if scale is not None:
             total.div_(scale)
@@ -175,6 +181,11 @@ class PrivateGradient:
             grad = sums[name].to(parameter.dtype)
             # Some fused optimizers want the strides of the parameter.
             parameter.grad = grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
+
+    def _explicit(self, total: Tensor) -> int:
+        """Number of examples whose gradients at two points, and their combination, fit into memory."""
+        memory = 1 << 30 if self.engine.memory is None else self.engine.memory
+        return max(1, memory // (3 * total.element_size() * len(total)))
 
     def _scale(self, parameters: dict[str, nn.Parameter], total: Tensor) -> Tensor:
         """The optimizer's scale of all parameters, as long as the sum; 1 where it has none."""

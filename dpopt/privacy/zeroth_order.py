@@ -34,6 +34,8 @@ class ZerothOrder(PrivateGradient):
         ValueError: with a clip by layer, a scale or a filter, which one number per example does not have.
     """
 
+    takes_gradients = False
+
     def __init__(self, *arguments: Any, smoothing: float = 1e-3, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if not smoothing > 0:
@@ -81,12 +83,14 @@ class ZerothOrder(PrivateGradient):
         add_noise(total, self._std, self.plan.batch_size, self.plan.key, self.step)
         self._observe(raw)
         for p in parameters:
-            p.grad = z[p] * total.to(p.dtype)
+            p.grad = z[p] * total[0].to(p.dtype)
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of each example over its views, (B,)."""
-        examples, views = inputs.shape[:2]
+        """The mean loss of each example over its views, (B,); under vmap no example can enter another's."""
+
+        def loss(views: Tensor, target: Tensor) -> Tensor:
+            return self.loss_fn(self.engine.forward({}, views), target.expand(len(views), *target.shape))
+
         with self.engine.autocast():
-            outputs = self.engine.forward({}, inputs.flatten(0, 1)).unflatten(0, (examples, views))
-            losses: Tensor = vmap(self.loss_fn)(outputs, targets[:, None].expand(examples, views, *targets.shape[1:]))
+            losses: Tensor = vmap(loss)(inputs, targets)
         return losses
