@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(READY)  ## create .venv and install everything that was tested together
 
@@ -28,6 +28,11 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## time and memory of optimizers and gradients, side by side (wants a quiet machine)
 	$(RUN) scripts/bench_optim.py
 	$(RUN) scripts/bench_engine.py
+
+JOBS ?= $(shell nproc)
+table-%: $(READY)  ## run what is missing of experiments/%.yaml, JOBS processes at once, and write its table
+	-$(RUN) scripts/make_tables.py $* --commands | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I{} sh -c '{} >/dev/null'
+	$(RUN) scripts/make_tables.py $*
 
 .PHONY: help setup demo test lint bench
 .DEFAULT_GOAL := help
