@@ -197,18 +197,32 @@ def test_goes_down(name):
     assert (p - target).norm() < 0.05 * (torch.ones(50) - target).norm()
 
 
-def steps(model, optimizer, count, start=0, plan=None):
+def steps(model, optimizer, count, start=0, plan=None, data=None):
     plan = plan or make_plan(sigma=0.5, steps=40)
     private = PrivateGradient(
         model, F.cross_entropy, plan, dpopt.clipping.Flat(1.0), start=start, scale=getattr(optimizer, "scale", None)
     )
-    data = small_data(dtype=next(model.parameters()).dtype)
+    data = data or small_data(dtype=next(model.parameters()).dtype)
     for batch in dpopt.poisson_batches(data, plan, start=start):
         if batch.step == start + count:
             return
         private.backward(batch)
         private.inform(optimizer)
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_network_learns(name):
+    """40 private steps at little noise, on labels that a line separates."""
+    model = small_model(torch.float32)
+    inputs = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
+    data, plan = (inputs, (inputs[:, 0] > 0).long()), make_plan(sigma=0.3, steps=40)
+    options = {} if name in ("dp_sgd", "dp_psasc_momentum") else {"lr": 0.03}
+    options |= {"eps_scale": 1.0} if name.endswith("stp") else {}  # s starts at 1, so it hardly moves
+    optimizer = make(name, list(model.parameters()), **options)
+    before = F.cross_entropy(model(inputs), data[1])
+    steps(model, optimizer, 40, plan=plan, data=data)
+    assert F.cross_entropy(model(inputs), data[1]) < 0.5 * before
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
