@@ -11,6 +11,7 @@ fewer examples: the number of views is the same. Memory is the peak of a step mi
 
 import argparse
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -247,7 +248,7 @@ def figure(rows: list[dict], path: Path, title: str) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     labels = list(dict.fromkeys(row["variant"] for row in rows))
     colors = dict(zip(labels, ["#0072B2", "#56B4E9", "#009E73", "#999999", "#D55E00", "#E69F00"], strict=False))
-    fig, axes = plt.subplots(1, len(names), figsize=(1.5 + 2.9 * len(names), 3.4), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(names), figsize=(1.5 + 2.9 * len(names), 3.4), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         counts = sorted({row["views"] for row in rows if row["model"] == name})
         for row in (row for row in rows if row["model"] == name):
@@ -295,7 +296,7 @@ def main() -> None:
             print(markdown([r for r in rows if (r["model"], r["views"]) == (model, views)], ""), flush=True)
     machine = hardware(arguments.device)
     precision = "bf16 autocast" if kind == "cuda" else "fp32"
-    command = f"`python scripts/bench_engine.py {' '.join(sys.argv[1:])}`"
+    command = f"`python scripts/bench_engine.py {shlex.join(sys.argv[1:])}`"
     header = (
         f"# A private gradient beside an ordinary one\n\n{machine}, {precision}; {versions()}. {command}: "
         f"{arguments.rounds} rounds, all variants in turn.\nRatios to the plain step are medians within a round.\n\n"
