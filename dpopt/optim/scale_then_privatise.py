@@ -10,8 +10,10 @@ and steps on ḡ as usual. A constant scale k with a clip norm of kC is no scale
 tells the two apart.
 
 What is clipped has units of its own, s∘g_i. Where ḡ is mostly noise, √v is about σC/(qN)/s; so while σC/(qN) is well
-below 1, s settles at 1/eps_scale everywhere, and the clip is one at C·eps_scale. A geometry that differs between
-coordinates wants a clip norm of about qN/σ.
+below 1, s settles at 1/eps_scale everywhere, and the clip is one at C·eps_scale. The first step, at s = 1, has a noise
+that is 1/eps_scale times that of the later ones and stays in v for 1/(1 − β₂) steps: with the 1e-2 of the released code
+the learning rate has to grow tenfold to make up for it. Here eps_scale is .1, about the largest noise of a training on
+digits at s = 1. A geometry that differs much between coordinates wants a larger clip norm, up to about qN/σ.
 """
 
 from typing import Any
@@ -43,7 +45,7 @@ class AdamSTP(torch.optim.Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        eps_scale: float = 1e-2,
+        eps_scale: float = 0.1,
         eps_root: float = 0.0,
     ) -> None:
         check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
@@ -66,7 +68,7 @@ class MicroAdamSTP(MicroAdam):
         options: of `MicroAdam`.
     """
 
-    def __init__(self, params: Any, eps_scale: float = 1e-2, eps_root: float = 0.0, **options: Any) -> None:
+    def __init__(self, params: Any, eps_scale: float = 0.1, eps_root: float = 0.0, **options: Any) -> None:
         check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
         super().__init__(params, **options)
         self.eps_scale, self.eps_root = eps_scale, eps_root
