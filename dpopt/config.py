@@ -120,6 +120,17 @@ class Config:
 ConfigStore.instance().store(name="schema", node=Config)
 
 
+def by_epsilon(epsilon: float | None, values: Mapping[Any, Any]) -> Any:
+    """`${by_epsilon:${epsilon},{1: a, 8: b}}` in a YAML: the value of the nearest ε in ratio; of the largest for none."""
+    known = sorted(values, key=float)
+    if epsilon is None or math.isinf(float(epsilon)):
+        return values[known[-1]]
+    return values[min(known, key=lambda other: abs(math.log(float(other) / float(epsilon))))]
+
+
+OmegaConf.register_new_resolver("by_epsilon", by_epsilon, replace=True)
+
+
 def from_hydra(cfg: DictConfig) -> Config:
     """Turn Hydra's composition into a checked Config.
 

@@ -85,7 +85,7 @@ class TensorSource:
             indices = indices.to(self.inputs.device)
             if not (self.crop or self.flip):
                 for at in indices.split(micro_batch):
-                    images = self._finish(self.inputs[at])
+                    images = self._finish(self.inputs.index_select(0, at))
                     yield images.unsqueeze(1).expand(-1, views, *images.shape[1:]), self.targets[at]
                 continue
             draws = key.uniform(3 * views * len(indices), "augment", step).view(-1, views, 3).to(indices.device)

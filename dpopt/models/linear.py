@@ -1,4 +1,4 @@
-"""A linear classifier on the pixels: the smallest model there is, for quick comparisons of optimizers."""
+"""A linear classifier on pixels or features: the smallest model there is."""
 
 from torch import nn
 

@@ -38,6 +38,9 @@ def memory_order(gradient: Tensor) -> list[int]:
 
 def gram(a: Tensor, g: Tensor, bias: bool) -> Tensor:
     """Σ (a_s·a_t + bias)(g_s·g_t) over pairs of positions, (B,) float64, of a (B, …, T, n) and g (B, …, T, m)."""
+    if a.shape[-2] == 1:  # one pair
+        of_a, of_g = (square_norms(x.flatten(0, -2)).view(len(x), -1) for x in (a, g))
+        return ((of_a + float(bias)) * of_g).sum(1)
     # In float64: where positions cancel, fp32 would lose the norm, and one too small is not an option.
     a, g = a.double(), g.double()
     return ((a @ a.mT + float(bias)) * (g @ g.mT)).flatten(1).sum(1)
