@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/bin/python
+PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 help:  ## show this list
@@ -11,28 +11,44 @@ setup: $(READY)  ## create .venv and install everything that was tested together
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "dpopt needs Python 3.11 to 3.13: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)  ## train DP-MicroAdam on digits at ε = 8 and show the result
-	$(RUN) run.py +experiment=quickstart
+	$(PY) run.py +experiment=quickstart
 
 test: $(READY)  ## run the tests, a process per core (no network, no GPU needed)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4
 
 lint: $(READY)  ## ruff and mypy
-	$(RUN) -m ruff format --check .
-	$(RUN) -m ruff check .
-	$(RUN) -m mypy
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
 
 bench: $(READY)  ## time and memory of optimizers and gradients, side by side (wants a quiet machine)
-	$(RUN) scripts/bench_optim.py
-	$(RUN) scripts/bench_engine.py
+	$(PY) scripts/bench_optim.py
+	$(PY) scripts/bench_engine.py
 
+SCALE ?= cpu
 JOBS ?= $(shell nproc)
-table-%: $(READY)  ## run what is missing of experiments/%.yaml, JOBS processes at once, and write its table
-	-$(RUN) scripts/make_tables.py $* --commands | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I{} sh -c '{} >/dev/null'
-	$(RUN) scripts/make_tables.py $*
+TABLES = $(PY) scripts/make_tables.py --scale $(SCALE)
+define make-tables
+	-$(TABLES) $(1) --commands | OMP_NUM_THREADS=1 xargs -P $(JOBS) --process-slot-var=DPOPT_JOB -I{} sh -c '{} >/dev/null 2>&1'
+	$(TABLES) $(1)
+	$(PY) scripts/make_figures.py --scale $(SCALE) $(1)
+endef
 
-.PHONY: help setup demo test lint bench
+tables: $(READY)  ## run what is missing of all tables, SCALE=smoke|cpu|full, in JOBS processes, and write them
+	$(call make-tables,)
+
+table-%: $(READY)  ## the same for one table of experiments/
+	$(call make-tables,$*)
+
+plan-%: $(READY)  ## what a table would cost on this machine: runs, time, memory
+	$(TABLES) $* --plan
+
+rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
+	$(PY) scripts/rerun.py $(RUN)
+
+.PHONY: help setup demo test lint bench tables rerun
 .DEFAULT_GOAL := help

@@ -7,9 +7,12 @@ python run.py -m +experiment=quickstart epsilon=1,3,8    a sweep
 """
 
 import sys
+from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpopt.config import from_hydra
@@ -20,17 +23,24 @@ class UserError(CompactHydraException, ValueError):
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> dict[str, Any]:
     """Check the configuration, then plan and train."""
+    config = None
     try:
         config = from_hydra(cfg)
         from dpopt.train import run
 
-        run(config)
-    except InstantiationException as error:
-        raise UserError(str(error.__cause__ or error)) from error
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+        return run(config)
+    except Exception as error:
+        if config is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
+            from dpopt.store import note_failure
+
+            note_failure(config, error)
+        if isinstance(error, InstantiationException):
+            raise UserError(str(error.__cause__ or error)) from error
+        if isinstance(error, ValueError | OSError):
+            raise UserError(str(error)) from error
+        raise
 
 
 if __name__ == "__main__":

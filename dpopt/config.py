@@ -121,7 +121,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 def by_epsilon(epsilon: float | None, values: Mapping[Any, Any]) -> Any:
-    """`${by_epsilon:${epsilon},{1: a, 8: b}}` in a YAML: the value of the nearest ε in ratio; of the largest for none."""
+    """`${by_epsilon:${epsilon},{1: a, 8: b}}` in a YAML: the value at the nearest ε, in ratio; for none, the last."""
     known = sorted(values, key=float)
     if epsilon is None or math.isinf(float(epsilon)):
         return values[known[-1]]
@@ -213,6 +213,16 @@ def build(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
 def accepted(function: Callable[..., Any], names: Collection[str]) -> list[str]:
     """Those of `names` that the function takes as arguments."""
     return [name for name in names if name in inspect.signature(function).parameters]
+
+
+def component_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What the arguments of a component default to, where that is a plain value."""
+    try:
+        parameters, _ = _parameters(_target("component", node))
+    except ValueError:
+        return {}
+    plain = (bool, int, float, str, list, tuple, type(None))
+    return {name: p.default for name, p in parameters.items() if isinstance(p.default, plain)}
 
 
 def _target(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:

@@ -100,14 +100,15 @@ def cifar10_scattering(groups: int = 27) -> DataSpec:
 
     def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
         def features() -> dict[str, torch.Tensor]:
-            found = {}
+            found: dict[str, torch.Tensor] = {}
             for part, source in zip(("train", "test"), images.load(data_dir, device, workers), strict=True):
                 pieces = [F.group_norm(scatter(x), groups).half().cpu() for x, _ in source.plain(128)]
                 found |= {part: torch.cat(pieces), f"{part}_targets": source.targets.cpu()}
             return found
 
         parts = _cached(data_dir / f"cifar10_scattering_{groups}.pt", features)
-        return tuple(TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
+        train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
+        return train, test
 
     return DataSpec("cifar10_scattering", 50_000, 10, (scattering_channels(3), side, side), load)
 

@@ -28,9 +28,11 @@ from dpopt.sources import Source, as_source
 
 
 def make_device(name: str) -> torch.device:
-    """The device of a name; `auto` is a GPU where there is one."""
+    """The device of a name; `auto` is a GPU where there is one, and where there are several they take turns by job."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("DPOPT_JOB", "0")) % torch.cuda.device_count())
     try:
         return torch.empty(1, device=torch.device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has several words for it

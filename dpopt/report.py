@@ -17,6 +17,7 @@ from dpopt.prepare import takes_gradients
 from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
 from dpopt.privacy.engine import Engine
+from dpopt.sweep import duration, size
 
 _HOUR = 3600
 _SILENCE = 60  # seconds after which a log file gets a line although nothing was evaluated
@@ -53,12 +54,10 @@ def plan_panel(
     state = "unknown"
     if guess.optimizer_state_bytes is not None:
         each = guess.optimizer_state_bytes / guess.parameters
-        state = (
-            f"{_bytes(guess.optimizer_state_bytes)} = {each:.2f} B/parameter (Adam: {_bytes(guess.adam_state_bytes)})"
-        )
+        state = f"{size(guess.optimizer_state_bytes)} = {each:.2f} B/parameter (Adam: {size(guess.adam_state_bytes)})"
     memory = "unknown"
     if guess.memory_bytes is not None:
-        memory = f"about {_bytes(guess.memory_bytes)} beside code and data"
+        memory = f"about {size(guess.memory_bytes)} beside code and data"
     rows += [
         (
             "model",
@@ -106,12 +105,12 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
         ),
         (
             "steps",
-            f"{result['steps']:,} of {result['planned_steps']:,} in {_duration(result['wall_seconds'])}, "
+            f"{result['steps']:,} of {result['planned_steps']:,} in {duration(result['wall_seconds'])}, "
             f"{result['examples_per_second']:,.0f} examples/s",
         ),
         (
             "memory",
-            f"optimizer state {_bytes(result['optimizer_state_bytes'])}, peak {_bytes(result['peak_memory_bytes'])}",
+            f"optimizer state {size(result['optimizer_state_bytes'])}, peak {size(result['peak_memory_bytes'])}",
         ),
         ("files", f"{directory}/"),
     ]
@@ -189,7 +188,7 @@ class Progress:
             parts.append(f"ε {self.values['privacy/epsilon']:.3g} of {self.plan.epsilon:.3g}")
         parts.append(f"{rate:,.0f} examples/s")
         if math.isfinite(left):
-            parts.append(f"{_duration(left)} left")
+            parts.append(f"{duration(left)} left")
         return " · ".join(parts)
 
 
@@ -218,20 +217,4 @@ def _views(config: Config) -> str:
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
-    return f"about {_duration(seconds)} (from one timed micro-batch on this machine, evaluation not counted)"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 2 * _HOUR:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / _HOUR:.0f} h" if seconds < 72 * _HOUR else f"{seconds / _HOUR / 24:.0f} days"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
+    return f"about {duration(seconds)} (from one timed micro-batch on this machine, evaluation not counted)"

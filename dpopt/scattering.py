@@ -1,11 +1,11 @@
 """The scattering transform of images, to second order (Bruna & Mallat, 1203.1513): features that need no training.
 
-With wavelets ψ_{j,θ} of scales 2^j, j < J, and L orientations, and a Gaussian φ_J of width 2^J, the features are averages
+With wavelets ψ_{j,θ} of scales 2^j, j < J, and L orientations, and a Gaussian φ_J of width 2^J, features are averages
 
     x ⋆ φ_J,    |x ⋆ ψ_{j,θ}| ⋆ φ_J,    ||x ⋆ ψ_{j,θ}| ⋆ ψ_{j',θ'}| ⋆ φ_J    for j < j',
 
-taken every 2^J pixels: 1 + JL + L²J(J−1)/2 maps per colour. With J = 2, L = 8, a normalisation of each example over groups
-of channels, and a linear classifier they are the strongest small private model on CIFAR-10 (Tramèr & Boneh, 2011.11660).
+taken every 2^J pixels: 1 + JL + L²J(J−1)/2 maps per colour. With J = 2, L = 8, each example normalised over groups of
+channels, and a linear classifier they are the strongest small private model on CIFAR-10 (Tramèr & Boneh, 2011.11660).
 Convolutions are products in the Fourier domain, on images that are continued by reflection; what a wavelet has made
 smooth is kept at the resolution that it needs, by folding its spectrum. Averages are separable: two matrix products.
 """
@@ -33,8 +33,8 @@ def scatter(images: Tensor, scales: int = 2, orientations: int = 8) -> Tensor:
         orientations: L, the number of their directions.
 
     Returns:
-        (N, C·(1 + JL + L²J(J−1)/2), H/2^J, W/2^J), the features of a colour one after the other: averages, first order by
-        scale, second order.
+        (N, C·(1 + JL + L²J(J−1)/2), H/2^J, W/2^J), the features of a colour one after the other: averages, first order
+        by scale, second order.
 
     Raises:
         ValueError: when the sides of the images are no multiples of 2^scales, or less than that.
@@ -42,7 +42,9 @@ def scatter(images: Tensor, scales: int = 2, orientations: int = 8) -> Tensor:
     height, width = images.shape[-2:]
     margin = 2**scales
     if height % margin or width % margin or min(height, width) <= margin:
-        raise ValueError(f"images of {height}×{width} cannot be scattered: the sides must be larger multiples of {margin}")
+        raise ValueError(
+            f"images of {height}×{width} cannot be scattered: the sides must be larger multiples of {margin}"
+        )
     x = F.pad(images.flatten(0, 1).unsqueeze(1), (margin,) * 4, mode="reflect").squeeze(1)
     size = (height + 2 * margin, width + 2 * margin)
     filters = [wavelets(size, scale, orientations).to(x) for scale in range(scales)]
@@ -109,7 +111,7 @@ def averaging(side: int, margin: int, scales: int, step: int) -> Tensor:
 
 
 def fold(spectrum: Tensor, step: int) -> Tensor:
-    """step² times the spectrum of every `step`-th pixel in both directions: frequencies that coincide there are added."""
+    """step² times the spectrum of every `step`-th pixel in both directions: frequencies that coincide are added."""
     for axis in (-2, -1):
         parts = spectrum.chunk(step, axis)
         spectrum = sum(parts[1:], parts[0])

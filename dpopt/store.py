@@ -11,7 +11,7 @@ import os
 import secrets
 import subprocess
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import nn
 
-from dpopt.config import Config, accepted, build, identity, run_name
+from dpopt.config import COMPONENTS, Config, accepted, build, component_defaults, identity, run_name
 from dpopt.data import DataSpec
 from dpopt.privacy.streams import RandomKey
 
@@ -41,19 +41,29 @@ def locate(config: Config) -> Path:
             break
     directory = root / run_name(config)
     if not directory.exists() and root.is_dir():
-        wanted = identity(config)
-        for path in root.glob(f"*/{RESULT}"):
-            result = read_json(path)
-            if result.get("status") == "finished" and _same(result.get("config", {}), wanted):
-                return path.parent
+        return by_content(root).get(content(config), directory)
     return directory
 
 
-def _same(stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a stored configuration is this one, where keys that it lacks have their default today."""
+def by_content(root: Path) -> dict[str, Path]:
+    """The finished runs in a folder, by what they are."""
+    found = {}
+    for path in root.glob(f"*/{RESULT}"):
+        result = read_json(path)
+        if result.get("status") == "finished" and result.get("config"):
+            found[content(result["config"])] = path.parent
+    return found
+
+
+def content(config: Config | dict[str, Any]) -> str:
+    """What makes a run, as text: keys that it lacks, at the root or in a component, have their default today."""
+    stored = asdict(config) if isinstance(config, Config) else config
     defaults = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
     defaults |= {f.name: f.default_factory() for f in fields(Config) if f.default_factory is not MISSING}
-    return bool(stored) and identity(defaults | stored) == wanted
+    values = defaults | stored
+    for group in COMPONENTS:
+        values[group] = component_defaults(values[group]) | values[group]
+    return json.dumps(identity(values), sort_keys=True)
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
@@ -142,6 +152,27 @@ def replace_durably(temporary: Path, path: Path) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file atomically; infinite numbers are written as Infinity."""
     write_atomic(path, json.dumps(values, indent=2) + "\n")
+
+
+def note_failure(config: Config, error: Exception) -> None:
+    """Record, for the tables of a sweep, why a run that has no directory could not begin."""
+    with contextlib.suppress(OSError, ValueError):  # the error itself is what the user wants to hear of
+        path = _failure(config)
+        if not locate(config).exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, f"{error}\n")
+
+
+def failure(config: Config) -> str | None:
+    """The first line of what ended a run, or kept it from beginning; None when nothing did."""
+    for path in (locate(config) / ERROR, _failure(config)):
+        if path.exists():
+            return path.read_text().splitlines()[0]
+    return None
+
+
+def _failure(config: Config) -> Path:
+    return Path(config.output_dir) / ".sweeps" / f"{run_name(config)}.txt"
 
 
 def read_json(path: Path) -> dict[str, Any]:

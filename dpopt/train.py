@@ -35,11 +35,11 @@ from dpopt.sources import Source
 from dpopt.tracking import Metrics, warn
 
 
-def run(config: Config) -> dict[str, Any] | None:
+def run(config: Config) -> dict[str, Any]:
     """Train what the configuration says, or continue it, or print what it has come to.
 
     Returns:
-        The result, as in result.json; None for a dry run.
+        The result, as in result.json; for a dry run, the estimated `seconds` and `memory_bytes`.
 
     Raises:
         ValueError: for a configuration that cannot be trained as asked; OSError for missing files.
@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any] | None:
     guess = estimate(engine, make_optimizer, plan, example, micro_batch, averaged)
     if config.dry_run:
         report.plan_panel(directory.name, config, plan, clip, guess, engine, device.type)
-        return None
+        return {"status": "finished" if done else "planned", **asdict(guess)}
 
     train, test, held_out = prepare.load_data(config, spec, device)
     with store.claim(directory):

@@ -1,188 +1,299 @@
 """Tables of what has been run, from the presets that make their runs and the results on disk; nothing is trained.
 
-    python scripts/make_tables.py digits               # experiments/digits.yaml → experiments/results/digits.md, .csv
-    python scripts/make_tables.py digits --commands    # the commands that make its runs, one per preset and seed
+    python scripts/make_tables.py cifar10 --scale cpu               # → experiments/results/cifar10_cpu.md, .csv, .tex
+    python scripts/make_tables.py cifar10 --scale cpu --commands    # the commands that make its runs
+    python scripts/make_tables.py cifar10 --scale full --plan       # what its runs would cost on this machine
 
-A table's runs are those of its presets (`hydra.mode: MULTIRUN` in conf/experiment/), so what a table shows and what
-`python run.py +experiment=NAME` runs cannot differ. A cell is mean ± standard deviation over seeds, with the number of
-seeds where some are missing; what was not run says so, and so does what failed.
+A cell is mean ± standard deviation over seeds, with the number of seeds where some are missing; what was not run says
+so, and so does what failed. Differences to a table's baseline are paired by seed and come with a 95 % confidence
+interval (Student's t). Published figures stand beside ours with source and protocol; their difference is given only
+where data set, model, N, ε and δ agree.
 """
 
 import argparse
 import csv
-import platform
-import shlex
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from bench_optim import hardware
-from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+import tables
+from scipy.stats import t as student
+from tables import COLUMNS, ROOT, SCALES, Job
 
 from dpopt import store
-from dpopt.config import Config, from_hydra
+from dpopt.config import build, target_name
+from dpopt.sweep import duration, size
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a table.
-
-    Attributes:
-        row: what it varies beside the column and the seed.
-        column: value of the column's key.
-        config: the run.
-    """
-
-    row: str
-    column: str
-    config: Config
-
-    def result(self, measure: str) -> dict[str, Any]:
-        """Its result, with the measure as `score`; `status` says when there is none."""
-        directory = store.locate(self.config)
-        done = store.finished(directory)
-        if done is None:
-            error = directory / store.ERROR
-            if error.exists():
-                return {"status": "failed", "error": error.read_text().splitlines()[0]}
-            return {"status": "unfinished" if directory.exists() else "not run"}
-        if measure in done:
-            return {**done, "score": done[measure]}
-        with (directory / store.METRICS).open(newline="") as file:
-            return {**done, "score": float(list(csv.DictReader(file))[-1][measure])}
+RECORDED = ("epsilon", "test_accuracy", "test_loss", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
+Cells = dict[tuple[str, str], list[Job]]
 
 
-def swept(preset: str, overrides: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The overrides that are fixed, and what the preset sweeps, changed or narrowed by those that are not."""
-    fixed = [o for o in overrides if not any(mark in o for mark in (",", "("))]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        hydra = compose("config", [f"+experiment={preset}", *fixed], return_hydra_config=True).hydra
-    sweeps = dict(hydra.sweeper.params) | dict(o.split("=", 1) for o in overrides if o not in fixed)
-    return fixed, {key: value for key, value in sweeps.items() if key not in {o.split("=")[0] for o in fixed}}
+def show(measure: str, value: float) -> float:
+    """A figure in the unit in which tables have it: per cent, bytes per parameter, MB, nats."""
+    return value * 100 if "accuracy" in measure else value / 1e6 if measure == "peak_memory_bytes" else value
 
 
-def jobs(preset: str, column: str, overrides: list[str]) -> list[Job]:
-    """All runs that a preset stands for."""
-    fixed, sweeps = swept(preset, overrides)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        parsed = parser.parse_overrides([f"{key}={value}" for key, value in sweeps.items()])
-        found = []
-        for job in BasicSweeper.split_arguments(parsed, None)[0]:
-            config = from_hydra(compose("config", [f"+experiment={preset}", *fixed, *job]))
-            values = dict(item.split("=", 1) for item in [*fixed, *job])
-            kept = {key: values[key] for key in sweeps if key not in (column, "seed")}
-            row = ", ".join(kept.values()) if len(kept) == 1 else ", ".join(f"{k}={v}" for k, v in kept.items())
-            found.append(Job(row, values[column], config))
-    return found
+def unit(measure: str) -> str:
+    """Name and unit of a measure."""
+    known = {
+        "test_accuracy": "Test accuracy in %",
+        "test_loss": "Test loss in nats",
+        "private/holdout_accuracy": "Accuracy in % on the hold-out",
+        "optimizer_state_bytes": "Optimizer state in bytes",
+        "peak_memory_bytes": "Peak memory of the process in MB",
+    }
+    return known.get(measure, measure)
 
 
-def commands(name: str) -> list[str]:
-    """What makes the runs of experiments/NAME.yaml: a command per preset and seed, to be spread over processes."""
-    lines = []
-    for entry in read(name)["tables"]:
-        for preset in entry["presets"]:
-            overrides = entry.get("overrides", [])
-            seeds = swept(preset, overrides)[1]["seed"].split(",")
-            words = [shlex.quote(word) for word in (f"+experiment={preset}", *overrides)]
-            lines += [f"{sys.executable} run.py {' '.join(words)} seed={seed}" for seed in seeds]
-    return list(dict.fromkeys(lines))
+def digits(measure: str) -> int:
+    """Decimals."""
+    return {"test_loss": 3, "optimizer_state_bytes": 0, "peak_memory_bytes": 0}.get(measure, 1)
 
 
-def read(name: str) -> dict[str, Any]:
-    """experiments/NAME.yaml."""
-    found: dict[str, Any] = yaml.safe_load((ROOT / "experiments" / f"{name}.yaml").read_text())
-    return found
-
-
-def cell(results: list[dict[str, Any]]) -> str:
-    """Mean ± sd of the scores, in %, and what is missing."""
-    scores = [100 * r["score"] for r in results if "score" in r]
-    failed = [r["error"] for r in results if r["status"] == "failed"]
+def cell(jobs: list[Job], measure: str) -> str:
+    """Mean ± sd of the scores, and what is missing."""
+    if not jobs:
+        return ""
+    results = [job.result() for job in jobs]
+    scores = [show(measure, score) for job in jobs if (score := job.score(measure)) is not None]
+    failed = [result["error"] for result in results if result["status"] == "failed"]
     if not scores:
-        return f"failed: {failed[0][:60]}" if failed else "not run"
-    text = f"{statistics.fmean(scores):.1f}" + (f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
-    notes = ([f"n = {len(scores)}"] if len(scores) < len(results) else []) + ([f"{len(failed)} failed"] * bool(failed))
+        return f"failed: {failed[0][:70]}" if failed else "not run"
+    places = digits(measure)
+    text = f"{statistics.fmean(scores):,.{places}f}"
+    text += f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 and places else ""
+    notes = [f"n = {len(scores)}"] if len(scores) < max(3, len(jobs)) else []
+    notes += [f"{len(failed)} failed"] if failed else []
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
-def table(found: list[Job], column: str, measure: str) -> tuple[str, list[dict[str, Any]], str]:
-    """A Markdown table, its runs as rows for a csv file, and the row that is best on average over the columns."""
-    rows, columns = (list(dict.fromkeys(getattr(job, key) for job in found)) for key in ("row", "column"))
-    results: dict[tuple[str, str], list[dict[str, Any]]] = {(row, c): [] for row in rows for c in columns}
-    runs = []
-    for job in found:
-        result = job.result(measure)
-        results[job.row, job.column].append(result)
-        keys = ("status", "score", "epsilon", "wall_seconds", "git_commit")
-        about = {"row": job.row, column: job.column, "seed": job.config.seed}
-        runs.append(about | {key: result.get(key, "") for key in keys} | {"run": store.run_name(job.config)})
-    label = {"epsilon": "ε"}.get(column, column)
-    lines = ["| | " + " | ".join(f"{label} = {c}" for c in columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    lines += [f"| `{row}` | " + " | ".join(cell(results[row, c]) for c in columns) + " |" for row in rows]
-
-    def average(row: str) -> float:
-        return statistics.fmean(statistics.fmean(r.get("score", 0.0) for r in results[row, c]) for c in columns)
-
-    return "\n".join(lines), runs, max(rows, key=average)
+def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
+    """Mean of the differences of equal seeds, with its 95 % confidence interval."""
+    of_base = {job.config.seed: job.score(measure) for job in base}
+    pairs = [(job.score(measure), of_base.get(job.config.seed)) for job in jobs]
+    found = [show(measure, one) - show(measure, other) for one, other in pairs if None not in (one, other)]  # type: ignore[arg-type]
+    if not found:
+        return ""
+    places = digits(measure)
+    mean = statistics.fmean(found)
+    if len(found) < 3:
+        return f"{mean:+.{places}f} (n = {len(found)}: no interval)"
+    half = float(student.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
+    return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
 
 
-def page(name: str) -> tuple[str, list[dict[str, Any]]]:
-    """All tables of experiments/NAME.yaml, and their runs."""
-    about = read(name)
-    column, measure = about["column"], about.get("measure", "test_accuracy")
-    parts, runs = [f"# {about['title']}\n\n{about['setting'].strip()}\n"], []
-    for entry in about["tables"]:
-        overrides = entry.get("overrides", [])
-        found = [
-            replace(job, row=prefix + job.row)
-            for preset, prefix in entry["presets"].items()
-            for job in jobs(preset, column, overrides)
-        ]
-        text, more, best = table(found, column, measure)
-        made = ", ".join(f"`python run.py {' '.join([f'+experiment={p}', *overrides])}`" for p in entry["presets"])
-        notes = [entry["notes"]] if "notes" in entry else []
-        notes += [f"Best on average: {best}."] if about.get("choose") else []
-        parts.append(f"## {entry['title']}\n\n{text}\n\n{' '.join([*notes, made])}.\n")
-        runs += [{"table": entry["title"], **run} for run in more]
-    done = [run for run in runs if run["status"] == "finished"]
-    commits = sorted({str(run["git_commit"])[:12] for run in done})
-    hours = sum(run["wall_seconds"] for run in done) / 3600
-    parts.append(
-        f"{len(done)} of {len(runs)} runs, {hours:.1f} process hours, at commit {', '.join(commits) or 'none'}; "
-        f"{hardware('cpu')}; Python {platform.python_version()}. Every run: [{name}.csv]({name}.csv).\n"
+def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
+    """Rows, columns in the order of `COLUMNS`, and the runs of each cell."""
+    rows = list(dict.fromkeys(job.row for job in jobs))
+    columns = sorted({job.column for job in jobs}, key=lambda c: list(COLUMNS).index(c) if c in COLUMNS else 99)
+    cells: Cells = {(row, column): [] for row in rows for column in columns}
+    for job in jobs:
+        cells[job.row, job.column].append(job)
+    return rows, columns, cells
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def latex(caption: str, head: list[str], lines: list[list[str]]) -> str:
+    """A LaTeX table, for booktabs."""
+
+    signs = {"`": "", "_": r"\_", "%": r"\%", "±": r"$\pm$", "−": "$-$", "∞": r"$\infty$"}
+    signs |= {"ε": r"$\varepsilon$", "δ": r"$\delta$"}
+
+    def clean(text: str) -> str:
+        for sign, word in signs.items():
+            text = text.replace(sign, word)
+        return text
+
+    body = "\n".join("  " + " & ".join(map(clean, line)) + r" \\" for line in lines)
+    return (
+        f"\\begin{{table}}\n\\caption{{{clean(caption)}}}\n\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n"
+        f"  {' & '.join(map(clean, head))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
     )
-    return "\n".join(parts), runs
 
 
-def main() -> None:
+def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
+    """Whether data set, model, N, ε and δ of a published figure are those of our runs."""
+    config = jobs[0].config
+    train_size = build("dataset", config.dataset)().train_size
+    ours = {
+        "dataset": target_name(config.dataset),
+        "model": target_name(config.model),
+        "train_size": train_size - round(config.holdout * train_size),
+        "epsilon": config.epsilon,
+        "delta": config.delta if config.private else None,
+    }
+    return all(published[key] == value for key, value in ours.items())
+
+
+def beside(published: list[dict[str, Any]], cells: Cells) -> list[list[str]]:
+    """Published figures, ours, and the difference where the setting is the same."""
+    lines = []
+    for entry in published:
+        jobs = cells.get((entry.get("row", ""), entry.get("column", "")), [])
+        scores = [100 * score for job in jobs if (score := job.score("test_accuracy")) is not None]
+        ours = cell(jobs, "test_accuracy") if jobs else "no such row"
+        gap = "not run"
+        if jobs and not agrees(entry, jobs):
+            gap = "other setting"
+        elif scores:
+            gap = f"{statistics.fmean(scores) - entry['value']:+.1f}"
+        what = f"{entry['what']} at ({entry['epsilon']}, {entry['delta']})" if entry["epsilon"] else entry["what"]
+        lines.append([what, f"{entry['value']}", f"{entry['source']}: {entry['protocol']}", ours, gap if jobs else "–"])
+    return lines
+
+
+def flags(cells: Cells) -> list[str]:
+    """What a reader must know of δ."""
+    for jobs in cells.values():
+        config = jobs[0].config if jobs else None
+        if config and config.private:
+            train_size = build("dataset", config.dataset)().train_size
+            if config.delta * train_size > 1:
+                return [f"δ = {config.delta:g} is above 1/N = {1 / train_size:.1g}: a guarantee in name only."]
+    return []
+
+
+def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
+    """All tables of experiments/NAME.yaml at a scale: Markdown, LaTeX, and their runs."""
+    about = tables.read(name)
+    parts, tex, runs = [f"# {about['title']}\n\n{about['setting'].strip()}\n"], [], []
+    if note := about.get("scale_notes", {}).get(scale):
+        parts.append(f"Scale: {note.strip()}\n")
+    for entry in about["tables"]:
+        if scale not in entry.get("scales", SCALES):
+            continue
+        rows, columns, cells = arrange(tables.jobs(about, entry, scale))
+        heads = [COLUMNS.get(column, f"{about['column']} = {column}") for column in columns]
+        parts.append(f"## {entry['title']}\n")
+        for measure in entry.get("measures", [about.get("measure", "test_accuracy")]):
+            lines = [[f"`{row}`", *(cell(cells[row, column], measure) for column in columns)] for row in rows]
+            parts.append(f"{unit(measure)}.\n\n{markdown(['', *heads], lines)}\n")
+            tex.append(latex(f"{about['title']}: {entry['title']}. {unit(measure)}.", ["", *heads], lines))
+            base = entry.get("baseline")
+            if base in rows:
+                compared = [
+                    [f"`{row}`", *(difference(cells[row, c], cells[base, c], measure) for c in columns)]
+                    for row in rows
+                    if row != base
+                ]
+                parts.append(f"Difference to `{base}`, paired by seed, with 95 % intervals.\n")
+                parts.append(markdown(["", *heads], compared) + "\n")
+        if about.get("choose"):
+            measure = about["measure"]
+            best = max(rows, key=lambda row: statistics.fmean(_mean(cells[row, c], measure) for c in columns))
+            parts.append(f"Best on average: {best}.\n")
+        if entry.get("published"):
+            head = ["published", "%", "source: protocol", "ours", "Δ"]
+            parts.append(markdown(head, beside(entry["published"], cells)) + "\n")
+        parts += [f"{text.strip()}\n" for text in [*flags(cells), *([entry["notes"]] if "notes" in entry else [])]]
+        rows_here = [row for row in entry["rows"] if scale in row.get("scales", SCALES)]
+        made = [" ".join(tables.overrides_of(about, entry, row, scale)) for row in rows_here]
+        parts.append("Runs: " + ", ".join(f"`python run.py {words}`" for words in made) + ".\n")
+        runs += [record(entry["title"], job) for jobs in cells.values() for job in jobs]
+    parts.append(foot(runs) + "\n")
+    return "\n".join(parts), "\n".join(tex), runs
+
+
+def record(title: str, job: Job) -> dict[str, Any]:
+    """A run as a line of the csv file."""
+    result = job.result()
+    about = {"table": title, "row": job.row, "column": job.column, "seed": job.config.seed, "status": result["status"]}
+    keys = {key: result.get(key, "") for key in (*RECORDED, "git_commit", "device")}
+    versions = "; ".join(f"{key} {value}" for key, value in result.get("versions", {}).items())
+    return about | keys | {"versions": versions, "run": job.directory().name, "error": result.get("error", "")}
+
+
+def foot(runs: list[dict[str, Any]]) -> str:
+    """What has been run, where, with what."""
+    once = {run["run"]: run for run in runs}.values()
+    done = [run for run in once if run["status"] == "finished"]
+    if not done:
+        return f"None of {len(once)} runs has been made."
+    hours = sum(run["wall_seconds"] for run in done) / 3600
+    commits = sorted({str(run["git_commit"])[:12] for run in done})
+    where = ", ".join(sorted({run["device"] for run in done}))
+    versions = ", ".join(sorted({run["versions"] for run in done}))
+    made = f"{len(done)} of {len(once)} runs, {hours:.1f} process hours"
+    return f"{made}, on {where}; {versions}; commit {', '.join(commits)}."
+
+
+def stem(name: str, scale: str) -> str:
+    """The name of a table's files: with the scale, unless there is but one that means something."""
+    return name if scale != "smoke" and len(tables.read(name)["scales"]) <= 2 else f"{name}_{scale}"
+
+
+def plan(name: str, scale: str) -> str:
+    """What the runs of a table would cost here: every row planned once, without data."""
+    from dpopt.train import run
+
+    about = tables.read(name)
+    seen: dict[str, tuple[bool, dict[str, Any]]] = {}
+    plans: dict[str, dict[str, Any]] = {}  # what differs by seed alone takes the same time
+    for entry in about["tables"]:
+        for job in tables.jobs(about, entry, scale):
+            config = replace(job.config, seed=0, dry_run=True)
+            key = store.content(config)
+            if key not in plans:
+                plans[key] = run(config)
+            seen[str(job.directory())] = (job.result()["status"] == "finished", plans[key])
+    left = [found for done, found in seen.values() if not done]
+    times = [found["seconds"] for found in left if found["seconds"] is not None]
+    memory = [found["memory_bytes"] for found in left if found["memory_bytes"] is not None]
+    told = [f"{name}, scale {scale}: {len(seen)} runs, {len(seen) - len(left)} finished"]
+    if times:
+        told.append(f"about {duration(sum(times))} for the rest, one after the other, on this machine")
+    told += [f"up to {size(max(memory))} beside code and data"] if memory else []
+    told += [f"{hardware}: {hours}" for hardware, hours in about.get("hours", {}).get(scale, {}).items()]
+    return " · ".join(told)
+
+
+def _mean(jobs: list[Job], measure: str) -> float:
+    return statistics.fmean([job.score(measure) or 0.0 for job in jobs])
+
+
+def main() -> int:
     """Write the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
-    parser.add_argument("names", nargs="+", choices=choices)
-    parser.add_argument("--output", type=Path, default=ROOT / "experiments/results")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(tables.names())}; all that the scale has")
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
+    parser.add_argument("--output", type=Path, help="experiments/results, or runs/smoke for scale smoke")
     parser.add_argument("--commands", action="store_true", help="print the commands that make the runs, and stop")
+    parser.add_argument("--plan", action="store_true", help="print what the runs would cost, and stop")
     arguments = parser.parse_args()
-    for name in arguments.names:
-        if arguments.commands:
-            print("\n".join(commands(name)))
+    scale = arguments.scale
+    asked = arguments.names or tables.at(scale)
+    output = arguments.output or ROOT / ("runs/smoke" if scale == "smoke" else "experiments/results")
+    try:
+        for name in asked:
+            tables.overlay(tables.read(name), scale)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if arguments.commands:
+        print("\n".join(dict.fromkeys(line for name in asked for line in tables.commands(name, scale))))
+        return 0
+    for name in asked:
+        if arguments.plan:
+            print(plan(name, scale))
             continue
-        text, runs = page(name)
-        (arguments.output / f"{name}.md").write_text(text)
-        with (arguments.output / f"{name}.csv").open("w", newline="") as file:
+        text, tex, runs = page(name, scale)
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / stem(name, scale)
+        path.with_suffix(".md").write_text(text)
+        path.with_suffix(".tex").write_text(tex)
+        with path.with_suffix(".csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(runs[0]))
             writer.writeheader()
             writer.writerows(runs)
         print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """The configuration tree: every YAML is a valid call, names are what they should be, presets behave."""
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -53,7 +54,7 @@ def test_every_preset_opens_with_its_command(name):
     lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_" and lines[1].startswith(f"# python run.py +experiment={name}")
     settings = "\n".join(lines).partition("\nhydra:")[0]
-    assert "epsilon:" not in settings  # a preset chooses a budget with `override /privacy`
+    assert not re.search(r"^epsilon:", settings, re.M)  # a preset chooses a budget with `override /privacy`
     check_components(configure(f"+experiment={name}"))
 
 
@@ -186,4 +187,4 @@ def test_help_imports_no_torch():
 
 
 def test_no_file_is_forgotten():
-    assert {p.name for p in Path(CONF).iterdir() if p.is_dir()} == {*COMPONENTS, "privacy", "experiment"}
+    assert {p.name for p in Path(CONF).iterdir() if p.is_dir()} == {*COMPONENTS, "privacy", "experiment", "scale", "tuned"}

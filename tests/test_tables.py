@@ -1,55 +1,266 @@
 """Tables from presets and results: what is run, what is shown, and what is said of what is missing."""
 
+import csv
 import json
+import math
+import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from dpopt import store
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import make_figures
+import make_reproduce
 import make_tables
+import rerun
+import tables
 
-NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("*.yaml"))
+NAMES = tables.names()
+PROTOCOL = {"what", "value", "source", "protocol", "dataset", "model", "train_size", "epsilon", "delta"}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_table_names_presets_that_sweep(name):
-    about = make_tables.read(name)
-    assert about["title"] and about["setting"] and about["tables"]
-    lines = make_tables.commands(name)
-    assert len(lines) == len(set(lines)) >= len(about["tables"])
-    assert all("seed=" in line and "run.py +experiment=" in line for line in lines)
+def test_every_table_is_complete_at_every_scale(name):
+    """Presets exist and sweep; every published figure names its source and protocol and belongs to a cell."""
+    about = tables.read(name)
+    assert about["title"] and about["setting"] and set(about["scales"]) <= set(tables.SCALES)
+    assert set(tables.SCALES) - set(about["scales"]) <= {"cpu"} | {"full"}
+    for entry in about["tables"]:
+        assert entry["title"] and all(
+            set(row) <= {"preset", "label", "overrides", "at", "scales"} for row in entry["rows"]
+        )
+        for published in entry.get("published", []):
+            assert set(published) >= PROTOCOL and published["source"] and published["protocol"]
+    titles = {entry["title"] for entry in about["tables"]}
+    for figure in about.get("figures", []):
+        assert figure["kind"] in make_figures.KINDS and figure.get("table", "") in titles | {""}
+    lines = tables.commands(name, "smoke")
+    assert len(lines) == len(set(lines)) and all(
+        "run.py +experiment=" in line and "+scale=smoke" in line for line in lines
+    )
+    if about["tables"]:
+        text, tex, runs = make_tables.page(name, "smoke")
+        cells = {(run["table"], run["row"], run["column"], run["seed"]) for run in runs}
+        assert len(cells) == len(runs) > 0 and {run["seed"] for run in runs} == {0}
+        assert "toprule" in tex and "Runs: `python run.py +experiment=" in text
+
+
+def test_published_figures_belong_to_rows():
+    """At the scale that they are published for, their cells exist, but for those of methods that have no row."""
+    for name, scale, missing in (("cifar10", "cpu", set()), ("views", "full", set()), ("imagenet", "full", {"eps8"})):
+        about = tables.read(name)
+        entry = about["tables"][0]
+        cells = {(job.row, job.column) for job in tables.jobs(about, entry, scale)}
+        for published in entry["published"]:
+            assert (published["row"], published["column"]) in cells or published["column"] in missing
+
+
+def test_a_published_figure_is_compared_only_where_the_setting_is_the_same():
+    about = tables.read("cifar10")
+    entry = about["tables"][0]
+    one, *_ = entry["published"]
+    assert (one["row"], one["column"], one["value"], one["train_size"]) == ("dp_microadam", "eps8", 71.4, 45_000)
+    for scale, expected in (("full", True), ("cpu", False)):
+        words = tables.overrides_of(about, entry, entry["rows"][0], scale)
+        jobs = tables.expand([*words, "optimizer=dp_microadam", "privacy=eps8", "seed=0"], "privacy")
+        assert len(jobs) == 1 and make_tables.agrees(one, jobs) is expected
+        if expected:
+            for change in ({"epsilon": 3}, {"delta": 1e-6}, {"train_size": 50_000}, {"model": "wrn_40_4"}):
+                assert not make_tables.agrees(one | change, jobs)
 
 
 def test_rows_are_what_a_preset_sweeps(tmp_path):
     """DP-PSASC: two optimizers, four s, at a sensitivity of 1."""
-    found = make_tables.jobs("table_digits_psasc", "epsilon", ["seed=0", "epsilon=1,8", f"output_dir={tmp_path}"])
+    words = ["+experiment=table_digits_psasc", "seed=0", "privacy=eps1,eps8", f"output_dir={tmp_path}"]
+    found = tables.expand(words, "privacy", "psasc")
     assert len(found) == 2 * 4 * 2 and len({store.run_name(job.config) for job in found}) == 16
-    assert {job.column for job in found} == {"1", "8"} and {job.config.seed for job in found} == {0}
+    assert {job.column for job in found} == {"eps1", "eps8"} and {job.config.seed for job in found} == {0}
     assert all(job.config.clip_norm == job.config.clipping["s"] for job in found)
-    assert found[0].row == "optimizer=dp_sgd, clipping.s=1"
-    names = {job.row for job in make_tables.jobs("table_digits_optimizers", "epsilon", ["seed=0", "epsilon=8"])}
+    assert found[0].row == "psasc, optimizer=dp_sgd, s=1"
+    names = {job.row for job in tables.expand(["+experiment=table_digits_optimizers", "+scale=smoke"], "privacy")}
     assert names == {p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml")}
 
 
+def finish(job, **result):
+    directory = store.locate(job.config)
+    directory.mkdir(exist_ok=True)
+    result = {"status": "finished", "config": asdict(job.config), **result}
+    (directory / store.RESULT).write_text(json.dumps(result))
+
+
+def fake(tmp_path, seeds="0,1,2"):
+    words = ["+experiment=table_digits_psasc_flat", f"seed={seeds}", "privacy=eps1,eps8", f"output_dir={tmp_path}"]
+    return tables.expand(words, "privacy")
+
+
 def test_cells_say_what_is_missing(tmp_path):
-    found = make_tables.jobs(
-        "table_digits_psasc_flat", "epsilon", ["seed=0,1", "epsilon=1,8", f"output_dir={tmp_path}"]
-    )
-    scores = {("dp_sgd", "1", 0): 0.5, ("dp_sgd", "1", 1): 0.6, ("dp_sgd", "8", 0): 0.7}
+    tables._finished.cache_clear()
+    found = fake(tmp_path)
+    scores = {("dp_sgd", "eps1"): (0.5, 0.6, 0.55), ("dp_sgd", "eps8"): (0.7, 0.7, None)}
     for job in found:
-        directory = store.locate(job.config)
-        if (score := scores.get((job.row, job.column, job.config.seed))) is not None:
-            directory.mkdir()
-            (directory / store.RESULT).write_text(json.dumps({"status": "finished", "test_accuracy": score}))
-        elif (job.row, job.column) == ("dp_psasc_momentum", "8"):
-            directory.mkdir()
-            (directory / store.ERROR).write_text("ValueError: too bad\n")
-    text, runs, best = make_tables.table(found, "epsilon", "test_accuracy")
-    assert text.splitlines()[2:] == [
-        "| `dp_sgd` | 55.0 ± 7.1 | 70.0 (n = 1) |",
-        "| `dp_psasc_momentum` | not run | failed: ValueError: too bad |",
-    ]
-    assert len(runs) == 8 and sum(run["status"] == "finished" for run in runs) == 3 and best == "dp_sgd"
+        score = scores.get((job.row, job.column), (None,) * 3)[job.config.seed]
+        if score is not None:
+            finish(job, test_accuracy=score)
+        elif (job.row, job.column) == ("dp_psasc_momentum", "eps8"):
+            store.note_failure(job.config, ValueError("the data set is not there\nor damaged"))
+    rows, columns, cells = make_tables.arrange(found)
+    assert rows == ["dp_sgd", "dp_psasc_momentum"] and columns == ["eps1", "eps8"]
+    shown = {at: make_tables.cell(jobs, "test_accuracy") for at, jobs in cells.items()}
+    assert shown == {
+        ("dp_sgd", "eps1"): "55.0 ± 5.0",
+        ("dp_sgd", "eps8"): "70.0 ± 0.0 (n = 2)",
+        ("dp_psasc_momentum", "eps1"): "not run",
+        ("dp_psasc_momentum", "eps8"): "failed: the data set is not there",
+    }
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    """By hand: differences 1, 2, 3 points: mean 2, sd 1, t(.975, 2) = 4.303, half = 4.303/√3."""
+    tables._finished.cache_clear()
+    found = fake(tmp_path)
+    for job in found:
+        gain = 0.01 * (job.config.seed + 1) if job.row == "dp_psasc_momentum" else 0.0
+        finish(job, test_accuracy=0.5 + 0.1 * job.config.seed + gain)
+    _, _, cells = make_tables.arrange(found)
+    one, other = cells["dp_psasc_momentum", "eps8"], cells["dp_sgd", "eps8"]
+    assert make_tables.difference(one, other, "test_accuracy") == "+2.0 [-0.5, +4.5]"
+    assert 4.3027 / math.sqrt(3) == pytest.approx(2.484, abs=1e-3)
+    assert make_tables.difference(one[:2], other, "test_accuracy") == "+1.5 (n = 2: no interval)"
+    assert make_tables.difference(one, other[2:], "test_accuracy") == "+3.0 (n = 1: no interval)"
+
+
+def test_finished_runs_stay_finished_when_keys_are_added(tmp_path):
+    """A key of the root or of a component that is younger than a result has its default in it."""
+    tables._finished.cache_clear()
+    job = fake(tmp_path, "0")[0]
+    old = asdict(job.config)
+    del old["ema"], old["checkpoint_every"], old["optimizer"]["weight_decay"]
+    config = replace(job.config, ema=None)  # ema's default
+    directory = tmp_path / "older"
+    directory.mkdir()
+    (directory / store.RESULT).write_text(json.dumps({"status": "finished", "test_accuracy": 0.5, "config": old}))
+    assert store.locate(config) == directory and replace(job, config=config).directory() == directory
+    for other in (replace(config, ema=0.5), replace(config, optimizer={**config.optimizer, "weight_decay": 0.1})):
+        assert store.locate(other) != directory
+
+
+def test_delta_above_one_over_n_is_flagged():
+    about = tables.read("imagenet")
+    flagged = {}
+    for entry in about["tables"]:
+        _, _, cells = make_tables.arrange(tables.jobs(about, entry, "full"))
+        flagged[entry["title"]] = make_tables.flags(cells)
+    assert ["above 1/N" in text for text in flagged["Private, ResNet-50"]] == [True]
+    assert not flagged["Without privacy, MicroAdam against SGD and AdamW"]
+
+
+def test_figures_are_drawn_of_what_there_is(tmp_path):
+    tables._finished.cache_clear()
+    axis = make_figures.plt.subplots()[1]
+    found = fake(tmp_path)
+    assert not make_figures.by_epsilon(axis, found, {})
+    for job in found:
+        finish(job, test_accuracy=0.5 + 0.01 * job.config.seed, optimizer_state_bytes=80, trainable_parameters=10)
+        lines = [["step", "test/accuracy", "privacy/epsilon"], *([s, 0.1 * s, s / 2] for s in range(1, 6))]
+        with (job.directory() / store.METRICS).open("w", newline="") as file:
+            csv.writer(file).writerows(lines)
+    assert make_figures.by_epsilon(axis, found, {}) and make_figures.curves(axis, found, {"column": "eps8"})
+    assert make_figures.bars(axis, found, {})
+    assert make_figures.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
+    make_figures.plt.close("all")
+
+
+def test_the_page_of_reproduction_is_up_to_date():
+    assert (ROOT / "docs/reproduce.md").read_text() == make_reproduce.page()
+
+
+def test_a_table_survives_an_interruption_and_a_failing_cell(tmp_path):
+    """Two cells, then more: the finished ones keep their files; one that cannot run is named with its error."""
+    words = [sys.executable, "run.py", "+experiment=table_digits_psasc_flat", "+scale=smoke", f"output_dir={tmp_path}"]
+
+    def sweep(*more):
+        return subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True)
+
+    assert sweep("seed=0").returncode == 0
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    assert len(first) == 2
+    again = sweep("seed=0,1", "optimizer=dp_sgd,dp_adam", "++optimizer.momentum=0")  # no such argument of Adam
+    assert again.returncode == 1 and "optimizer.momentum" in again.stdout + again.stderr
+    assert len(list(tmp_path.glob("*/result.json"))) > len(first)
+    assert all(path.stat().st_mtime_ns == when for path, when in first.items())
+    reasons = [path.read_text() for path in (tmp_path / ".sweeps").glob("*.txt")]
+    assert reasons and all("momentum is not an argument" in reason for reason in reasons)
+
+
+def test_a_rerun_agrees_and_says_when_it_does_not(tmp_path):
+    words = ["+experiment=quickstart", "steps=3", "eval_every=3", "optimizer=dp_sgd", f"output_dir={tmp_path}"]
+    subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, check=True, capture_output=True)
+    (directory,) = [path.parent for path in tmp_path.glob("*/result.json")]
+    command = [sys.executable, "scripts/rerun.py", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "agrees bit by bit" in done.stdout, done.stdout + done.stderr
+    result = json.loads((directory / store.RESULT).read_text())
+    far = result | {"test_accuracy": min(1.0, result["test_accuracy"] + 0.5)}
+    assert rerun.verdict(far, result, False, 360)[0] is False
+    assert "accounting has changed" in rerun.verdict(result, result | {"epsilon": 9.0}, False, 360)[1]
+    missing = subprocess.run([*command[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert missing.returncode == 1 and "no finished run" in missing.stderr
+
+
+def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeypatch):
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from dpopt.prepare import make_device
+    from dpopt.sweep import summary
+
+    plans = [{"status": "planned", "seconds": 5400, "memory_bytes": 2e9}, {"status": "finished", "seconds": 60}]
+    plans.append({"status": "planned", "seconds": 5400, "memory_bytes": 3e9})
+    text = summary(plans, 1)
+    assert text.startswith("sweep: 4 runs, 1 of them finished · 1 refused · about 3 h") and "up to 3 GB" in text
+    assert "unknown" in summary([{"status": "planned", "seconds": None, "memory_bytes": None}])
+    words = ["-m", "+experiment=quickstart", "seed=0,1", "dry_run=true", f"output_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert "sweep: 2 runs, 0 of them finished · about" in done.stdout, done.stdout + done.stderr
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for job, index in (("0", 0), ("5", 1)):
+        monkeypatch.setenv("DPOPT_JOB", job)
+        assert make_device("auto") == torch.device("cuda", index)
+    monkeypatch.delenv("DPOPT_JOB")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        hydra = compose("config", ["+experiment=quickstart", "hydra.job.num=3"], return_hydra_config=True)
+    assert str(hydra.hydra.job.env_set.DPOPT_JOB) == "3"
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_sweeps_run_in_parallel_by_one_override(launcher, tmp_path):
+    workers = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    words = ["-m", "+experiment=quickstart", "+scale=smoke", "seed=0,1", "dataset=digits", f"output_dir={tmp_path}"]
+    command = [sys.executable, "run.py", *words, f"hydra/launcher={launcher}", *workers]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("*/result.json"))) == 2
+
+
+def test_tuned_rates_are_found_by_data_set_and_model():
+    files = sorted((ROOT / "conf/tuned").glob("*/*.yaml"))
+    assert files
+    for path in files:
+        lines = path.read_text().splitlines()
+        assert lines[0] == "# @package optimizer" and lines[1].startswith("# ")
+        assert (ROOT / "conf/optimizer" / path.name).exists()
+        assert any(
+            path.parent.name == f"{d.stem}_{m.stem}"
+            for d in (ROOT / "conf/dataset").glob("*.yaml")
+            for m in (ROOT / "conf/model").glob("*.yaml")
+        )
+        assert set(yaml.safe_load(path.read_text())) <= set(
+            yaml.safe_load((ROOT / "conf/optimizer" / path.name).read_text())
+        )

@@ -10,4 +10,15 @@ from dpopt.models.nf_resnet import nf_resnet50
 from dpopt.models.resnet import resnet18, resnet50
 from dpopt.models.wrn import wrn_16_4, wrn_40_4
 
-__all__ = ["cnn", "deit_base", "deit_small", "deit_tiny", "linear", "nf_resnet50", "resnet18", "resnet50", "wrn_16_4", "wrn_40_4"]
+__all__ = [
+    "cnn",
+    "deit_base",
+    "deit_small",
+    "deit_tiny",
+    "linear",
+    "nf_resnet50",
+    "resnet18",
+    "resnet50",
+    "wrn_16_4",
+    "wrn_40_4",
+]

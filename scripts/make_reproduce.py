@@ -1,0 +1,97 @@
+"""The page docs/reproduce.md: every table, the command that makes it, what was published, what came out here.
+
+python scripts/make_reproduce.py      # from experiments/*.yaml and the csv files in experiments/results/
+"""
+
+import csv
+import statistics
+from pathlib import Path
+from typing import Any
+
+import tables
+from make_tables import stem
+from tables import COLUMNS, ROOT
+
+RESULTS = ROOT / "experiments" / "results"
+INTRODUCTION = """\
+# Reproduce
+
+A table is one command: it runs what is missing, goes on where it was interrupted, and writes Markdown, LaTeX, CSV and
+figures. `SCALE=cpu` is real data on two cores, `SCALE=full` the paper's setting on a GPU, `SCALE=smoke` two steps of
+every row, to see that everything runs. This page is made by `python scripts/make_reproduce.py` from
+`experiments/*.yaml` and the committed results.
+
+- `make plan-NAME SCALE=full` prints what a table would cost on this machine: runs, time, memory. Nothing is trained.
+- `make table-NAME JOBS=4` runs four processes at once; where there are several GPUs they take turns. One preset alone
+  is `python run.py +experiment=table_cifar10`; in parallel, add `hydra/launcher=joblib hydra.launcher.n_jobs=4`; on a
+  SLURM cluster, `hydra/launcher=submitit_slurm hydra.launcher.partition=NAME hydra.launcher.gpus_per_node=1`
+  (`pip install -e .[sweeps]`).
+- A run that fails does not stop the others; the table shows its error. `Ctrl-C` loses at most the steps since the last
+  checkpoint of the runs in hand, and the same command goes on.
+- `make rerun RUN=runs/…/NAME` trains a run again from the configuration that it recorded and says whether it agrees.
+"""
+
+
+def results(name: str, scale: str) -> list[dict[str, str]]:
+    """The committed runs of a table."""
+    path = RESULTS / f"{stem(name, scale)}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [run for run in csv.DictReader(file) if run["status"] == "finished"]
+
+
+def ours(entry: dict[str, Any], runs: list[dict[str, str]]) -> str:
+    """What came out in the cell of a published figure."""
+    found = [
+        100 * float(run["test_accuracy"])
+        for run in runs
+        if (run["row"], run["column"]) == (entry.get("row"), entry.get("column"))
+    ]
+    if not found:
+        return "not run"
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.1f}{spread} (n = {len(found)})"
+
+
+def section(name: str) -> str:
+    """A table's part of the page."""
+    about = tables.read(name)
+    lines = [f"## {about['title']}\n"]
+    for scale in about["scales"]:
+        if scale == "smoke":
+            continue
+        runs = results(name, scale)
+        path = RESULTS / f"{stem(name, scale)}.md"
+        hours = sum(float(run["wall_seconds"]) for run in {run["run"]: run for run in runs}.values()) / 3600
+        where = ", ".join(sorted({run["device"] for run in runs}))
+        done = f"[{path.name}](../experiments/results/{path.name})" if path.exists() else "not run"
+        cost = f", {len(runs)} cells, {hours:.1f} process hours on {where}" if runs else ""
+        lines.append(f"- `make table-{name} SCALE={scale}`: {done}{cost}")
+        for figure in sorted(RESULTS.glob(f"{stem(name, scale)}_*.png")):
+            if figure.stem.removeprefix(f"{stem(name, scale)}_") in {f["name"] for f in about.get("figures", [])}:
+                lines.append(f"  - figure [{figure.name}](../experiments/results/{figure.name})")
+    published = [
+        (scale, entry)
+        for scale in about["scales"]
+        for part in about["tables"]
+        for entry in part.get("published", [])
+        if scale != "smoke"
+    ]
+    if published:
+        lines.append("\n| published | % | source: protocol | scale | ours |\n|---|---|---|---|---|")
+        for scale, entry in published:
+            at = COLUMNS.get(entry.get("column", ""), "")
+            source = f"{entry['source']}: {entry['protocol']}"
+            found = ours(entry, results(name, scale))
+            lines.append(f"| {entry['what']}, {at} | {entry['value']} | {source} | {scale} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([INTRODUCTION, *map(section, tables.names())])
+
+
+if __name__ == "__main__":
+    Path(ROOT / "docs" / "reproduce.md").write_text(page())

@@ -1,0 +1,72 @@
+"""Train a finished run again, from the configuration that it recorded, and say whether the result agrees.
+
+python scripts/rerun.py runs/NAME
+
+The second run has the same seed, so the same samples and noise: on the same machine and code it is the first one again,
+bit by bit. Elsewhere rounding differs, and training multiplies the difference: then the figures agree when they differ
+by no more than three standard errors of an accuracy on the test set, √(2p(1 − p)/n).
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from dpopt import store
+from dpopt.config import Config, build
+from dpopt.prepare import load_data, make_device
+from dpopt.train import run
+
+
+def verdict(before: dict[str, Any], after: dict[str, Any], same_weights: bool, test_size: int) -> tuple[bool, str]:
+    """Whether two results agree, and a sentence that says why."""
+    if before["epsilon"] != after["epsilon"]:
+        return False, f"ε was {before['epsilon']:.6g} and is {after['epsilon']:.6g} now: the accounting has changed"
+    one, two = before["test_accuracy"], after["test_accuracy"]
+    if same_weights:
+        return True, f"agrees bit by bit: accuracy {100 * one:.2f} %, all weights equal"
+    error = math.sqrt(2 * one * (1 - one) / test_size)
+    text = f"accuracy was {100 * one:.2f} % and is {100 * two:.2f} % now"
+    bar = f"three standard errors ({100 * error:.2f} points each) of {test_size:,} tests"
+    if abs(one - two) <= 3 * error:
+        return True, f"agrees within rounding: {text}, within {bar}"
+    return False, f"does not agree: {text}, beyond {bar}"
+
+
+def main() -> int:
+    """Train again and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run directory with a result.json")
+    parser.add_argument("--output", type=Path, help="where to train; by default a folder that is removed afterwards")
+    arguments = parser.parse_args()
+    before = store.finished(arguments.run)
+    if before is None:
+        print(f"{arguments.run} holds no finished run: name a directory with a result.json", file=sys.stderr)
+        return 1
+    if before["config"]["secure_rng"]:
+        print("a run with secure_rng=true cannot be repeated: its key was erased when it ended", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(
+            Config(**before["config"]),
+            output_dir=str(arguments.output or folder),
+            logger={"_target_": "dpopt.tracking.CsvOnly"},
+        )
+        after = run(config)
+        weights = [load_file(path / store.WEIGHTS) for path in (arguments.run, store.locate(config))]
+    same = all(weights[0][name].equal(tensor) for name, tensor in weights[1].items())
+    spec = build("dataset", config.dataset)()
+    test_size = len(load_data(config, spec, make_device("cpu"))[1])
+    good, text = verdict(before, after, same, test_size)
+    commits = {str(result["git_commit"])[:12] for result in (before, after)}
+    print(f"{arguments.run}: {text} (commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))})")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
