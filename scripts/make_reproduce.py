@@ -42,16 +42,15 @@ def results(name: str, scale: str) -> list[dict[str, str]]:
 
 
 def ours(entry: dict[str, Any], runs: list[dict[str, str]]) -> str:
-    """What came out in the cell of a published figure."""
-    found = [
-        100 * float(run["test_accuracy"])
-        for run in runs
-        if (run["row"], run["column"]) == (entry.get("row"), entry.get("column"))
-    ]
+    """What came out in the cell of a published figure, and whether the setting is the same."""
+    chosen = [run for run in runs if (run["row"], run["column"]) == (entry.get("row"), entry.get("column"))]
+    found = [100 * float(run["test_accuracy"]) for run in {run["run"]: run for run in chosen}.values()]
     if not found:
         return "not run"
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):.1f}{spread} (n = {len(found)})"
+    same = all(chosen[0][key] == str(entry[key]) for key in ("dataset", "model", "train_size"))
+    same = same and entry["delta"] is not None and float(chosen[0]["delta"] or 0) == entry["delta"]
+    return f"{statistics.fmean(found):.1f}{spread} (n = {len(found)}{'' if same else ', other setting'})"
 
 
 def section(name: str) -> str:
@@ -71,20 +70,17 @@ def section(name: str) -> str:
         for figure in sorted(RESULTS.glob(f"{stem(name, scale)}_*.png")):
             if figure.stem.removeprefix(f"{stem(name, scale)}_") in {f["name"] for f in about.get("figures", [])}:
                 lines.append(f"  - figure [{figure.name}](../experiments/results/{figure.name})")
-    published = [
-        (scale, entry)
-        for scale in about["scales"]
-        for part in about["tables"]
-        for entry in part.get("published", [])
-        if scale != "smoke"
-    ]
+    published = [entry for part in about["tables"] for entry in part.get("published", [])]
+    scales = [scale for scale in about["scales"] if scale != "smoke"]
     if published:
-        lines.append("\n| published | % | source: protocol | scale | ours |\n|---|---|---|---|---|")
-        for scale, entry in published:
-            at = COLUMNS.get(entry.get("column", ""), "")
-            source = f"{entry['source']}: {entry['protocol']}"
-            found = ours(entry, results(name, scale))
-            lines.append(f"| {entry['what']}, {at} | {entry['value']} | {source} | {scale} | {found} |")
+        lines.append(f"\n| published | % | source: protocol | {' | '.join(f'ours, {scale}' for scale in scales)} |")
+        lines.append("|---" * (3 + len(scales)) + "|")
+        for entry in published:
+            what = f"{entry['what']}, {COLUMNS.get(entry.get('column', ''), '')}"
+            cells = [ours(entry, results(name, scale)) for scale in scales]
+            lines.append(
+                f"| {what} | {entry['value']} | {entry['source']}: {entry['protocol']} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -205,8 +205,12 @@ def record(title: str, job: Job) -> dict[str, Any]:
     result = job.result()
     about = {"table": title, "row": job.row, "column": job.column, "seed": job.config.seed, "status": result["status"]}
     keys = {key: result.get(key, "") for key in (*RECORDED, "git_commit", "device")}
+    setting: dict[str, Any] = {"dataset": target_name(job.config.dataset), "model": target_name(job.config.model)}
+    setting |= {"train_size": result.get("dataset_size", ""), "delta": job.config.delta if job.config.private else ""}
     versions = "; ".join(f"{key} {value}" for key, value in result.get("versions", {}).items())
-    return about | keys | {"versions": versions, "run": job.directory().name, "error": result.get("error", "")}
+    return (
+        about | setting | keys | {"versions": versions, "run": job.directory().name, "error": result.get("error", "")}
+    )
 
 
 def foot(runs: list[dict[str, Any]]) -> str:

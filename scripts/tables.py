@@ -128,6 +128,12 @@ def jobs(about: dict[str, Any], entry: dict[str, Any], scale: str) -> list[Job]:
 
 def sweep(words: list[str]) -> tuple[list[str], dict[str, str]]:
     """Overrides that are fixed, and what the preset sweeps, changed or narrowed by those that are not."""
+    fixed, sweeps = _sweep(tuple(words))
+    return list(fixed), dict(sweeps)
+
+
+@cache
+def _sweep(words: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
     fixed = [word for word in words if not any(mark in word for mark in (",", "("))]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         hydra = compose("config", fixed, return_hydra_config=True).hydra
@@ -139,7 +145,12 @@ def sweep(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def expand(words: list[str], column: str, label: str = "") -> list[Job]:
     """The runs that `python run.py WORDS` stands for, every seed of them."""
-    fixed, sweeps = sweep(words)
+    return list(_expand(tuple(words), column, label))
+
+
+@cache
+def _expand(words: tuple[str, ...], column: str, label: str) -> list[Job]:
+    fixed, sweeps = sweep(list(words))
     seeds = [int(seed) for seed in sweeps.pop("seed").split(",")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())

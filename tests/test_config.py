@@ -187,4 +187,18 @@ def test_help_imports_no_torch():
 
 
 def test_no_file_is_forgotten():
-    assert {p.name for p in Path(CONF).iterdir() if p.is_dir()} == {*COMPONENTS, "privacy", "experiment", "scale", "tuned"}
+    folders = {p.name for p in Path(CONF).iterdir() if p.is_dir()}
+    assert folders == {*COMPONENTS, "privacy", "experiment", "scale", "tuned"}
+
+
+def test_values_by_epsilon():
+    from dpopt.config import by_epsilon
+
+    rates = {1: 2, 8: 4}
+    assert [by_epsilon(e, rates) for e in (0.1, 1, 2.8, 2.9, 8, 50, None, float("inf"))] == [2, 2, 2, 4, 4, 4, 4, 4]
+    words = ("model=wrn_16_4", "optimizer=dp_sgd")
+    assert [configure(*words, f"epsilon={e}").optimizer["lr"] for e in (1, 8)] == [2, 4]
+    assert configure(*words, "privacy=none").optimizer["lr"] == 4
+    assert configure(*words, "optimizer.lr=7").optimizer["lr"] == 7
+    assert configure("model=resnet18", "optimizer=dp_sgd").optimizer["lr"] == 1
+    assert configure("privacy=noiseless").epsilon == float("inf")

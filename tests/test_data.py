@@ -93,3 +93,27 @@ def test_training_on_an_image_folder(cli, folder):
     )
     assert done.returncode == 0, done.stderr
     assert len(list(folder.glob("runs/imagenet-nf_resnet50-*/result.json"))) == 1
+
+
+def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
+    """From pictures made here; the second load reads the file, and each example is normalised by itself."""
+    from dpopt.sources import TensorSource
+
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    parts = [
+        TensorSource(pictures[i], torch.arange(len(pictures[i])), (0.5,) * 3, (0.2,) * 3)
+        for i in (slice(8), slice(8, 12))
+    ]
+    loads = []
+    spec = data.DataSpec("cifar10", 8, 10, (3, 32, 32), lambda *_: loads.append(1) or tuple(parts))
+    monkeypatch.setattr(data, "cifar10", lambda augment: spec)
+    features = data.cifar10_scattering()
+    assert features.shape == (243, 8, 8) and features.train_size == 50_000
+    for _ in range(2):
+        train, test = load(features, tmp_path)
+        assert len(loads) == 1 and len(train) == 8 and len(test) == 4
+        inputs, targets = next(train.plain(8))
+        assert inputs.shape == (8, *features.shape) and targets.tolist() == list(range(8))
+        groups = inputs.float().unflatten(1, (27, 9)).flatten(2)
+        assert groups.mean(2).abs().max() < 2e-3 and (groups.std(2) - 1).abs().max() < 1e-2

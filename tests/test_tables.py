@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT
 
 from dpopt import store
+from dpopt.train import run
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_figures
@@ -39,15 +40,26 @@ def test_every_table_is_complete_at_every_scale(name):
     titles = {entry["title"] for entry in about["tables"]}
     for figure in about.get("figures", []):
         assert figure["kind"] in make_figures.KINDS and figure.get("table", "") in titles | {""}
-    lines = tables.commands(name, "smoke")
-    assert len(lines) == len(set(lines)) and all(
-        "run.py +experiment=" in line and "+scale=smoke" in line for line in lines
-    )
+    scale = about["scales"][0]
+    lines = tables.commands(name, scale)
+    assert len(lines) == len(set(lines)) and all("run.py +experiment=" in line for line in lines)
     if about["tables"]:
-        text, tex, runs = make_tables.page(name, "smoke")
+        text, tex, runs = make_tables.page(name, scale)
         cells = {(run["table"], run["row"], run["column"], run["seed"]) for run in runs}
-        assert len(cells) == len(runs) > 0 and {run["seed"] for run in runs} == {0}
+        assert len(cells) == len(runs) > 0 and (scale != "smoke" or {run["seed"] for run in runs} == {0})
         assert "toprule" in tex and "Runs: `python run.py +experiment=" in text
+
+
+PRESETS = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*_*.yaml") if p.stem.startswith(("table_", "tune_")))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_runs_at_the_smallest_scale(preset, tmp_path):
+    """The first and the last of its rows, two steps of each."""
+    jobs = tables.expand([f"+experiment={preset}", "+scale=smoke", f"output_dir={tmp_path}"], "privacy")
+    for job in (jobs[0], jobs[-1]):
+        result = run(job.config)
+        assert result["status"] == "finished" and result["steps"] == 2 and job.score("test_accuracy") is not None
 
 
 def test_published_figures_belong_to_rows():
