@@ -186,9 +186,7 @@ def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
                 parts.append(f"Difference to `{base}`, paired by seed, with 95 % intervals.\n")
                 parts.append(markdown(["", *heads], compared) + "\n")
         if about.get("choose"):
-            measure = about["measure"]
-            best = max(rows, key=lambda row: statistics.fmean(_mean(cells[row, c], measure) for c in columns))
-            parts.append(f"Best on average: {best}.\n")
+            parts.append(f"{chosen(rows, columns, cells, about['measure'], about['choose'])}\n")
         if entry.get("published"):
             head = ["published", "%", "source: protocol", "ours", "Δ"]
             parts.append(markdown(head, beside(entry["published"], cells)) + "\n")
@@ -260,8 +258,17 @@ def plan(name: str, scale: str) -> str:
     return " · ".join(told)
 
 
-def _mean(jobs: list[Job], measure: str) -> float:
-    return statistics.fmean([job.score(measure) or 0.0 for job in jobs])
+def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how: str) -> str:
+    """The row that is best on average over the columns, or the one that is best in each; unfinished cells lose."""
+
+    def mean(row: str, column: str) -> float:
+        scores = [job.score(measure) or 0.0 for job in cells[row, column]]
+        return statistics.fmean(scores) if scores else 0.0
+
+    if how == "average":
+        return f"Best on average: {max(rows, key=lambda row: sum(mean(row, column) for column in columns))}."
+    best = {column: max((mean(row, column), row) for row in rows)[1] for column in columns}
+    return "Best: " + ", ".join(f"{row} at {COLUMNS.get(column, column)}" for column, row in best.items()) + "."
 
 
 def main() -> int:

@@ -146,6 +146,19 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert make_tables.difference(one, other[2:], "test_accuracy") == "+3.0 (n = 1: no interval)"
 
 
+def test_the_best_row_is_chosen_on_average_or_by_column(tmp_path):
+    tables._finished.cache_clear()
+    found = fake(tmp_path, "0")
+    scores = {("dp_sgd", "eps1"): 0.4, ("dp_sgd", "eps8"): 0.9, ("dp_psasc_momentum", "eps1"): 0.6}
+    for job in found:
+        if (job.row, job.column) in scores:
+            finish(job, test_accuracy=scores[job.row, job.column])
+    rows, columns, cells = make_tables.arrange(found)
+    assert make_tables.chosen(rows, columns, cells, "test_accuracy", "average") == "Best on average: dp_sgd."
+    each = make_tables.chosen(rows, columns, cells, "test_accuracy", "each")
+    assert each == "Best: dp_psasc_momentum at ε = 1, dp_sgd at ε = 8."
+
+
 def test_finished_runs_stay_finished_when_keys_are_added(tmp_path):
     """A key of the root or of a component that is younger than a result has its default in it."""
     tables._finished.cache_clear()
