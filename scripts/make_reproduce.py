@@ -29,6 +29,22 @@ every row, to see that everything runs. This page is made by `python scripts/mak
 - A run that fails does not stop the others; the table shows its error. `Ctrl-C` loses at most the steps since the last
   checkpoint of the runs in hand, and the same command goes on.
 - `make rerun RUN=runs/…/NAME` trains a run again from the configuration that it recorded and says whether it agrees.
+
+A table of your own is a preset that sweeps, `conf/experiment/table_mine.yaml` (`hydra: {mode: MULTIRUN, sweeper: {params:
+{optimizer: "dp_sgd,dp_adam", privacy: "eps1,eps8", seed: "0,1,2"}}}`), and `experiments/mine.yaml`, which names it:
+
+```yaml
+title: Mine
+setting: What a reader must know.
+column: privacy
+scales: [smoke, full]            # the last one is the presets as they stand; the others lay conf/scale/ over them
+tables:
+  - {title: Accuracy, baseline: dp_sgd, rows: [{preset: table_mine}]}
+```
+
+Then `make table-mine SCALE=full`. In the tables, a published figure is compared with ours only where data set, model, N, ε
+and δ agree, and every figure names its source and protocol.
+
 """
 
 
