@@ -31,7 +31,7 @@ every row, to see that everything runs. This page is made by `python scripts/mak
 - `make rerun RUN=runs/…/NAME` trains a run again from the configuration that it recorded and says whether it agrees.
 
 A table of your own is a preset that sweeps, `conf/experiment/table_mine.yaml`, written like
-[table_digits_clipping.yaml](../conf/experiment/table_digits_clipping.yaml), and `experiments/mine.yaml`, which names it:
+[table_digits_clipping.yaml](../conf/experiment/table_digits_clipping.yaml), and `experiments/mine.yaml`, that names it:
 
 ```yaml
 title: Mine
@@ -42,8 +42,8 @@ tables:
   - {title: Accuracy, baseline: dp_sgd, rows: [{preset: table_mine}]}
 ```
 
-Then `make table-mine SCALE=full`. In the tables, a published figure is compared with ours only where data set, model, N,
-ε and δ agree, and every figure names its source and protocol.
+Then `make table-mine SCALE=full`. A published figure is compared with ours only where data set, model, N, ε and δ agree,
+and names its source and protocol.
 
 """
 
