@@ -42,8 +42,8 @@ tables:
   - {title: Accuracy, baseline: dp_sgd, rows: [{preset: table_mine}]}
 ```
 
-Then `make table-mine SCALE=full`. A published figure is compared with ours only where data set, model, N, ε and δ are the
-same, and it names its source and protocol.
+Then `make table-mine SCALE=full`. A published figure names source and protocol, and is compared with ours only where
+data set, model, N, ε and δ are the same.
 
 """
 

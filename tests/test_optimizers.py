@@ -29,7 +29,7 @@ def configure(*overrides: str) -> Config:
 
 def make(name, parameters, **options):
     """The optimizer of a YAML file, with some of its options changed."""
-    node = configure(f"optimizer={name}").optimizer
+    node = configure(f"optimizer={name}", "model=linear").optimizer
     assert set(options) <= set(node) | {"noise_std"}
     return build("optimizer", {**node, **options})(parameters)
 
@@ -148,7 +148,7 @@ def test_without_clip_and_noise_it_is_the_original(name, original):
     """An infinite clip, σ = 0 and q = 1: torch's own optimizer on the mean gradient."""
     data, plan = small_data(16), make_plan(sigma=0.0, size=16, batch=16, steps=10)
     model, twin = small_model(), small_model()
-    optimizer, node = make(name, list(model.parameters())), configure(f"optimizer={name}").optimizer
+    optimizer, node = make(name, list(model.parameters())), configure(f"optimizer={name}", "model=linear").optimizer
     options = {key: value for key, value in node.items() if key != "_target_"}
     reference = getattr(torch.optim, original)(twin.parameters(), **options)
     private = PrivateGradient(model, F.cross_entropy, plan, dpopt.clipping.Flat(1e30))

@@ -247,7 +247,9 @@ def test_kill_and_resume_is_bit_exact(cli, killed, tmp_path, options):
 
 def test_a_warm_up_arrives(tmp_path):
     warm_up = ("schedule=linear", "schedule.start_factor=0.01", "schedule.end_factor=1", "schedule.total_iters=3")
-    dpopt.train.run(configure(*SHORT, "optimizer=dp_sgd", *warm_up, f"output_dir={tmp_path}/runs", "eval_every=1"))
+    dpopt.train.run(
+        configure(*SHORT, "optimizer=dp_sgd", "optimizer.lr=1", *warm_up, f"output_dir={tmp_path}/runs", "eval_every=1")
+    )
     rates = [float(row["optimizer/lr"]) for row in rows(only_run(tmp_path))]
     assert rates[:4] == pytest.approx([0.01, 0.34, 0.67, 1.0])
 
