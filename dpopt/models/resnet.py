@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import torchvision.models
 from torch import nn
 
 
@@ -18,6 +17,8 @@ def _resnet(
         groups: groups of every GroupNorm.
         small_images: a 3×3 stem without pooling, for images of about 32×32.
     """
+    import torchvision.models  # takes as long as torch itself
+
     make = getattr(torchvision.models, name)
     model: nn.Module = make(num_classes=num_classes, norm_layer=lambda channels: nn.GroupNorm(groups, channels))
     if small_images or in_channels != 3:

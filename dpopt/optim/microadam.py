@@ -106,10 +106,10 @@ class MicroAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        # Nothing in there gains from being traced, and much of it cannot be. As a decorator it would import the compiler.
+        (torch.compiler.disable(self._update) if torch.compiler.is_compiling() else self._update)()
         return loss
 
-    @torch.compiler.disable  # nothing in here gains from being traced, and much of it cannot be
     def _update(self) -> None:
         for number, group in enumerate(self.param_groups):
             parameters = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
