@@ -106,7 +106,7 @@ class MicroAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Nothing in there gains from being traced, and much of it cannot be. As a decorator it would import the compiler.
+        # Nothing in there gains from being traced, and much of it cannot be; a decorator would import the compiler.
         (torch.compiler.disable(self._update) if torch.compiler.is_compiling() else self._update)()
         return loss
 
