@@ -33,7 +33,8 @@ SCALE ?= cpu
 JOBS ?= $(shell nproc)
 TABLES = $(PY) scripts/make_tables.py --scale $(SCALE)
 define make-tables
-	-$(TABLES) $(1) --commands | OMP_NUM_THREADS=1 xargs -P $(JOBS) --process-slot-var=DPOPT_JOB -I{} sh -c '{} >/dev/null 2>&1'
+	@mkdir -p runs
+	-$(TABLES) $(1) --commands | OMP_NUM_THREADS=1 xargs -d '\n' -P $(JOBS) --process-slot-var=DPOPT_JOB -I{} sh -c '{}'
 	$(TABLES) $(1)
 	$(PY) scripts/make_figures.py --scale $(SCALE) $(1)
 endef

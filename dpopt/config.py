@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -123,7 +123,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 def by_epsilon(epsilon: float | None, values: Mapping[Any, Any]) -> Any:
     """`${by_epsilon:${epsilon},{1: a, 8: b}}` in a YAML: the value at the nearest ε, in ratio; for none, the last."""
     known = sorted(values, key=float)
-    if epsilon is None or math.isinf(float(epsilon)):
+    if epsilon is None or not 0 < float(epsilon) < math.inf:  # nonsense is refused elsewhere, in words
         return values[known[-1]]
     return values[min(known, key=lambda other: abs(math.log(float(other) / float(epsilon))))]
 
@@ -217,8 +217,13 @@ def accepted(function: Callable[..., Any], names: Collection[str]) -> list[str]:
 
 def component_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
     """What the arguments of a component default to, where that is a plain value."""
+    return _defaults(str(node.get("_target_")))
+
+
+@cache
+def _defaults(target: str) -> dict[str, Any]:
     try:
-        parameters, _ = _parameters(_target("component", node))
+        parameters, _ = _parameters(_target("component", {"_target_": target}))
     except ValueError:
         return {}
     plain = (bool, int, float, str, list, tuple, type(None))

@@ -157,14 +157,19 @@ def _cached(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str
     """Tensors from a file, which the first of several processes makes; the pages are shared between them."""
     from dpopt.store import replace_durably
 
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            print(f"computing {path}: once, some minutes on a CPU", flush=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            torch.save(make(), temporary)
-            replace_durably(temporary, path)
-    tensors: dict[str, torch.Tensor] = torch.load(path, mmap=True)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                print(f"computing {path}: once, some minutes on a CPU", flush=True)
+                temporary = path.with_name(f".{path.name}.tmp")
+                torch.save(make(), temporary)
+                replace_durably(temporary, path)
+    try:
+        tensors: dict[str, torch.Tensor] = torch.load(path, mmap=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: delete it, and it is computed again") from error
     return tensors
 
 

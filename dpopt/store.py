@@ -12,6 +12,7 @@ import secrets
 import subprocess
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,21 +159,21 @@ def note_failure(config: Config, error: Exception) -> None:
     """Record, for the tables of a sweep, why a run that has no directory could not begin."""
     with contextlib.suppress(OSError, ValueError):  # the error itself is what the user wants to hear of
         path = _failure(config)
-        if not locate(config).exists():
+        if not config.dry_run:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, f"{error}\n")
 
 
-def failure(config: Config) -> str | None:
-    """The first line of what ended a run, or kept it from beginning; None when nothing did."""
-    for path in (locate(config) / ERROR, _failure(config)):
+def failure(config: Config, directory: Path) -> str | None:
+    """The first line of what ended the run in a directory, or kept it from beginning; None when nothing did."""
+    for path in [directory / ERROR, *([] if directory.exists() else [_failure(config)])]:
         if path.exists():
             return path.read_text().splitlines()[0]
     return None
 
 
 def _failure(config: Config) -> Path:
-    return Path(config.output_dir) / ".sweeps" / f"{run_name(config)}.txt"
+    return Path(config.output_dir).absolute() / ".sweeps" / f"{run_name(config)}.txt"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -213,6 +214,7 @@ def load(run_dir: str | Path) -> nn.Module:
     return model.eval()
 
 
+@cache  # the code that is loaded, though the checkout may move on during a sweep
 def git_commit() -> str | None:
     """The commit of the checkout that this code runs from, if it is one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -32,6 +32,8 @@ class Total(Callback):
 
 def summary(plans: list[dict[str, Any]], failed: int = 0) -> str:
     """One line: runs, those that are finished, hours one after the other, and the most memory."""
+    if not plans and not failed:
+        return "sweep: its plans were made by other processes, so they are not added up; leave the launcher out"
     open_ = [plan for plan in plans if plan.get("status") != "finished"]
     times = [plan["seconds"] for plan in open_ if plan.get("seconds") is not None]
     memory = [plan["memory_bytes"] for plan in open_ if plan.get("memory_bytes") is not None]

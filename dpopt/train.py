@@ -79,6 +79,9 @@ def run(config: Config) -> dict[str, Any]:
     train, test, held_out = prepare.load_data(config, spec, device)
     with store.claim(directory):
         try:
+            if (done := store.finished(directory)) and not config.fresh:  # by another process, in the meantime
+                report.already_finished(done, str(directory), store.git_commit())
+                return done
             if config.fresh:
                 store.clear(directory)
             (directory / store.ERROR).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ where data set, model, N, ε and δ agree.
 import argparse
 import csv
 import math
+import shlex
 import statistics
 import sys
 from dataclasses import replace
@@ -27,7 +28,7 @@ from dpopt import store
 from dpopt.config import build, target_name
 from dpopt.sweep import duration, size
 
-RECORDED = ("epsilon", "test_accuracy", "test_loss", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
+RECORDED = ("test_accuracy", "test_loss", "epsilon", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
 Cells = dict[tuple[str, str], list[Job]]
 
 
@@ -61,11 +62,14 @@ def cell(jobs: list[Job], measure: str) -> str:
     scores = [show(measure, score) for job in jobs if (score := job.score(measure)) is not None]
     failed = [result["error"] for result in results if result["status"] == "failed"]
     if not scores:
-        return f"failed: {failed[0][:70]}" if failed else "not run"
+        begun = "unfinished" if any(result["status"] == "unfinished" for result in results) else "not run"
+        return f"failed: {failed[0][:70]}" if failed else begun
+    if not all(map(math.isfinite, scores)):
+        return f"diverged ({sum(not math.isfinite(score) for score in scores)} of {len(scores)})"
     places = digits(measure)
     text = f"{statistics.fmean(scores):,.{places}f}"
     text += f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 and places else ""
-    notes = [f"n = {len(scores)}"] if len(scores) < max(3, len(jobs)) else []
+    notes = [f"n = {len(scores)}"] if places or len(scores) < len(jobs) else []
     notes += [f"{len(failed)} failed"] if failed else []
     return text + (f" ({', '.join(notes)})" if notes else "")
 
@@ -75,7 +79,7 @@ def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
     of_base = {job.config.seed: job.score(measure) for job in base}
     pairs = [(job.score(measure), of_base.get(job.config.seed)) for job in jobs]
     found = [show(measure, one) - show(measure, other) for one, other in pairs if None not in (one, other)]  # type: ignore[arg-type]
-    if not found:
+    if not found or not all(map(math.isfinite, found)):
         return ""
     places = digits(measure)
     mean = statistics.fmean(found)
@@ -172,7 +176,7 @@ def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
         rows, columns, cells = arrange(tables.jobs(about, entry, scale))
         heads = [COLUMNS.get(column, f"{about['column']} = {column}") for column in columns]
         parts.append(f"## {entry['title']}\n")
-        for measure in entry.get("measures", [about.get("measure", "test_accuracy")]):
+        for measure in measures(about, entry):
             lines = [[f"`{row}`", *(cell(cells[row, column], measure) for column in columns)] for row in rows]
             parts.append(f"{unit(measure)}.\n\n{markdown(['', *heads], lines)}\n")
             tex.append(latex(f"{about['title']}: {entry['title']}. {unit(measure)}.", ["", *heads], lines))
@@ -192,24 +196,32 @@ def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
             parts.append(markdown(head, beside(entry["published"], cells)) + "\n")
         parts += [f"{text.strip()}\n" for text in [*flags(cells), *([entry["notes"]] if "notes" in entry else [])]]
         rows_here = [row for row in entry["rows"] if scale in row.get("scales", SCALES)]
-        made = [" ".join(tables.overrides_of(about, entry, row, scale)) for row in rows_here]
+        made = [shlex.join(tables.overrides_of(about, entry, row, scale)) for row in rows_here]
         parts.append("Runs: " + ", ".join(f"`python run.py {words}`" for words in made) + ".\n")
-        runs += [record(entry["title"], job) for jobs in cells.values() for job in jobs]
+        runs += [record(about, entry, job) for jobs in cells.values() for job in jobs]
     parts.append(foot(runs) + "\n")
     return "\n".join(parts), "\n".join(tex), runs
 
 
-def record(title: str, job: Job) -> dict[str, Any]:
-    """A run as a line of the csv file."""
-    result = job.result()
-    about = {"table": title, "row": job.row, "column": job.column, "seed": job.config.seed, "status": result["status"]}
-    keys = {key: result.get(key, "") for key in (*RECORDED, "git_commit", "device")}
+def measures(about: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """What a table shows."""
+    found: list[str] = entry.get("measures", [about.get("measure", "test_accuracy")])
+    return found
+
+
+def record(about: dict[str, Any], entry: dict[str, Any], job: Job) -> dict[str, Any]:
+    """A run as a line of the csv file; a table by which something is chosen shows nothing of the test set."""
+    title, result = entry["title"], job.result()
+    shown = dict.fromkeys(m for part in about["tables"] for m in measures(about, part))
+    recorded = [key for key in RECORDED if key not in shown and not (about.get("choose") and key.startswith("test_"))]
+    which = {"table": title, "row": job.row, "column": job.column, "seed": job.config.seed, "status": result["status"]}
+    scores = {measure: "" if (score := job.score(measure)) is None else score for measure in shown}
+    keys = {key: result.get(key, "") for key in (*recorded, "git_commit", "device")}
     setting: dict[str, Any] = {"dataset": target_name(job.config.dataset), "model": target_name(job.config.model)}
     setting |= {"train_size": result.get("dataset_size", ""), "delta": job.config.delta if job.config.private else ""}
     versions = "; ".join(f"{key} {value}" for key, value in result.get("versions", {}).items())
-    return (
-        about | setting | keys | {"versions": versions, "run": job.directory().name, "error": result.get("error", "")}
-    )
+    rest = {"versions": versions, "run": job.directory().name, "error": result.get("error", "")}
+    return which | setting | scores | keys | rest
 
 
 def foot(runs: list[dict[str, Any]]) -> str:
@@ -229,6 +241,14 @@ def foot(runs: list[dict[str, Any]]) -> str:
 def stem(name: str, scale: str) -> str:
     """The name of a table's files: with the scale, unless there is but one that means something."""
     return name if scale != "smoke" and len(tables.read(name)["scales"]) <= 2 else f"{name}_{scale}"
+
+
+def finished(path: Path) -> int:
+    """Finished runs in a csv file that was written before."""
+    if not path.exists():
+        return 0
+    with path.open(newline="") as file:
+        return sum(run["status"] == "finished" for run in csv.DictReader(file))
 
 
 def plan(name: str, scale: str) -> str:
@@ -259,12 +279,14 @@ def plan(name: str, scale: str) -> str:
 
 
 def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how: str) -> str:
-    """The row that is best on average over the columns, or the one that is best in each; unfinished cells lose."""
+    """The row that is best on average over the columns, or the one that is best in each of them."""
 
     def mean(row: str, column: str) -> float:
         scores = [job.score(measure) or 0.0 for job in cells[row, column]]
         return statistics.fmean(scores) if scores else 0.0
 
+    if any(job.score(measure) is None for jobs in cells.values() for job in jobs):
+        return "Not decided: runs are missing."
     if how == "average":
         return f"Best on average: {max(rows, key=lambda row: sum(mean(row, column) for column in columns))}."
     best = {column: max((mean(row, column), row) for row in rows)[1] for column in columns}
@@ -278,6 +300,7 @@ def main() -> int:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--output", type=Path, help="experiments/results, or runs/smoke for scale smoke")
     parser.add_argument("--commands", action="store_true", help="print the commands that make the runs, and stop")
+    parser.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
     parser.add_argument("--plan", action="store_true", help="print what the runs would cost, and stop")
     arguments = parser.parse_args()
     scale = arguments.scale
@@ -296,12 +319,18 @@ def main() -> int:
         if arguments.plan:
             print(plan(name, scale))
             continue
+        if not tables.read(name)["tables"]:
+            continue  # a figure alone
         text, tex, runs = page(name, scale)
         output.mkdir(parents=True, exist_ok=True)
-        path = output / stem(name, scale)
+        path = output / f"{stem(name, scale)}.csv"
+        before, now = finished(path), sum(run["status"] == "finished" for run in runs)
+        if now < before and not arguments.force:
+            print(f"{path} holds {before} finished runs, here are {now}: kept as it is (--force overwrites)")
+            continue
         path.with_suffix(".md").write_text(text)
         path.with_suffix(".tex").write_text(tex)
-        with path.with_suffix(".csv").open("w", newline="") as file:
+        with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(runs[0]))
             writer.writeheader()
             writer.writerows(runs)

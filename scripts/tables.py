@@ -43,7 +43,7 @@ class Job:
 
     def directory(self) -> Path:
         """Where the run is, or will be."""
-        root = Path(self.config.output_dir)
+        root = ROOT / self.config.output_dir
         directory = root / store.run_name(self.config)
         return directory if directory.exists() else _finished(root).get(store.content(self.config), directory)
 
@@ -52,7 +52,7 @@ class Job:
         directory = self.directory()
         if done := store.finished(directory):
             return done
-        if error := store.failure(self.config):
+        if error := store.failure(self.config, directory):
             return {"status": "failed", "error": error}
         return {"status": "unfinished" if directory.exists() else "not run"}
 
@@ -69,8 +69,9 @@ class Job:
         result = self.result()
         if result["status"] != "finished":
             return None
-        value = result[measure] if measure in result else self.series()[-1][measure]
-        return float(value)
+        series = self.series()
+        value = result[measure] if measure in result else series[-1].get(measure) if series else None
+        return None if value is None else float(value)
 
 
 def names() -> list[str]:
@@ -170,13 +171,19 @@ def _expand(words: tuple[str, ...], column: str, label: str) -> list[Job]:
 def commands(name: str, scale: str) -> list[str]:
     """What makes the runs of a table: a command per preset and seed, to be spread over processes."""
     about, lines = read(name), []
+    seen: set[str] = set()
     for entry in about["tables"]:
         for row in entry["rows"]:
             if scale in row.get("scales", SCALES):
                 words = overrides_of(about, entry, row, scale)
                 seeds = sweep(words)[1]["seed"].split(",")
-                kept = [shlex.quote(word) for word in words if not word.startswith("seed=")]
-                lines += [f"{sys.executable} run.py {' '.join(kept)} seed={seed}" for seed in seeds]
+                names = {store.run_name(job.config) for job in expand(words, about["column"])}
+                if names <= seen:
+                    continue  # made by the commands of an earlier row
+                seen |= names
+                kept = [word for word in words if not word.startswith("seed=")]
+                line = shlex.join([sys.executable, "run.py", *kept])
+                lines += [f"{line} seed={seed} >>runs/.log 2>&1" for seed in seeds]
     return list(dict.fromkeys(lines))
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -124,11 +125,61 @@ def test_cells_say_what_is_missing(tmp_path):
     assert rows == ["dp_sgd", "dp_psasc_momentum"] and columns == ["eps1", "eps8"]
     shown = {at: make_tables.cell(jobs, "test_accuracy") for at, jobs in cells.items()}
     assert shown == {
-        ("dp_sgd", "eps1"): "55.0 ± 5.0",
+        ("dp_sgd", "eps1"): "55.0 ± 5.0 (n = 3)",
         ("dp_sgd", "eps8"): "70.0 ± 0.0 (n = 2)",
         ("dp_psasc_momentum", "eps1"): "not run",
         ("dp_psasc_momentum", "eps8"): "failed: the data set is not there",
     }
+
+
+def test_a_loss_that_is_not_finite_is_a_cell_like_any_other(tmp_path):
+    tables._finished.cache_clear()
+    found = [job for job in fake(tmp_path) if (job.row, job.column) == ("dp_sgd", "eps1")]
+    for job in found:
+        finish(job, test_loss=float("nan") if job.config.seed else 1.0)
+    assert make_tables.cell(found, "test_loss") == "diverged (2 of 3)"
+    assert make_tables.difference(found, found, "test_loss") == "" and make_tables.cell(found, "no such") == "not run"
+
+
+def test_a_failure_is_forgotten_once_the_run_begins(tmp_path):
+    tables._finished.cache_clear()
+    job = fake(tmp_path, "0")[0]
+    store.note_failure(job.config, ValueError("no data"))
+    assert job.result() == {"status": "failed", "error": "no data"}
+    store.locate(job.config).mkdir()
+    assert job.result() == {"status": "unfinished"}
+    dry = replace(fake(tmp_path, "1")[0], config=replace(job.config, seed=7, dry_run=True))
+    store.note_failure(dry.config, ValueError("no data"))
+    assert dry.result() == {"status": "not run"}
+
+
+def test_every_command_survives_the_shells_on_its_way(tmp_path):
+    """As the Makefile sends them: what arrives is what was meant, `${steps}` included."""
+    recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "--commands" in line)
+    pipe = recipe[recipe.index("| ") + 2 :].replace("$(JOBS)", "1").replace("OMP_NUM_THREADS=1 ", "")
+    for name in NAMES:
+        lines = tables.commands(name, tables.read(name)["scales"][-1])
+        harmless = [line.replace(f"{sys.executable} run.py", "printf '%s\\n'").split(" >>")[0] for line in lines]
+        done = subprocess.run(
+            ["sh", "-c", pipe], input="\n".join(harmless), capture_output=True, text=True, cwd=tmp_path
+        )
+        wanted = [word for line in lines for word in shlex.split(line.split(" >>")[0])[2:]]
+        assert done.stdout.splitlines() == wanted, done.stderr
+    assert any("${steps}" in line for line in tables.commands("ablation", "full"))
+
+
+def test_tables_are_not_overwritten_by_emptier_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["make_tables.py", "psasc", "--scale", "full", "--output", str(tmp_path)])
+    assert make_tables.main() == 0 and (tmp_path / "psasc.md").exists()
+    with (tmp_path / "psasc.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["status"], ["finished"]])
+    (tmp_path / "psasc.md").write_text("kept")
+    assert make_tables.main() == 0 and (tmp_path / "psasc.md").read_text() == "kept"
+    assert "--force overwrites" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--force"])
+    assert make_tables.main() == 0 and (tmp_path / "psasc.md").read_text() != "kept"
+    monkeypatch.setattr(sys, "argv", ["make_tables.py", "rate", "--output", str(tmp_path)])
+    assert make_tables.main() == 0 and not (tmp_path / "rate.md").exists()
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -154,6 +205,8 @@ def test_the_best_row_is_chosen_on_average_or_by_column(tmp_path):
         if (job.row, job.column) in scores:
             finish(job, test_accuracy=scores[job.row, job.column])
     rows, columns, cells = make_tables.arrange(found)
+    assert make_tables.chosen(rows, columns, cells, "test_accuracy", "average") == "Not decided: runs are missing."
+    finish(cells["dp_psasc_momentum", "eps8"][0], test_accuracy=0.65)
     assert make_tables.chosen(rows, columns, cells, "test_accuracy", "average") == "Best on average: dp_sgd."
     each = make_tables.chosen(rows, columns, cells, "test_accuracy", "each")
     assert each == "Best: dp_psasc_momentum at ε = 1, dp_sgd at ε = 8."
