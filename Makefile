@@ -30,7 +30,8 @@ bench: $(READY)  ## time and memory of optimizers and gradients, side by side (w
 	$(PY) scripts/bench_engine.py
 
 SCALE ?= cpu
-JOBS ?= $(shell nproc)
+# A process per GPU, or per core where there is none.
+JOBS ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -gt 0 ] && echo $$gpus || nproc)
 TABLES = $(PY) scripts/make_tables.py --scale $(SCALE)
 define make-tables
 	@mkdir -p runs
