@@ -1,4 +1,4 @@
-"""Shared fixtures: a command-line runner, a tiny private problem, the engine's oracle, and where CIFAR-10 lies."""
+"""Shared fixtures: a command-line runner, small private problems, oracles of engines, and where CIFAR-10 lies."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from torch import nn
 import dpopt
 from dpopt.privacy.accounting import compute_epsilon
 from dpopt.privacy.engine import Engine
+from dpopt.privacy.gradients import PrivateGradient
 from dpopt.privacy.proof import check
+from dpopt.privacy.sampling import PoissonBatch
 from dpopt.privacy.streams import RandomKey
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,3 +212,55 @@ def assert_exact(model, inputs, targets, policies=RULED, prove=True, tolerance=1
 
 def images(channels, height=9, width=8, examples=3, views=1):
     return torch.randn(examples, views, channels, height, width), torch.arange(examples) % 3
+
+
+def batch_of(plan, inputs, targets, step=0):
+    """The draw of a step that took exactly these examples: inputs (B, …), targets (B,)."""
+    mask = torch.ones(len(inputs), dtype=torch.bool)
+    return PoissonBatch(plan, step, torch.arange(len(inputs)), iter([(inputs[:, None], targets, mask)]))
+
+
+class Bowl(nn.Module):
+    """Example x has the loss ½‖θ − x‖², hence the gradient θ − x; two layers of it."""
+
+    def __init__(self, *start):
+        super().__init__()
+        self.first = Half(start[: len(start) // 2])
+        self.second = Half(start[len(start) // 2 :])
+
+    def forward(self, x):
+        left, right = x.tensor_split(2, dim=1)
+        return self.first(left) + self.second(right)
+
+    def theta(self):
+        return np.concatenate([self.first.theta.detach().numpy(), self.second.theta.detach().numpy()])
+
+    def grad(self):
+        return np.concatenate([self.first.theta.grad.numpy(), self.second.theta.grad.numpy()])
+
+
+class Half(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+
+    def forward(self, x):
+        return 0.5 * (self.theta - x).square().sum(1, keepdim=True)
+
+
+def bowl(plan, clip, steps, after=lambda private: None, **seams):
+    """Train a bowl on fixed full batches; returns it, the data and p.grad·qN of every step."""
+    model = Bowl(1.0, -2.0, 0.5, 3.0)
+    x = torch.tensor(np.random.default_rng(0).normal(size=(6, 4)))
+    private = PrivateGradient(model, flat_loss, plan, clip, **seams(model) if callable(seams) else seams)
+    seen = []
+    for step in range(steps):
+        private.backward(batch_of(plan, x, torch.zeros(6), step))
+        after(private)
+        seen.append(model.grad() * plan.batch_size)
+    return model, x.numpy(), seen, private
+
+
+def clipped_sum(gradients, c):
+    """Σ g·min(1, c/‖g‖) in NumPy."""
+    return sum(g * min(1.0, c / np.linalg.norm(g)) for g in gradients)
