@@ -62,9 +62,10 @@ def scatter(images: Tensor, scales: int = 2, orientations: int = 8) -> Tensor:
     for scale, bank in enumerate(filters):
         u = _modulus(spectrum.unsqueeze(1), bank, 2**scale)  # (N·C, L, H', W')
         first.append(low(u, scale))
+        paths = torch.fft.fft2(u).split(1, 1) if scale + 1 < scales else ()
         for coarser in range(scale + 1, scales):
             bank = fold(filters[coarser], 2**scale)  # on the grid of u: a sum, because its pixels are larger
-            for path in torch.fft.fft2(u).split(1, 1):
+            for path in paths:
                 second.append(low(_modulus(path, bank, 2 ** (coarser - scale)), coarser))
     maps = torch.cat([*zeroth, *first, *second], 1)
     return maps.view(len(images), -1, *maps.shape[-2:])

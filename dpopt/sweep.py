@@ -27,13 +27,13 @@ class Total(Callback):
     def on_multirun_end(self, config: DictConfig, **options: Any) -> None:
         """Print the sum, after a dry run."""
         if config.get("dry_run"):
-            print(summary(self.plans, self.failed))
+            print(f"sweep: {summary(self.plans, self.failed)}")
 
 
 def summary(plans: list[dict[str, Any]], failed: int = 0) -> str:
     """One line: runs, those that are finished, hours one after the other, and the most memory."""
     if not plans and not failed:
-        return "sweep: its plans were made by other processes, so they are not added up; leave the launcher out"
+        return "its plans were made by other processes, so they are not added up; leave the launcher out"
     open_ = [plan for plan in plans if plan.get("status") != "finished"]
     times = [plan["seconds"] for plan in open_ if plan.get("seconds") is not None]
     memory = [plan["memory_bytes"] for plan in open_ if plan.get("memory_bytes") is not None]
@@ -43,7 +43,7 @@ def summary(plans: list[dict[str, Any]], failed: int = 0) -> str:
         hours = f"about {duration(sum(times))} on this machine, one after the other" if times else "time unknown"
         parts.append(hours if len(times) in (0, len(open_)) else f"{hours} ({len(open_) - len(times)} unknown)")
     parts += [f"up to {size(max(memory))} beside code and data"] if memory else []
-    return "sweep: " + " · ".join(parts)
+    return " · ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -39,7 +39,8 @@ def run(config: Config) -> dict[str, Any]:
     """Train what the configuration says, or continue it, or print what it has come to.
 
     Returns:
-        The result, as in result.json; for a dry run, the estimated `seconds` and `memory_bytes`.
+        The result, as in result.json; for a dry run, the estimated `seconds` and `memory_bytes`, and as `status`
+        "planned", or "finished" where there is a result.
 
     Raises:
         ValueError: for a configuration that cannot be trained as asked; OSError for missing files.

@@ -220,7 +220,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="experiments/results, or runs/smoke for scale smoke")
     arguments = parser.parse_args()
     output = arguments.output or ROOT / ("runs/smoke" if arguments.scale == "smoke" else "experiments/results")
-    for name in arguments.names or tables.at(arguments.scale):
+    for name in arguments.names or tables.names_at(arguments.scale):
         for path in draw(name, arguments.scale, output):
             print(path)
     return 0

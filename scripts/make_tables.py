@@ -26,7 +26,7 @@ from tables import COLUMNS, ROOT, SCALES, Job
 
 from dpopt import store
 from dpopt.config import build, target_name
-from dpopt.sweep import duration, size
+from dpopt.sweep import summary
 
 RECORDED = ("test_accuracy", "test_loss", "epsilon", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
 Cells = dict[tuple[str, str], list[Job]]
@@ -256,7 +256,7 @@ def plan(name: str, scale: str) -> str:
     from dpopt.train import run
 
     about = tables.read(name)
-    seen: dict[str, tuple[bool, dict[str, Any]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     plans: dict[str, dict[str, Any]] = {}  # what differs by seed and ε alone takes the same time
     for entry in about["tables"]:
         for job in tables.jobs(about, entry, scale):
@@ -266,16 +266,9 @@ def plan(name: str, scale: str) -> str:
             key = store.content(config)
             if key not in plans:
                 plans[key] = run(config)
-            seen[str(job.directory())] = (job.result()["status"] == "finished", plans[key])
-    left = [found for done, found in seen.values() if not done]
-    times = [found["seconds"] for found in left if found["seconds"] is not None]
-    memory = [found["memory_bytes"] for found in left if found["memory_bytes"] is not None]
-    told = [f"{name}, scale {scale}: {len(seen)} runs, {len(seen) - len(left)} finished"]
-    if times:
-        told.append(f"about {duration(sum(times))} for the rest, one after the other, on this machine")
-    told += [f"up to {size(max(memory))} beside code and data"] if memory else []
-    told += [f"{hardware}: {hours}" for hardware, hours in about.get("hours", {}).get(scale, {}).items()]
-    return " · ".join(told)
+            found[str(job.directory())] = plans[key] | {"status": job.result()["status"]}
+    hours = [f"{hardware}: {hours}" for hardware, hours in about.get("hours", {}).get(scale, {}).items()]
+    return " · ".join([f"{name}, scale {scale}: {summary(list(found.values()))}", *hours])
 
 
 def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how: str) -> str:
@@ -304,7 +297,7 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="print what the runs would cost, and stop")
     arguments = parser.parse_args()
     scale = arguments.scale
-    asked = arguments.names or tables.at(scale)
+    asked = arguments.names or tables.names_at(scale)
     output = arguments.output or ROOT / ("runs/smoke" if scale == "smoke" else "experiments/results")
     try:
         for name in asked:

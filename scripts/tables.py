@@ -79,7 +79,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml"))
 
 
-def at(scale: str) -> list[str]:
+def names_at(scale: str) -> list[str]:
     """Those that exist at a scale."""
     return [name for name in names() if scale in read(name)["scales"]]
 
@@ -110,12 +110,12 @@ def overlay(about: dict[str, Any], scale: str) -> list[str]:
     return [] if scale == about["scales"][-1] else [f"+scale={scale}"]
 
 
-def overrides_of(about: dict[str, Any], entry: dict[str, Any], row: dict[str, Any], scale: str) -> list[str]:
+def overrides_of(about: dict[str, Any], entry: dict[str, Any], row: dict[str, Any], scale: str) -> tuple[str, ...]:
     """The words after `python run.py` that make the runs of a row, or of several rows that a preset sweeps."""
     words = [f"+experiment={row['preset']}", *overlay(about, scale)]
     for part in (entry, row):
         words += part.get("overrides", []) + part.get("at", {}).get(scale, [])
-    return words
+    return tuple(words)
 
 
 def jobs(about: dict[str, Any], entry: dict[str, Any], scale: str) -> list[Job]:
@@ -127,14 +127,9 @@ def jobs(about: dict[str, Any], entry: dict[str, Any], scale: str) -> list[Job]:
     return found
 
 
-def sweep(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Overrides that are fixed, and what the preset sweeps, changed or narrowed by those that are not."""
-    fixed, sweeps = _sweep(tuple(words))
-    return list(fixed), dict(sweeps)
-
-
 @cache
-def _sweep(words: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+def sweep(words: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Overrides that are fixed, and what the preset sweeps, changed or narrowed by those that are not."""
     fixed = [word for word in words if not any(mark in word for mark in (",", "("))]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         hydra = compose("config", fixed, return_hydra_config=True).hydra
@@ -144,15 +139,12 @@ def _sweep(words: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
     return fixed, {key: given[key] if key in named else value for key, value in sweeps.items()}
 
 
-def expand(words: list[str], column: str, label: str = "") -> list[Job]:
-    """The runs that `python run.py WORDS` stands for, every seed of them."""
-    return list(_expand(tuple(words), column, label))
-
-
 @cache
-def _expand(words: tuple[str, ...], column: str, label: str) -> list[Job]:
-    fixed, sweeps = sweep(list(words))
-    seeds = [int(seed) for seed in sweeps.pop("seed").split(",")]
+def expand(words: tuple[str, ...], column: str, label: str = "") -> list[Job]:
+    """The runs that `python run.py WORDS` stands for, every seed of them."""
+    fixed, swept = sweep(words)
+    seeds = [int(seed) for seed in swept["seed"].split(",")]
+    sweeps = {key: values for key, values in swept.items() if key != "seed"}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = parser.parse_overrides([f"{key}={value}" for key, value in sweeps.items()])

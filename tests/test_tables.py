@@ -57,7 +57,7 @@ PRESETS = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*_*.yaml") if 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs_at_the_smallest_scale(preset, tmp_path):
     """The first and the last of its rows, two steps of each."""
-    jobs = tables.expand([f"+experiment={preset}", "+scale=smoke", f"output_dir={tmp_path}"], "privacy")
+    jobs = tables.expand((f"+experiment={preset}", "+scale=smoke", f"output_dir={tmp_path}"), "privacy")
     for job in (jobs[0], jobs[-1]):
         result = run(job.config)
         assert result["status"] == "finished" and result["steps"] == 2 and job.score("test_accuracy") is not None
@@ -80,7 +80,7 @@ def test_a_published_figure_is_compared_only_where_the_setting_is_the_same():
     assert (one["row"], one["column"], one["value"], one["train_size"]) == ("dp_microadam", "eps8", 71.4, 45_000)
     for scale, expected in (("full", True), ("cpu", False)):
         words = tables.overrides_of(about, entry, entry["rows"][0], scale)
-        jobs = tables.expand([*words, "optimizer=dp_microadam", "privacy=eps8", "seed=0"], "privacy")
+        jobs = tables.expand((*words, "optimizer=dp_microadam", "privacy=eps8", "seed=0"), "privacy")
         assert len(jobs) == 1 and make_tables.agrees(one, jobs) is expected
         if expected:
             for change in ({"epsilon": 3}, {"delta": 1e-6}, {"train_size": 50_000}, {"model": "wrn_40_4"}):
@@ -89,13 +89,13 @@ def test_a_published_figure_is_compared_only_where_the_setting_is_the_same():
 
 def test_rows_are_what_a_preset_sweeps(tmp_path):
     """DP-PSASC: two optimizers, four s, at a sensitivity of 1."""
-    words = ["+experiment=table_digits_psasc", "seed=0", "privacy=eps1,eps8", f"output_dir={tmp_path}"]
+    words = ("+experiment=table_digits_psasc", "seed=0", "privacy=eps1,eps8", f"output_dir={tmp_path}")
     found = tables.expand(words, "privacy", "psasc")
     assert len(found) == 2 * 4 * 2 and len({store.run_name(job.config) for job in found}) == 16
     assert {job.column for job in found} == {"eps1", "eps8"} and {job.config.seed for job in found} == {0}
     assert all(job.config.clip_norm == job.config.clipping["s"] for job in found)
     assert found[0].row == "psasc, optimizer=dp_sgd, s=1"
-    names = {job.row for job in tables.expand(["+experiment=table_digits_optimizers", "+scale=smoke"], "privacy")}
+    names = {job.row for job in tables.expand(("+experiment=table_digits_optimizers", "+scale=smoke"), "privacy")}
     assert names == {p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml")}
 
 
@@ -107,7 +107,7 @@ def finish(job, **result):
 
 
 def fake(tmp_path, seeds="0,1,2"):
-    words = ["+experiment=table_digits_psasc_flat", f"seed={seeds}", "privacy=eps1,eps8", f"output_dir={tmp_path}"]
+    words = ("+experiment=table_digits_psasc_flat", f"seed={seeds}", "privacy=eps1,eps8", f"output_dir={tmp_path}")
     return tables.expand(words, "privacy")
 
 
@@ -300,7 +300,7 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeyp
     plans = [{"status": "planned", "seconds": 5400, "memory_bytes": 2e9}, {"status": "finished", "seconds": 60}]
     plans.append({"status": "planned", "seconds": 5400, "memory_bytes": 3e9})
     text = summary(plans, 1)
-    assert text.startswith("sweep: 4 runs, 1 of them finished · 1 refused · about 3 h") and "up to 3 GB" in text
+    assert text.startswith("4 runs, 1 of them finished · 1 refused · about 3 h") and "up to 3 GB" in text
     assert "unknown" in summary([{"status": "planned", "seconds": None, "memory_bytes": None}])
     words = ["-m", "+experiment=quickstart", "seed=0,1", "dry_run=true", f"output_dir={tmp_path}"]
     done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
