@@ -217,7 +217,7 @@ def accepted(function: Callable[..., Any], names: Collection[str]) -> list[str]:
 
 def component_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
     """What the arguments of a component default to, where that is a plain value."""
-    return _defaults(str(node.get("_target_")))
+    return _defaults(node["_target_"]) if "_target_" in node else {}
 
 
 @cache

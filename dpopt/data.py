@@ -6,7 +6,8 @@ except digits, of which a fixed fifth is the test set.
 """
 
 import fcntl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dpopt.privacy.streams import RandomKey
-from dpopt.scattering import scatter, scattering_channels
+from dpopt.scattering import VERSION, scatter, scattering_channels
 from dpopt.sources import MapSource, TensorSource
 
 Loaded = tuple[Any, Any]  # train and test, as Sources or as anything that `dpopt.sources.as_source` accepts
@@ -106,7 +107,7 @@ def cifar10_scattering(groups: int = 27) -> DataSpec:
                 found |= {part: torch.cat(pieces), f"{part}_targets": source.targets.cpu()}
             return found
 
-        parts = _cached(data_dir / f"cifar10_scattering_{groups}.pt", features)
+        parts = _cached(data_dir / f"cifar10_scattering_v{VERSION}_{groups}.pt", features)
         train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
         return train, test
 
@@ -153,14 +154,21 @@ def imagenet(
     return DataSpec(Path(folder).name, train_size, classes, (3, image_size, image_size), load)
 
 
+@contextmanager
+def _one_process(path: Path) -> Iterator[None]:
+    """Other processes that want to make this file wait here."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _cached(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Tensors from a file, which the first of several processes makes; the pages are shared between them."""
     from dpopt.store import replace_durably
 
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _one_process(path):
             if not path.exists():
                 print(f"computing {path}: once, some minutes on a CPU", flush=True)
                 temporary = path.with_name(f".{path.name}.tmp")
@@ -207,7 +215,8 @@ def _open(factory: Any, data_dir: Path, train: bool) -> Any:
     except RuntimeError:  # torchvision's word for "not there, or damaged"
         pass
     try:
-        return factory(root=data_dir, train=train, download=True)
+        with _one_process(data_dir / factory.__name__):
+            return factory(root=data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
         where = f"{data_dir}/{getattr(factory, 'base_folder', factory.__name__ + '/raw')}"
         raise FileNotFoundError(

@@ -17,6 +17,7 @@ from dpopt.prepare import takes_gradients
 from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
 from dpopt.privacy.engine import Engine
+from dpopt.store import short_commit
 from dpopt.sweep import duration, size
 
 _HOUR = 3600
@@ -124,12 +125,12 @@ def already_finished(result: dict[str, Any], directory: str, commit: str | None)
     epsilon = result["epsilon"]
     console().print(
         f"finished: {directory}: accuracy {result['test_accuracy']:.2%}, ε = {epsilon:.4g}, "
-        f"commit {str(result.get('git_commit'))[:12]} (fresh=true retrains)",
+        f"commit {short_commit(result.get('git_commit'))} (fresh=true retrains)",
         soft_wrap=True,
         highlight=False,
     )
     if commit and result.get("git_commit") and commit != result["git_commit"]:
-        console().print(f"[yellow]  the code is at {commit[:12]} now: this result may be out of date[/yellow]")
+        console().print(f"[yellow]  the code is at {short_commit(commit)} now: this result may be out of date[/yellow]")
 
 
 class Progress:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+VERSION = 1  # of the features; raised when their numbers change, so that files of older ones are not taken for them
+
 
 def scattering_channels(channels: int, scales: int = 2, orientations: int = 8) -> int:
     """Number of feature maps of an image with so many channels."""

@@ -231,7 +231,7 @@ def foot(runs: list[dict[str, Any]]) -> str:
     if not done:
         return f"None of {len(once)} runs has been made."
     hours = sum(run["wall_seconds"] for run in done) / 3600
-    commits = sorted({str(run["git_commit"])[:12] for run in done})
+    commits = sorted({store.short_commit(run["git_commit"]) for run in done})
     where = ", ".join(sorted({run["device"] for run in done}))
     versions = ", ".join(sorted({run["versions"] for run in done}))
     made = f"{len(done)} of {len(once)} runs, {hours:.1f} process hours"

@@ -66,7 +66,7 @@ def main() -> int:
     spec = build("dataset", config.dataset)()
     test_size = len(load_data(config, spec, make_device("cpu"))[1])
     good, text = verdict(before, after, same, test_size)
-    commits = {str(result["git_commit"])[:12] for result in (before, after)}
+    commits = {store.short_commit(result["git_commit"]) for result in (before, after)}
     print(f"{arguments.run}: {text} (commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))})")
     return 0 if good else 1
 

@@ -154,7 +154,9 @@ def expand(words: tuple[str, ...], column: str, label: str = "") -> list[Job]:
         for job in grid:
             others = [word for word in fixed if word.split("=")[0] not in job and not word.startswith("seed=")]
             config = from_hydra(compose("config", [*others, *(f"{key}={value}" for key, value in job.items())]))
-            values = [job[key] if len(varied) == 1 else f"{key.rpartition('.')[2]}={job[key]}" for key in varied]
+            values = [
+                job[key] if len(varied) == 1 and not label else f"{key.rpartition('.')[2]}={job[key]}" for key in varied
+            ]
             row = ", ".join([label] * bool(label) + values) or words[0].rpartition("=")[2]
             found += [Job(row, job[column], replace(config, seed=seed)) for seed in seeds]
     return found
