@@ -82,7 +82,8 @@ def section(name: str) -> str:
         where = ", ".join(sorted({run["device"] for run in runs}))
         done = f"[{path.name}](../experiments/results/{path.name})" if path.exists() else "not run"
         cost = f", {len(runs)} cells, {hours:.1f} process hours on {where}" if runs else ""
-        lines.append(f"- `make table-{name} SCALE={scale}`: {done}{cost}")
+        expected = "; ".join(f"expected hours on {on}: {hours}" for on, hours in about["hours"][scale].items())
+        lines.append(f"- `make table-{name} SCALE={scale}`: {done}{cost}; {expected}")
         for figure in sorted(RESULTS.glob(f"{stem(name, scale)}_*.png")):
             if figure.stem.removeprefix(f"{stem(name, scale)}_") in {f["name"] for f in about.get("figures", [])}:
                 lines.append(f"  - figure [{figure.name}](../experiments/results/{figure.name})")

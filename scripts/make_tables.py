@@ -267,7 +267,7 @@ def plan(name: str, scale: str) -> str:
             if key not in plans:
                 plans[key] = run(config)
             found[str(job.directory())] = plans[key] | {"status": job.result()["status"]}
-    hours = [f"{hardware}: {hours}" for hardware, hours in about.get("hours", {}).get(scale, {}).items()]
+    hours = [f"expected hours on {hardware}: {hours}" for hardware, hours in about["hours"].get(scale, {}).items()]
     return " · ".join([f"{name}, scale {scale}: {summary(list(found.values()))}", *hours])
 
 

@@ -32,6 +32,7 @@ def test_every_table_is_complete_at_every_scale(name):
     about = tables.read(name)
     assert about["title"] and about["setting"] and set(about["scales"]) <= set(tables.SCALES)
     assert "smoke" in about["scales"] or name.endswith("_tuning")
+    assert set(about["hours"]) == set(about["scales"]) - {"smoke"}
     for entry in about["tables"]:
         assert entry["title"] and all(
             set(row) <= {"preset", "label", "overrides", "at", "scales"} for row in entry["rows"]
