@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpopt.store import replace_durably
+from dpopt.files import replace_durably
 
 
 def save(path: Path, step: int, facts: dict[str, Any], parts: dict[str, Any], progress: dict[str, Any]) -> None:

@@ -5,9 +5,7 @@ where the network allows; ImageNet is a folder tree. Training and test sets are 
 except digits, of which a fixed fifth is the test set.
 """
 
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dpopt.files import one_process, replace_durably
 from dpopt.privacy.streams import RandomKey
 from dpopt.scattering import VERSION, scatter, scattering_channels
 from dpopt.sources import MapSource, TensorSource
@@ -154,21 +153,10 @@ def imagenet(
     return DataSpec(Path(folder).name, train_size, classes, (3, image_size, image_size), load)
 
 
-@contextmanager
-def _one_process(path: Path) -> Iterator[None]:
-    """Other processes that want to make this file wait here."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _cached(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Tensors from a file, which the first of several processes makes; the pages are shared between them."""
-    from dpopt.store import replace_durably
-
     if not path.exists():
-        with _one_process(path):
+        with one_process(path):
             if not path.exists():
                 print(f"computing {path}: once, some minutes on a CPU", flush=True)
                 temporary = path.with_name(f".{path.name}.tmp")
@@ -215,7 +203,7 @@ def _open(factory: Any, data_dir: Path, train: bool) -> Any:
     except RuntimeError:  # torchvision's word for "not there, or damaged"
         pass
     try:
-        with _one_process(data_dir / factory.__name__):
+        with one_process(data_dir / factory.__name__):
             return factory(root=data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
         where = f"{data_dir}/{getattr(factory, 'base_folder', factory.__name__ + '/raw')}"

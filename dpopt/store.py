@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import nn
 
+from dpopt import files
 from dpopt.config import COMPONENTS, Config, accepted, build, component_defaults, identity, run_name
 from dpopt.data import DataSpec
 from dpopt.privacy.streams import RandomKey
@@ -50,7 +51,7 @@ def by_content(root: Path) -> dict[str, Path]:
     """The finished runs in a folder, by what they are."""
     found = {}
     for path in root.glob(f"*/{RESULT}"):
-        result = read_json(path)
+        result = files.read_json(path)
         if result.get("status") == "finished" and result.get("config"):
             found[content(result["config"])] = path.parent
     return found
@@ -70,7 +71,7 @@ def content(config: Config | dict[str, Any]) -> str:
 def finished(directory: Path) -> dict[str, Any] | None:
     """The result of a run that has completed, else None."""
     path = directory / RESULT
-    result = read_json(path) if path.exists() else {}
+    result = files.read_json(path) if path.exists() else {}
     return result if result.get("status") == "finished" else None
 
 
@@ -132,36 +133,13 @@ def erase_key(directory: Path) -> None:
         path.unlink()
 
 
-def write_atomic(path: Path, content: str) -> None:
-    """Write a text file so that a crash leaves either the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(content)
-    replace_durably(temporary, path)
-
-
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Move a finished file into place; on the disk before this returns."""
-    for target in (temporary, path.parent):
-        if target == path.parent:
-            os.replace(temporary, path)
-        handle = os.open(target, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file atomically; infinite numbers are written as Infinity."""
-    write_atomic(path, json.dumps(values, indent=2) + "\n")
-
-
 def note_failure(config: Config, error: Exception) -> None:
     """Record, for the tables of a sweep, why a run that has no directory could not begin."""
     with contextlib.suppress(OSError, ValueError):  # the error itself is what the user wants to hear of
         path = _failure(config)
         if not config.dry_run:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, f"{error}\n")
+            files.write_atomic(path, f"{error}\n")
 
 
 def failure(config: Config, directory: Path) -> str | None:
@@ -174,15 +152,6 @@ def failure(config: Config, directory: Path) -> str | None:
 
 def _failure(config: Config) -> Path:
     return Path(config.output_dir).absolute() / ".sweeps" / f"{run_name(config)}.txt"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an unreadable file counts as empty."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def build_model(config: Config, spec: DataSpec, **overrides: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dpopt import checkpoint, prepare, report, store
+from dpopt import checkpoint, files, prepare, report, store
 from dpopt.card import privacy_card
 from dpopt.config import Config, build, check_components, identity
 from dpopt.data import DataSpec
@@ -90,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
             parts = (make_private, micro_batch, optimizer, schedule, filtered)
             result = _train(config, directory, plan, *parts, train, test, held_out)
         except Exception as error:
-            store.write_atomic(directory / store.ERROR, f"{type(error).__name__}: {error}\n")
+            files.write_atomic(directory / store.ERROR, f"{type(error).__name__}: {error}\n")
             raise
     report.result_panel(result, str(directory), config.fresh)
     if result["status"] == "interrupted":
@@ -136,11 +136,11 @@ def _train(
 
     def write_card(steps: int) -> None:
         text = privacy_card(config, plan, sensitivity, steps, directory.name, progress["diagnostics"])
-        store.write_atomic(directory / store.CARD, text)
+        files.write_atomic(directory / store.CARD, text)
 
     write_card(plan.steps)  # what a run in progress may have released is never more than this
     (directory / store.RESULT).unlink(missing_ok=True)
-    store.write_atomic(directory / store.CONFIG, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    files.write_atomic(directory / store.CONFIG, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
     tracker = build("logger", config.logger)()
     metrics = Metrics(directory / store.METRICS, progress["metrics_rows"], tracker, directory.name, asdict(config))
     private = make_private(plan, start=step)
@@ -227,9 +227,9 @@ def _train(
     if status == "finished":
         weights = directory / f".{store.WEIGHTS}.tmp"
         save_file({name: tensor.contiguous().clone() for name, tensor in final.state_dict().items()}, weights)
-        store.replace_durably(weights, directory / store.WEIGHTS)
+        files.replace_durably(weights, directory / store.WEIGHTS)
         store.erase_key(directory)
-    store.write_json(directory / store.RESULT, result)
+    files.write_json(directory / store.RESULT, result)
     return result
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_config import configure
 
 import dpopt
-from dpopt import checkpoint, store, train
+from dpopt import checkpoint, files, store, train
 from dpopt.config import Config, run_name
 from dpopt.sources import TensorSource
 
@@ -125,10 +125,10 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_atomic_files(tmp_path):
-    store.write_json(tmp_path / "a.json", {"epsilon": float("inf")})
-    assert store.read_json(tmp_path / "a.json") == {"epsilon": float("inf")}
+    files.write_json(tmp_path / "a.json", {"epsilon": float("inf")})
+    assert files.read_json(tmp_path / "a.json") == {"epsilon": float("inf")}
     (tmp_path / "a.json").write_text("{")
-    assert store.read_json(tmp_path / "a.json") == {} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert files.read_json(tmp_path / "a.json") == {} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_failure_is_recorded_without_a_result(config, monkeypatch):
