@@ -10,6 +10,7 @@ setup: $(READY)  ## create .venv and install everything that was tested together
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "dpopt needs Python 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	@echo "installing PyTorch and what else is tested together into $(VENV): about 6 GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

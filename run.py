@@ -15,7 +15,7 @@ from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpopt.config import from_hydra
+from dpopt.config import check_words, from_hydra
 
 
 class UserError(CompactHydraException, ValueError):
@@ -45,6 +45,9 @@ def main(cfg: DictConfig) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
+        check_words(sys.argv[1:])
         main()
+    except ValueError as error:  # a key that is not there; what Hydra would say of it leads astray
+        sys.exit(str(error))
     except KeyboardInterrupt:  # after the run in hand has written its result
         sys.exit(130)

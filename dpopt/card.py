@@ -2,17 +2,17 @@
 
 import math
 
-from dpopt.config import Config
+from dpopt.config import Config, beyond, target_name
 from dpopt.plan import PrivacyPlan
 
 _UNACCOUNTED = """\
 - the choice of hyper-parameters: every other run on the same data spends privacy of its own;
-- any use of the test set: test metrics describe other people's data, on which the model was not trained;
+- any use of the test set: ε protects training examples, and metrics on the test set are exact;
 - side channels: running time, memory, and the floating-point representation of the noise (it is not discretised)."""
 
 
 def privacy_card(
-    config: Config, plan: PrivacyPlan, sensitivity: float | None, steps: int, name: str, diagnostics: bool
+    config: Config, plan: PrivacyPlan, sensitivity: float | None, steps: int | None, name: str, diagnostics: bool
 ) -> str:
     """The card, as Markdown.
 
@@ -20,12 +20,15 @@ def privacy_card(
         config: the run's configuration.
         plan: its plan.
         sensitivity: what the clip rule guarantees; None for a run without clipping.
-        steps: steps taken, or the most that may have been taken while the run goes on.
+        steps: steps taken; None while the run goes on.
         name: the run's name.
         diagnostics: whether raw statistics of the training data were recorded at any time of the run.
     """
     lines = [f"# Privacy card: {name}", ""]
-    spent = plan.epsilon_at(steps)
+    taken = plan.steps if steps is None else steps  # the most that may have been released while it goes on
+    spent = plan.epsilon_at(taken)
+    when = f"{taken:,} of {plan.steps:,} planned steps"
+    when = f"after {when}" if steps is not None else f"at the most, after {when}: the run is in progress, or was killed"
     if not config.private:
         lines += ["**This run is not private.** No clipping, no noise (`privacy=none`): the non-private control."]
     elif math.isinf(spent):
@@ -39,10 +42,11 @@ def privacy_card(
         warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
         lines += [
             f"**(ε = {spent:.4g}, δ = {plan.delta:g})**-differential privacy for the model and for everything logged "
-            f"outside `private/`, after {steps:,} of {plan.steps:,} planned steps.",
+            f"outside `private/`, {when}.",
             "",
             "| | |",
             "|---|---|",
+            f"| method | {_method(config)} |",
             "| privacy unit | one training example with its label (all its augmented views together) |",
             "| neighbouring data sets | one example added or removed |",
             f"| N | {plan.dataset_size:,}, taken as public |",
@@ -50,8 +54,8 @@ def privacy_card(
             f"| sampler | Poisson, q = {plan.sample_rate:.6g} (expected batch {plan.batch_size:,}) |",
             f"| clip rule | {config.clipping['_target_']}, sensitivity {sensitivity:g}{_moving(plan)} |",
             f"| noise multiplier σ | {plan.noise_multiplier:.6g}{_shares(plan)} |",
-            f"| accountant | {plan.accountant}; by pld {plan.epsilon_at(steps, 'pld'):.4g}, "
-            f"by rdp {plan.epsilon_at(steps, 'rdp'):.4g} |",
+            f"| accountant | {plan.accountant}; by pld {plan.epsilon_at(taken, 'pld'):.4g}, "
+            f"by rdp {plan.epsilon_at(taken, 'rdp'):.4g} |",
             f"| randomness | {_randomness(config)} |",
         ]
     lines += ["", "## Not accounted", "", _UNACCOUNTED]
@@ -66,6 +70,12 @@ def privacy_card(
     return "\n".join(lines) + "\n"
 
 
+def _method(config: Config) -> str:
+    parts = [f"`{target_name(config.optimizer)}`", *(f"`{name}`" for name in beyond(config))]
+    parts += [f"a weight average of {config.ema:g}"] if config.ema is not None else []
+    return f"{', '.join(parts)}, training `{target_name(config.model)}` on `{target_name(config.dataset)}`"
+
+
 def _moving(plan: PrivacyPlan) -> str:
     return " at first, then moved at every step by a count" if plan.count_noise else ""
 
@@ -73,8 +83,10 @@ def _moving(plan: PrivacyPlan) -> str:
 def _shares(plan: PrivacyPlan) -> str:
     if not plan.count_noise:
         return ""
-    shares = f"{plan.gradient_noise_multiplier:.6g} on the gradients and {2 * plan.count_noise:.6g} on the count"
-    return f", of both releases of a step together: {shares}, each over its sensitivity"
+    return (
+        f" for both releases of a step together: {plan.gradient_noise_multiplier:.6g} on the clipped gradients, and "
+        f"{2 * plan.count_noise:.6g} on the count of unclipped examples (noise ± {plan.count_noise:g}, sensitivity ½)"
+    )
 
 
 def _randomness(config: Config) -> str:

@@ -4,19 +4,22 @@ This module imports no torch, so that `--help`, `--cfg job` and TAB completion a
 """
 
 import contextlib
+import difflib
 import hashlib
 import inspect
 import json
 import math
+import pydoc
+import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpopt.privacy.accounting import ACCOUNTANTS, check_budget
@@ -27,47 +30,50 @@ NOT_IDENTITY = {
     *("dry_run", "fresh", "logger", "diagnostics", "output_dir", "data_dir", "time_limit", "checkpoint_every"),
     *("device", "workers", "micro_batch", "memory", "engine", "compile"),
 }
+CONF = Path(__file__).resolve().parents[1] / "conf"
+_STANDARD = ("flat", "privategradient", "constantlr", "none")
 
 
 @dataclass
 class Config:
     """The root of the configuration. Component groups are Python calls: `_target_` plus arguments."""
 
-    dataset: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    clipping: dict[str, Any] = field(default_factory=dict)
-    estimator: dict[str, Any] = field(default_factory=lambda: {"_target_": "dpopt.PrivateGradient"})
-    filter: dict[str, Any] = field(default_factory=dict)  # empty for none
-    schedule: dict[str, Any] = field(default_factory=dict)
-    logger: dict[str, Any] = field(default_factory=dict)
-    # The budget: exactly two of epsilon, noise_multiplier, and steps or epochs; the third follows.
+    # Components. Each is a group: `optimizer=dp_adam` is conf/optimizer/dp_adam.yaml, `optimizer.lr=1e-3` its argument.
+    dataset: dict[str, Any] = field(default_factory=dict)  # what is trained on
+    model: dict[str, Any] = field(default_factory=dict)  # what is trained
+    optimizer: dict[str, Any] = field(default_factory=dict)  # what makes a step of a private gradient
+    clipping: dict[str, Any] = field(default_factory=dict)  # the clip rule of per-example gradients
+    estimator: dict[str, Any] = field(default_factory=lambda: {"_target_": "dpopt.PrivateGradient"})  # of gradients
+    filter: dict[str, Any] = field(default_factory=dict)  # between private gradient and optimizer; empty for none
+    schedule: dict[str, Any] = field(default_factory=dict)  # of the learning rate
+    logger: dict[str, Any] = field(default_factory=dict)  # wandb, tensorboard, or csv for metrics.csv alone
+    # The budget. Exactly two of epsilon, noise_multiplier, and steps or epochs; the third follows.
     private: bool = True  # false only through privacy=none: no clipping and no noise
-    epsilon: Optional[float] = None  # noqa: UP045 (OmegaConf reads Optional)
-    noise_multiplier: Optional[float] = None  # noqa: UP045
-    steps: Optional[int] = None  # noqa: UP045
-    epochs: Optional[float] = None  # noqa: UP045
-    delta: float = 1e-5
-    accountant: str = "pld"  # pld, rdp or prv
-    clip_norm: float = 1.0
+    epsilon: Optional[float] = None  # noqa: UP045 (ε of the whole run; inf clips without noise)
+    noise_multiplier: Optional[float] = None  # noqa: UP045 (σ, the noise over the clip rule's sensitivity)
+    steps: Optional[int] = None  # noqa: UP045 (optimizer steps)
+    epochs: Optional[float] = None  # noqa: UP045 (the same in passes over the data)
+    delta: float = 1e-5  # δ; below 1/N to mean anything
+    accountant: str = "pld"  # what computes ε: pld (tightest), rdp or prv
+    clip_norm: float = 1.0  # C, what every example's gradient is clipped to
     secure_rng: bool = False  # key sampling, augmentation and noise by the operating system
-    # Training.
+    # Training. Together with the components and the budget this is what makes a run.
     batch_size: int = 4096  # expected; the realised size is Poisson
-    views: int = 1  # augmentation multiplicity K
+    views: int = 1  # K, augmented views per example, whose gradients are averaged before the clip
     holdout: float = 0.0  # fraction of the training set that is not trained on
     ema: Optional[float] = None  # noqa: UP045 (decay of the weight average that is evaluated and exported)
     precision: str = "fp32"  # fp32, bf16 (autocast) or fp64
-    seed: int = 0
+    seed: int = 0  # of splits, weights, sampling and noise
     tag: str = ""  # makes an otherwise equal run another run
-    # Running: none of these changes a result, and none but eval_every and diagnostics changes what is recorded.
-    eval_every: int = 50
-    checkpoint_every: int = 50
+    # Running. None of these changes a result, and none but eval_every and diagnostics changes what is recorded.
+    eval_every: int = 50  # steps between evaluations on the test set
+    checkpoint_every: int = 50  # steps between checkpoints; at most so many are lost
     time_limit: Optional[float] = None  # noqa: UP045 (seconds, after which the run stops with a result, to be continued)
     diagnostics: bool = False  # record raw statistics of private data, outside ε
     dry_run: bool = False  # print the plan, train nothing
     fresh: bool = False  # retrain a finished run
-    data_dir: str = "data"
-    output_dir: str = "runs"
+    data_dir: str = "data"  # where data sets are, or are downloaded to; by default the environment's DPOPT_DATA_DIR
+    output_dir: str = "runs"  # where run directories are made
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     workers: int = 2  # data-loading processes, for image folders
     micro_batch: Any = "auto"  # examples whose gradients are held at once; auto: what fits into memory
@@ -131,6 +137,27 @@ def by_epsilon(epsilon: float | None, values: Mapping[Any, Any]) -> Any:
 OmegaConf.register_new_resolver("by_epsilon", by_epsilon, replace=True)
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Check the keys of overrides such as `epsilon=8` before Hydra reads them.
+
+    Raises:
+        ValueError: for one that is neither a key of the root nor a group, with what may have been meant.
+    """
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    known = {f.name for f in fields(Config)} | set(groups) | {"hydra"}
+    for word in words:
+        key, equals, _ = word.partition("=")
+        root = re.split(r"[./@]", key)[0]
+        if not equals or not root.isidentifier() or root in known:
+            continue
+        inside = [
+            g for g in COMPONENTS if any(re.search(rf"^{root}:", p.read_text(), re.M) for p in CONF.glob(f"{g}/*"))
+        ]
+        meant = [f"{group}.{root}" for group in inside] or difflib.get_close_matches(root, known, 1)
+        hint = f": did you mean {' or '.join(meant)}?" if meant else ""
+        raise ValueError(f"{root} is no key{hint} (python run.py --help lists all of them)")
+
+
 def from_hydra(cfg: DictConfig) -> Config:
     """Turn Hydra's composition into a checked Config.
 
@@ -163,9 +190,20 @@ def run_name(config: Config) -> str:
         budget = f"eps{config.epsilon:g}"
     else:
         budget = f"sigma{config.noise_multiplier:g}"
-    parts = [*(target_name(getattr(config, name)) for name in ("dataset", "model", "optimizer")), budget]
+    parts = [
+        *(target_name(getattr(config, name)) for name in ("dataset", "model", "optimizer")),
+        *beyond(config),
+        budget,
+    ]
     tag = [_safe(config.tag)] if config.tag else []
     return "-".join([*parts, f"seed{config.seed}", *tag, digest])
+
+
+def beyond(config: Config) -> list[str]:
+    """Names of the components that are not the standard ones: another clip rule, estimator or schedule, a filter."""
+    names = [target_name(config.clipping)] if config.private else []
+    names += [target_name(node) for node in (config.estimator, config.filter, config.schedule)]
+    return [name for name in names if name not in _STANDARD]
 
 
 def target_name(component: Mapping[str, Any]) -> str:
@@ -234,9 +272,14 @@ def _target(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
     if "_target_" not in node:
         raise ValueError(f"{group} has no _target_: choose one of the files in conf/{group}/")
     try:
-        target = get_object(node["_target_"])
-    except (ImportError, HydraException, ValueError) as error:
-        raise ValueError(f"{group}._target_={node['_target_']} cannot be imported: {error}") from error
+        target = pydoc.locate(node["_target_"])
+    except pydoc.ErrorDuringImport as error:
+        raise ValueError(f"{group}._target_={node['_target_']} cannot be imported: {error.value}") from error
+    if target is None:
+        raise ValueError(
+            f"{group}._target_={node['_target_']} cannot be imported: there is no such module, class or function "
+            "(PYTHONPATH=. finds modules of this folder)"
+        )
     if not callable(target):
         raise ValueError(f"{group}._target_={node['_target_']} is not a function or class")
     return target

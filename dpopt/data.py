@@ -156,7 +156,7 @@ def imagenet(
 def _cached(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Tensors from a file, which the first of several processes makes; the pages are shared between them."""
     if not path.exists():
-        with one_process(path):
+        with one_process(path.parent):
             if not path.exists():
                 print(f"computing {path}: once, some minutes on a CPU", flush=True)
                 temporary = path.with_name(f".{path.name}.tmp")
@@ -203,7 +203,7 @@ def _open(factory: Any, data_dir: Path, train: bool) -> Any:
     except RuntimeError:  # torchvision's word for "not there, or damaged"
         pass
     try:
-        with one_process(data_dir / factory.__name__):
+        with one_process(data_dir):
             return factory(root=data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
         where = f"{data_dir}/{getattr(factory, 'base_folder', factory.__name__ + '/raw')}"

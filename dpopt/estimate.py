@@ -50,6 +50,7 @@ def estimate(
     inputs: torch.Tensor,
     micro_batch: int,
     averaged: bool,
+    points: int = 1,
 ) -> Estimate:
     """Estimate a run of the engine's model, which is on the device and in the precision of the run.
 
@@ -60,6 +61,7 @@ def estimate(
         inputs: of one example (K, …), any.
         micro_batch: examples of a micro-batch.
         averaged: whether an average of the weights is kept.
+        points: gradients that a step takes.
     """
     model = engine.model
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -71,6 +73,7 @@ def estimate(
         memory = everything * (2 if averaged else 1) + 4 * count + state
         memory += micro_batch * (_ACTIVATIONS * activation_bytes(engine, inputs) + (4 * count if engine.proved else 0))
     seconds = _seconds(engine, plan, inputs, micro_batch)
+    seconds = None if seconds is None else points * seconds
     return Estimate(count, state, 8 * count, None if memory is None else int(memory), micro_batch, seconds)
 
 

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def one_process(path: Path) -> Iterator[None]:
-    """Other processes that want to make this file wait here."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def one_process(folder: Path) -> Iterator[None]:
+    """Other processes that want to fill this folder wait here; it is made, and goes again if nothing came into it."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
+        if made:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()

@@ -46,6 +46,11 @@ class Kalman:
         self.before: list[Tensor] = []
         self.filtered: list[Tensor] = []
 
+    @property
+    def cost(self) -> int:
+        """Gradients that a step takes."""
+        return 1 if self.ahead == 1 else 2
+
     @torch.no_grad()
     def points(self) -> list[Point]:
         """Weights and displacements at which the gradients of this step are taken."""

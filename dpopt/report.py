@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dpopt.config import Config, target_name
+from dpopt.config import Config, component_defaults, target_name
 from dpopt.estimate import Estimate
 from dpopt.plan import PrivacyPlan
 from dpopt.prepare import takes_gradients
@@ -45,12 +45,14 @@ def plan_panel(
     ]
     if clip is not None and plan.noise_multiplier > 0:
         mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
-        other = " · ".join(f"{a} ε = {plan.epsilon_at(plan.steps, a):.4g}" for a in ("pld", "rdp"))
+        others = [a for a in ("pld", "rdp") if a != plan.accountant]
+        told = [f"{a} ε = {plan.epsilon_at(plan.steps, a):.4g}" for a in (plan.accountant, *others)]
+        told[0] += " (this one counts)"
         count = f", count ± {plan.count_noise:g}" if plan.count_noise else ""
         rule = f"S = {clip.sensitivity:g} ({target_name(config.clipping)} clip)"
         rows += [
             ("noise", f"σ = {plan.noise_multiplier:.4f}, {rule}{count}"),
-            ("accounting", f"{plan.accountant} · {other} · μ-GDP = {mu:.3g} (approximate)"),
+            ("accounting", " · ".join([*told, f"Gaussian DP μ = {mu:.3g} (approximate)"])),
         ]
     state = "unknown"
     if guess.optimizer_state_bytes is not None:
@@ -64,7 +66,10 @@ def plan_panel(
             "model",
             f"{target_name(config.model)}, {guess.parameters:,} trainable parameters, {config.precision} on {device}",
         ),
-        ("optimizer", f"{target_name(config.optimizer)}, lr = {config.optimizer.get('lr', '?')}, state {state}"),
+        ("optimizer", f"{_call(config.optimizer, 'lr')}, state {state}"),
+        *([("filter", _call(config.filter))] if config.filter else []),
+        *([("schedule", _call(config.schedule))] if target_name(config.schedule) != "constantlr" else []),
+        *([("evaluated", f"the average of the weights, decay {config.ema:g}")] if config.ema is not None else []),
         ("gradients", _gradients(config, engine, guess.micro_batch)),
         ("peak memory", memory),
         ("time", _time(guess.seconds)),
@@ -76,6 +81,14 @@ def plan_panel(
             "[yellow]This plan takes more than an hour on this machine. For a first look: "
             "python run.py +experiment=quickstart[/yellow]"
         )
+
+
+def _call(node: dict[str, Any], *always: str) -> str:
+    """A component's name and those of its arguments that are not its defaults."""
+    defaults = component_defaults(node)
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in node.items() if name != "_target_"}
+    told = [f"{name} = {v}" for name, v in values.items() if name in always or v != defaults.get(name)]
+    return ", ".join([target_name(node), *told])
 
 
 def _gradients(config: Config, engine: Engine, micro_batch: int) -> str:
@@ -111,7 +124,8 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
         ),
         (
             "memory",
-            f"optimizer state {size(result['optimizer_state_bytes'])}, peak {size(result['peak_memory_bytes'])}",
+            f"optimizer state {size(result['optimizer_state_bytes'])}, peak {size(result['peak_memory_bytes'])}"
+            + (" of the whole process" if result["device"].startswith("cpu") else ""),
         ),
         ("files", f"{directory}/"),
     ]
@@ -149,6 +163,8 @@ class Progress:
         self.printed = self.began
 
     def __enter__(self) -> "Progress":
+        if self.start:
+            self.console.print(f"continues after step {self.start:,} of {self.plan.steps:,}", highlight=False)
         if self.console.is_terminal:
             self.live.start()
         return self
@@ -208,7 +224,9 @@ def _privacy(config: Config, plan: PrivacyPlan, clip: ClipRule | None) -> str:
     if plan.noise_multiplier == 0:
         return f"none: clipping to {clip.sensitivity:g} without noise, ε = ∞"
     secret = "secret randomness" if config.secure_rng else f"research randomness (seed {config.seed})"
-    return f"ε = {plan.epsilon:.4g}, δ = {plan.delta:g} = {plan.delta * plan.dataset_size:.2g}/N, {secret}"
+    against = plan.delta * plan.dataset_size
+    weak = "" if against < 1 else " (not below 1/N: a guarantee in name only)"
+    return f"ε = {plan.epsilon:.4g}, δ = {plan.delta:g} = {against:.2g}/N{weak}, {secret}"
 
 
 def _views(config: Config) -> str:

@@ -75,6 +75,12 @@ class TensorSource:
     flip: bool = False
     image_size: int | None = None
 
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets):
+            raise ValueError(
+                f"there are {len(self.inputs):,} inputs but {len(self.targets):,} targets: give one for each"
+            )
+
     def __len__(self) -> int:
         return len(self.inputs)
 

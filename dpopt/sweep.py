@@ -1,33 +1,68 @@
-"""What a sweep comes to: its cost, printed after the plans of `-m … dry_run=true`; and how costs are written.
+"""What a sweep comes to, printed at its end: its results side by side, or its cost; and how costs are written.
 
 This module imports no torch: Hydra imports it before anything else.
 """
 
+import atexit
+import sys
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 
 class Total(Callback):
-    """Adds up the plans of a sweep."""
+    """Collects what the jobs of a sweep return."""
 
     def __init__(self) -> None:
-        self.plans: list[dict[str, Any]] = []
-        self.failed = 0
+        self.jobs: list[tuple[list[str], dict[str, Any]]] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
-        """Remember what a job returned."""
-        if job_return.status == JobStatus.COMPLETED:
-            self.plans.append(job_return.return_value or {})
-        else:
-            self.failed += 1
+        """Remember what a job returned; an error is shown at once, since Hydra shows one of them, at the end."""
+        words = list(job_return.overrides or [])
+        try:
+            self.jobs.append((words, job_return.return_value or {}))
+        except Exception as error:
+            self.jobs.append((words, {"status": "failed", "error": str(error)}))
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                print(f"failed: {' '.join(words)}: {error}", file=sys.stderr)
 
-    def on_multirun_end(self, config: DictConfig, **options: Any) -> None:
-        """Print the sum, after a dry run."""
-        if config.get("dry_run"):
-            print(f"sweep: {summary(self.plans, self.failed)}")
+    def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
+        """See to it that the end is told, also of a sweep that Hydra ends with an error."""
+        atexit.register(self.report, bool(config.get("dry_run")))
+
+    def report(self, dry_run: bool) -> None:
+        """Print the sum of the plans, or the results."""
+        if dry_run:
+            failed = sum(result.get("status") == "failed" for _, result in self.jobs)
+            print(f"sweep: {summary([r for _, r in self.jobs if r.get('status') != 'failed'], failed)}")
+        elif len(self.jobs) > 1:
+            print(side_by_side(self.jobs))
+
+
+def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
+    """A line per job: what is its own among its overrides, accuracy, ε and time, or why there is none.
+
+    Args:
+        jobs: overrides and result of each, the result as in result.json, or with `status` failed and `error`.
+    """
+    common = set.intersection(*(set(words) for words, _ in jobs))
+    names = [" ".join(word for word in words if word not in common) for words, _ in jobs]
+    width = max(map(len, names))
+    lines = []
+    for name, (_, result) in zip(names, jobs, strict=True):
+        if "test_accuracy" in result:
+            told = (
+                f"{result['test_accuracy']:7.2%}   ε = {result['epsilon']:<6.4g}   {duration(result['wall_seconds'])}"
+            )
+            told += "" if result["status"] == "finished" else f"   {result['status']}"
+        else:
+            told = f"failed: {result.get('error', 'no result')}"
+        lines.append(f"{name:{width}}   {told}")
+    return "\n".join(["sweep: test accuracy, ε spent, time", *lines])
 
 
 def summary(plans: list[dict[str, Any]], failed: int = 0) -> str:

@@ -82,14 +82,18 @@ class Wandb:
 
     def finish(self) -> None:
         self.run.finish()
+        if self.run.offline:
+            warn(f"recorded offline; to upload: wandb sync {Path(self.run.dir).parent}")
 
 
 class TensorBoard:
     """TensorBoard event files below the run directory; needs the package `tensorboard`."""
 
     def start(self, directory: Path, name: str, config: dict[str, Any], resumed: bool) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("it is not installed: pip install tensorboard") from error
         self.writer = SummaryWriter(directory / "tensorboard")
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,14 @@ def run(config: Config) -> dict[str, Any]:
     filtered = build("filter", config.filter)(trainable) if config.filter else None
     make_private = prepare.make_private(config, engine, clip, optimizer, filtered)
     make_private(plan).inform(optimizer)  # or refused, before there is a run directory
-    guess = estimate(engine, make_optimizer, plan, example, micro_batch, averaged)
-    if config.dry_run:
+    data = None if config.dry_run else prepare.load_data(config, spec, device)
+    guess = estimate(
+        engine, make_optimizer, plan, example, micro_batch, averaged, 1 if filtered is None else filtered.cost
+    )
+    if data is None:
         report.plan_panel(directory.name, config, plan, clip, guess, engine, device.type)
         return {"status": "finished" if done else "planned", **asdict(guess)}
 
-    train, test, held_out = prepare.load_data(config, spec, device)
     with store.claim(directory):
         try:
             if (done := store.finished(directory)) and not config.fresh:  # by another process, in the meantime
@@ -88,7 +91,7 @@ def run(config: Config) -> dict[str, Any]:
             (directory / store.ERROR).unlink(missing_ok=True)
             report.plan_panel(directory.name, config, plan, clip, guess, engine, device.type)
             parts = (make_private, micro_batch, optimizer, schedule, filtered)
-            result = _train(config, directory, plan, *parts, train, test, held_out)
+            result = _train(config, directory, plan, *parts, *data)
         except Exception as error:
             files.write_atomic(directory / store.ERROR, f"{type(error).__name__}: {error}\n")
             raise
@@ -134,11 +137,11 @@ def _train(
     plan = replace(plan, key=secret.derive(directory.name, fingerprint))
     progress["diagnostics"] |= config.diagnostics  # once recorded, the card must say so for good
 
-    def write_card(steps: int) -> None:
+    def write_card(steps: int | None) -> None:
         text = privacy_card(config, plan, sensitivity, steps, directory.name, progress["diagnostics"])
         files.write_atomic(directory / store.CARD, text)
 
-    write_card(plan.steps)  # what a run in progress may have released is never more than this
+    write_card(None)
     (directory / store.RESULT).unlink(missing_ok=True)
     files.write_atomic(directory / store.CONFIG, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
     tracker = build("logger", config.logger)()
@@ -219,7 +222,8 @@ def _train(
         "wall_seconds": time.perf_counter() - clock,
         "seed": config.seed,
         "git_commit": commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "opacus", "dp-accounting")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "config": asdict(config),
     }
@@ -227,6 +231,7 @@ def _train(
     if status == "finished":
         weights = directory / f".{store.WEIGHTS}.tmp"
         save_file({name: tensor.contiguous().clone() for name, tensor in final.state_dict().items()}, weights)
+        weights.chmod(path.stat().st_mode)  # as the checkpoint; save_file lets nobody else read
         files.replace_durably(weights, directory / store.WEIGHTS)
         store.erase_key(directory)
     files.write_json(directory / store.RESULT, result)

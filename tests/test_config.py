@@ -14,7 +14,17 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from dpopt.config import COMPONENTS, NOT_IDENTITY, Config, check_components, from_hydra, identity, run_name
+from dpopt.config import (
+    COMPONENTS,
+    NOT_IDENTITY,
+    Config,
+    beyond,
+    check_components,
+    check_words,
+    from_hydra,
+    identity,
+    run_name,
+)
 
 CONF = ROOT / "conf"
 GROUPS = sorted(p.relative_to(CONF).with_suffix("") for g in COMPONENTS for p in (CONF / g).glob("*.yaml"))
@@ -167,6 +177,36 @@ def test_identity_survives_yaml():
 def test_bad_configurations(overrides, message):
     with pytest.raises(ValueError, match=message):
         check_components(configure(*overrides))
+
+
+def test_keys_that_are_not_there_are_told_before_hydra_sees_them():
+    check_words(
+        [
+            "-m",
+            "+experiment=quickstart",
+            "epsilon=8",
+            "optimizer.lr=1",
+            "hydra/launcher=joblib",
+            "~ema",
+            "filter=kalman",
+        ]
+    )
+    for word, message in (
+        ("lr=1", "optimizer.lr"),
+        ("optimzer=dp_sgd", "did you mean optimizer"),
+        ("xyzzy=1", "is no key "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_words(["+experiment=quickstart", word])
+
+
+def test_names_say_what_is_not_standard():
+    config = configure("+experiment=quickstart")
+    other = configure("+experiment=quickstart", "clipping=adaptive", "filter=kalman", "schedule=cosine")
+    assert run_name(config).startswith("digits-cnn-microadam-eps8-seed0-")
+    assert run_name(other).startswith("digits-cnn-microadam-adaptive-kalman-cosineannealinglr-eps8-")
+    assert beyond(configure("+experiment=quickstart", "privacy=none", "clipping=adaptive")) == []
+    assert beyond(configure("+experiment=quickstart", "estimator=zeroth_order")) == ["zerothorder"]
 
 
 def test_a_new_torch_optimizer_is_one_yaml(tmp_path):

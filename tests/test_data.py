@@ -44,6 +44,9 @@ def test_missing_files_are_explained(spec, tmp_path, monkeypatch):
         monkeypatch.setattr(getattr(torchvision.datasets, name), "download", refuse)
     with pytest.raises(FileNotFoundError, match="put its files there, or set data_dir"):
         load(spec, tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load(spec, tmp_path / "not" / "there")
+    assert not (tmp_path / "not" / "there").exists() and not any(p.suffix == ".lock" for p in tmp_path.iterdir())
 
 
 def test_fashion_mnist_from_files(tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import ROOT
 from torch import nn
 
 import dpopt
+from dpopt.config import Config
 from dpopt.privacy import rules
 from dpopt.privacy.engine import Engine
 from dpopt.privacy.proof import check
@@ -31,7 +33,7 @@ def follow(cli, command: str, tmp_path):
 
 def test_own_data(cli, tmp_path):
     library, module = blocks("docs/own_data.md", "python")
-    scope = {"dpopt": dpopt, "dataset": torch.utils.data.TensorDataset(torch.randn(500, 3), torch.zeros(500))}
+    scope = {"dpopt": dpopt, "inputs": torch.randn(500, 3), "targets": torch.zeros(500)}
     exec(library.replace("...", "assert len(list(batch)) >= 1"), scope)
     assert scope["plan"].dataset_size == 500
     (tmp_path / "my_data.py").write_text(module)
@@ -40,8 +42,7 @@ def test_own_data(cli, tmp_path):
 
 
 def test_own_model(cli, tmp_path):
-    head, body = blocks("docs/own_model.md", "python")
-    (tmp_path / "my_model.py").write_text(head + "\n\n" + body)
+    (tmp_path / "my_model.py").write_text(blocks("docs/own_model.md", "python")[0])
     follow(cli, blocks("docs/own_model.md", "bash")[0], tmp_path)
     assert list(tmp_path.glob("runs/digits-digit_mlp-*/result.json"))
 
@@ -51,8 +52,8 @@ def test_add_an_optimizer(cli, tmp_path):
     assert len((ROOT / page).read_text().splitlines()) <= 40
     folder = tmp_path / "conf" / "optimizer"
     folder.mkdir(parents=True)
-    (folder / "dp_rmsprop.yaml").write_text(blocks(page, "yaml")[0])
-    (folder / "dp_lion.yaml").write_text("_target_: lion.Lion\nlr: 3e-3\n")
+    for name, text in zip(("dp_rmsprop", "dp_lion"), blocks(page, "yaml"), strict=True):
+        (folder / f"{name}.yaml").write_text(text)
     (tmp_path / "lion.py").write_text(blocks(page, "python")[0])
     names = "optimizer=dp_rmsprop,dp_lion"
     command = ("--config-dir", str(tmp_path / "conf"), "-m", "+experiment=quickstart", names, "steps=40")
@@ -68,6 +69,15 @@ def test_the_page_of_methods_is_up_to_date():
     import make_methods
 
     assert (ROOT / "docs/methods.md").read_text() == make_methods.page(), "run python scripts/make_methods.py"
+
+
+def test_the_page_of_keys_is_up_to_date_and_whole():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import make_keys
+
+    page = make_keys.page()
+    assert (ROOT / "docs/keys.md").read_text() == page, "run python scripts/make_keys.py"
+    assert all(f"| `{f.name}`" in page for f in fields(Config))
 
 
 def test_readme_library_example():

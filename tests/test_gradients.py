@@ -224,6 +224,10 @@ def test_refusals_name_layer_reason_and_fix():
     refuse(nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.1)), r"layer '1' \(Dropout\) draws random numbers.*rate to 0")
     refuse(nn.Linear(5, 3).requires_grad_(False), "no trainable parameter")
     refuse(small_model(), "noise without a clip", clip=None)
+    with pytest.raises(TypeError, match=r"for example Flat\(1.0\)"):
+        PrivateGradient(small_model(), F.cross_entropy, plan, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"a batch of dpopt\.poisson_batches, not a tuple"):
+        PrivateGradient(small_model(), F.cross_entropy, plan, clip).backward(small_data())  # type: ignore[arg-type]
     PrivateGradient(norm, F.cross_entropy, make_plan(sigma=0.0), None)  # the non-private control may have BatchNorm
     PrivateGradient(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.0)), F.cross_entropy, plan, Flat(1.0))
 

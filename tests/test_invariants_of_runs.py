@@ -129,7 +129,10 @@ def unprobed(patch):
 def check_the_card_says_it_all():
     config = Config(clipping={"_target_": "dpopt.clipping.Flat", "clip_norm": 0.5}, epsilon=8.0, steps=20)
     plan = make_plan(sigma=1.3, delta=1e-3)
+    going = privacy_card(config, plan, 0.5, None, "name", True)
+    assert f"ε = {plan.epsilon:.4g}" in going and "the run is in progress" in going
     card = privacy_card(config, plan, 0.5, 7, "name", True)
+    assert "in progress" not in card and "| method | `" in card
     for words in (
         f"ε = {compute_epsilon(1.3, 0.25, 7, 1e-3):.4g}, δ = 0.001",
         "one training example",

@@ -108,6 +108,8 @@ def test_what_is_a_source():
     pair = (torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
     assert isinstance(as_source(pair), TensorSource) and isinstance(as_source(TensorDataset(*pair)), TensorSource)
     assert isinstance(as_source(Noisy()), MapSource)
+    with pytest.raises(ValueError, match="3 inputs but 4 targets"):
+        as_source((pair[0], torch.zeros(4)))
     with pytest.raises(ValueError, match="neither a pair of tensors nor a map-style"):
         as_source(iter([1, 2]))
     with pytest.raises(ValueError, match="is not a pair of tensors"):

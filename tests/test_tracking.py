@@ -75,7 +75,8 @@ def result_of(tmp_path):
 
 def test_wandb_offline_holds_the_series(cli, tmp_path):
     done = cli(*SHORT, "logger=wandb")
-    assert done.returncode == 0 and "dpopt:" not in done.stderr, done.stderr
+    assert done.returncode == 0 and done.stderr.count("dpopt:") == 1, done.stderr
+    assert "to upload: wandb sync" in done.stderr
     files = list(tmp_path.glob("runs/*/wandb/offline-run-*/*.wandb"))
     assert len(files) == 1
     content = files[0].read_bytes()

@@ -59,6 +59,7 @@ class PrivateGradient:
             privatised fraction of clipped examples, under a clip rule that counts them.
 
     Raises:
+        TypeError: for a clip that is no clip rule.
         ValueError: for a layer whose parameters have no per-example gradient, a model with nothing to train, noise
             without a clip, or a count that the plan does not pay for.
     """
@@ -87,6 +88,8 @@ class PrivateGradient:
             )
         if isinstance(clip, Adaptive) and plan.count_noise and clip.count_noise not in (None, plan.count_noise):
             raise ValueError(f"count_noise={clip.count_noise} of the clip rule is {plan.count_noise:g} in the plan")
+        if clip is not None and not hasattr(clip, "sensitivity"):
+            raise TypeError(f"clip={clip!r} is no clip rule: pass one of dpopt.clipping, for example Flat(1.0)")
         check_model(model, private=clip is not None)
         self.model, self.loss_fn, self.plan, self.clip = model, loss_fn, plan, clip
         self.step = start
@@ -112,8 +115,11 @@ class PrivateGradient:
         """Fill `p.grad` of every trainable parameter with the privatised mean gradient of the batch.
 
         Raises:
+            TypeError: for anything but a batch of `poisson_batches`.
             ValueError: when the batch was sampled under another plan, repeats or skips a step, or exceeds the plan.
         """
+        if not isinstance(batch, PoissonBatch):
+            raise TypeError(f"backward takes a batch of dpopt.poisson_batches, not a {type(batch).__name__}")
         if batch.plan is not self.plan and (batch.plan != self.plan or batch.plan.key != self.plan.key):
             raise ValueError("the batch was sampled under another plan: pass the same plan to poisson_batches")
         if batch.step != self.step:

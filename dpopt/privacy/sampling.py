@@ -69,7 +69,7 @@ def poisson_batches(
     if len(source) != plan.dataset_size:
         raise ValueError(
             f"the data set has {len(source):,} examples but the plan was made for {plan.dataset_size:,}: "
-            "calibrate the plan with dataset_size=len(dataset)"
+            f"calibrate the plan with dataset_size={len(source)}"
         )
     return _batches(source, plan, start, views, micro_batch)
 

@@ -1,0 +1,41 @@
+"""The page of keys, docs/keys.md, from the fields of `dpopt.config.Config` and the comments behind them.
+
+python scripts/make_keys.py            # writes docs/keys.md
+"""
+
+import inspect
+import re
+from pathlib import Path
+
+from dpopt.config import NOT_IDENTITY, Config
+
+ROOT = Path(__file__).resolve().parents[1]
+INTRODUCTION = """\
+# Keys
+
+Every key is set on the command line, `python run.py batch_size=1024 optimizer.lr=1e-3`, or in a preset of
+conf/experiment/. Defaults are those of the code; conf/config.yaml, presets and groups change some of them, and
+`python run.py … --cfg job` prints what a command comes to. A key marked ○ makes no other run: a run that was begun with
+one value goes on with another. This page is made by `python scripts/make_keys.py`.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION]
+    for line in inspect.getsource(Config).splitlines():
+        if line.strip() == "def __post_init__(self) -> None:":
+            break
+        if heading := re.fullmatch(r"    # ([\w ]+)\. (.*)", line):
+            parts.append(f"\n## {heading[1]}\n\n{heading[2]}\n\n| key | default | |\n|---|---|---|")
+        elif field := re.fullmatch(r"    (\w+): .*? = (.*?)  # (?:noqa: UP045 \()?(.*?)\)?", line):
+            name, default, meaning = field.groups()
+            shown = "a group" if "default_factory" in default else f"`{default}`".replace("None", "null")
+            mark = " ○" if name in NOT_IDENTITY else ""
+            closing = ")" if meaning.count("(") > meaning.count(")") else ""
+            parts.append(f"| `{name}`{mark} | {shown} | {meaning}{closing} |")
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "keys.md").write_text(page())
