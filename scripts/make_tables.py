@@ -282,8 +282,11 @@ def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how:
         return "Not decided: runs are missing."
     if how == "average":
         return f"Best on average: {max(rows, key=lambda row: sum(mean(row, column) for column in columns))}."
-    best = {column: max((mean(row, column), row) for row in rows)[1] for column in columns}
-    return "Best: " + ", ".join(f"{row} at {COLUMNS.get(column, column)}" for column, row in best.items()) + "."
+
+    def best(column: str) -> str:
+        return max(rows, key=lambda row: mean(row, column))
+
+    return "Best: " + ", ".join(f"{best(column)} at {COLUMNS.get(column, column)}" for column in columns) + "."
 
 
 def main() -> int:
