@@ -28,8 +28,9 @@ from dpopt.data import DataSpec
 from dpopt.estimate import estimate, optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from dpopt.optim.probe import StepProbe
 from dpopt.plan import PrivacyPlan
+from dpopt.privacy.check import check_model
 from dpopt.privacy.clipping import Adaptive
-from dpopt.privacy.gradients import PrivateGradient, check_model
+from dpopt.privacy.gradients import PrivateGradient
 from dpopt.privacy.sampling import poisson_batches
 from dpopt.privacy.streams import RandomKey
 from dpopt.sources import Source

@@ -5,8 +5,8 @@ from safetensors.torch import save_file
 
 from dpopt import models
 from dpopt.models.layers import StandardizedConv2d
+from dpopt.privacy.check import check_model
 from dpopt.privacy.engine import per_example_gradients
-from dpopt.privacy.gradients import check_model
 
 
 def count(model):

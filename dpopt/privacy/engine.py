@@ -58,7 +58,7 @@ class Engine:
     """Takes per-example gradients by per-layer rules.
 
     Args:
-        model: checked by `dpopt.privacy.gradients.check_model`.
+        model: checked by `dpopt.privacy.check.check_model`.
         loss_fn: (outputs (K, …), targets (K, …)) → the mean loss, a scalar.
         policy: `store`, `recompute` or `gram` wherever a layer can; `vmap`, no rules; `auto` chooses layer by layer.
         memory: bytes that stored gradients may take under `auto`, if recomputing takes less; None for no limit.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dpopt.plan import PrivacyPlan
+from dpopt.privacy.check import check_model
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.engine import Engine, LossFn
 from dpopt.privacy.noise import add_noise
@@ -296,36 +297,6 @@ def displaced(displacement: dict[nn.Parameter, Tensor] | None) -> Iterator[None]
         with torch.no_grad():
             for p, old in before.items():
                 p.copy_(old)
-
-
-def check_model(model: nn.Module, private: bool) -> None:
-    """Refuse a model that cannot be trained as asked.
-
-    Raises:
-        ValueError: naming the layer, the reason and the fix.
-    """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no trainable parameter: unfreeze at least its last layer")
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if (
-            private
-            and isinstance(module, nn.modules.batchnorm._NormBase)
-            and (isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats)
-        ):
-            covered = ", ".join(f"{name}.{n}" for n, _ in module.named_parameters(recurse=False)) or "its statistics"
-            raise ValueError(
-                f"layer '{name}' ({kind}) mixes the examples of a batch, so {covered} have no per-example gradient: "
-                "replace it by torch.nn.GroupNorm (the model resnet18 shows how), or train with privacy=none"
-            )
-        rate = getattr(module, "drop_prob", getattr(module, "p", None) if "Dropout" in kind else None)
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-            rate = module.dropout
-        if module.training and rate:
-            raise ValueError(
-                f"layer '{name}' ({kind}) draws random numbers that are not keyed by example, so a run could not be "
-                "resumed or split into other micro-batches: set its rate to 0"
-            )
 
 
 class RawStatistics:
