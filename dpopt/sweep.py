@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 
-class Total(Callback):
+class Summary(Callback):
     """Collects what the jobs of a sweep return."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Total(Callback):
         """Print the sum of the plans, or the results."""
         if dry_run:
             failed = sum(result.get("status") == "failed" for _, result in self.jobs)
-            print(f"sweep: {summary([r for _, r in self.jobs if r.get('status') != 'failed'], failed)}")
+            print(f"sweep: {cost([r for _, r in self.jobs if r.get('status') != 'failed'], failed)}")
         elif len(self.jobs) > 1:
             print(side_by_side(self.jobs))
 
@@ -65,7 +65,7 @@ def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
     return "\n".join(["sweep: test accuracy, ε spent, time", *lines])
 
 
-def summary(plans: list[dict[str, Any]], failed: int = 0) -> str:
+def cost(plans: list[dict[str, Any]], failed: int = 0) -> str:
     """One line: runs, those that are finished, hours one after the other, and the most memory."""
     if not plans and not failed:
         return "its plans were made by other processes, so they are not added up; leave the launcher out"

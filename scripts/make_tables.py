@@ -26,7 +26,7 @@ from tables import COLUMNS, ROOT, SCALES, Job
 
 from dpopt import store
 from dpopt.config import build, target_name
-from dpopt.sweep import summary
+from dpopt.sweep import cost
 
 RECORDED = ("test_accuracy", "test_loss", "epsilon", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
 Cells = dict[tuple[str, str], list[Job]]
@@ -268,7 +268,7 @@ def plan(name: str, scale: str) -> str:
                 plans[key] = run(config)
             found[str(job.directory())] = plans[key] | {"status": job.result()["status"]}
     hours = [f"expected hours on {hardware}: {hours}" for hardware, hours in about["hours"].get(scale, {}).items()]
-    return " · ".join([f"{name}, scale {scale}: {summary(list(found.values()))}", *hours])
+    return " · ".join([f"{name}, scale {scale}: {cost(list(found.values()))}", *hours])
 
 
 def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how: str) -> str:

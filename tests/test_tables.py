@@ -296,13 +296,13 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeyp
     from hydra import compose, initialize_config_dir
 
     from dpopt.prepare import make_device
-    from dpopt.sweep import side_by_side, summary
+    from dpopt.sweep import cost, side_by_side
 
     plans = [{"status": "planned", "seconds": 5400, "memory_bytes": 2e9}, {"status": "finished", "seconds": 60}]
     plans.append({"status": "planned", "seconds": 5400, "memory_bytes": 3e9})
-    text = summary(plans, 1)
+    text = cost(plans, 1)
     assert text.startswith("4 runs, 1 of them finished · 1 refused · about 3 h") and "up to 3 GB" in text
-    assert "unknown" in summary([{"status": "planned", "seconds": None, "memory_bytes": None}])
+    assert "unknown" in cost([{"status": "planned", "seconds": None, "memory_bytes": None}])
     results = [
         (["a=1", "b=1"], {"status": "finished", "test_accuracy": 0.5, "epsilon": 8.0, "wall_seconds": 3}),
         (["a=1", "b=22"], {"status": "failed", "error": "no such thing"}),
