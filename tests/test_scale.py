@@ -84,21 +84,22 @@ def test_scaling_mistakes_are_noticed(mutant, monkeypatch):
     assert_caught(check_scaling, mutant, monkeypatch)
 
 
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_norms_of_scaled_gradients_under_every_policy(policy):
-    """Layers whose norms have a closed form are scaled, too."""
+def test_norms_of_scaled_gradients_under_every_policy(policy, views):
+    """Layers whose norms have a closed form are scaled, too, and one with a closed form of its own for one view."""
     torch.manual_seed(0)
     model = nn.Sequential(
         dpopt.models.layers.StandardizedConv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3)
     ).double()
-    inputs, targets = torch.randn(5, 2, 2, 4, 4, dtype=torch.float64), torch.arange(5) % 3
+    inputs, targets = torch.randn(5, views, 2, 4, 4, dtype=torch.float64), torch.arange(5) % 3
     scales = {p: torch.rand_like(p) + 0.1 for p in model.parameters()}
     plan = make_plan(sigma=0.0)
     private = PrivateGradient(model, F.cross_entropy, plan, Flat(0.3), engine=policy, scale=scales.get)
     private.backward(PoissonBatch(plan, 0, torch.arange(5), iter([(inputs, targets, torch.ones(5).bool())])))
     expected = [torch.zeros_like(p) for p in model.parameters()]
     for x, y in zip(inputs, targets, strict=True):
-        found = torch.autograd.grad(F.cross_entropy(model(x), y.expand(2)), list(model.parameters()))
+        found = torch.autograd.grad(F.cross_entropy(model(x), y.expand(views)), list(model.parameters()))
         norm = torch.stack([(g * scales[p]).norm() for g, p in zip(found, model.parameters(), strict=True)]).norm()
         for e, g in zip(expected, found, strict=True):
             e += g * min(1.0, 0.3 / norm)

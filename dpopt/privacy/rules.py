@@ -40,6 +40,8 @@ class Rule:
             in any memory layout whose outermost dimension is B.
         gram: the same arguments → the squared norms (B,) of all gradients of the layer together, in float64, without
             the gradients; None where that is not worth it.
+        scaled_gram: `gram` of scaled gradients: (layer, input, output gradient, scale by parameter name) → (B,), at one
+            position of one view; None where the gradients have to be formed.
         square_norms: (layer, gradients) → squared norms (B,), in float64, where `gradients` has, as "weight", the
             gradient of a function of the parameters; then `pull_back` is the chain rule through that function.
         pull_back: (layer, these gradients summed over examples) → the gradients of the parameters themselves.
@@ -47,6 +49,7 @@ class Rule:
 
     gradients: Callable[[Any, Any, Tensor], Gradients]
     gram: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    scaled_gram: Callable[[Any, Tensor, Tensor, Gradients], Tensor] | None = None
     square_norms: Callable[[Any, Gradients], Tensor] | None = None
     pull_back: Callable[[Any, Gradients], Gradients] | None = None
 
@@ -66,6 +69,15 @@ def linear(module: nn.Linear, a: Tensor, g: Tensor) -> Gradients:
 def linear_gram(module: nn.Linear, a: Tensor, g: Tensor) -> Tensor:
     """Σ (a_s·a_t + 1)(g_s·g_t) over pairs of positions; the 1 is the bias."""
     return gram(a.flatten(1, -2), g.flatten(1, -2), module.bias is not None)
+
+
+def linear_scaled_gram(module: nn.Linear, a: Tensor, g: Tensor, scale: Gradients) -> Tensor:
+    """Σ_o g_o²·(Σ_i s_oi²·a_i² + s_o²) of a weight's scale s_oi and a bias's s_o; squares in float64, as norms are."""
+    a, g = (x.flatten(1).double().square() for x in (a, g))
+    by_output = a @ scale["weight"].double().square().mT
+    if module.bias is not None:
+        by_output += scale["bias"].double().square()
+    return (g * by_output).sum(1)
 
 
 # Normalisation
@@ -141,10 +153,15 @@ def by_vmap(module: nn.Module, a: tuple[Any, ...], g: Tensor) -> Gradients:
 
 BY_VMAP = Rule(by_vmap)
 RULES: dict[type, Rule] = {
-    nn.Linear: Rule(linear, linear_gram),
+    nn.Linear: Rule(linear, linear_gram, linear_scaled_gram),
     nn.Conv1d: Rule(conv, conv_gram),
     nn.Conv2d: Rule(conv, conv_gram),
-    StandardizedConv2d: Rule(standardized_conv, standardized_gram, standardized_norms, standardized_pull_back),
+    StandardizedConv2d: Rule(
+        standardized_conv,
+        standardized_gram,
+        square_norms=standardized_norms,
+        pull_back=standardized_pull_back,
+    ),
     nn.GroupNorm: Rule(group_norm),
     nn.LayerNorm: Rule(layer_norm),
     nn.RMSNorm: Rule(rms_norm),

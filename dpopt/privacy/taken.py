@@ -253,13 +253,17 @@ class Gathered:
                 record.arguments, record.output_gradient = (), None
                 return
             with exact(g.device):
-                if record.policy == "gram" and self.taken.scale is None:
+                scale = self.taken.scale
+                if record.policy == "gram" and scale is None:
                     assert unit.rule.gram is not None
                     squares = {unit.name: unit.rule.gram(unit.module, arguments[0], g)}
+                elif scale is not None and record.policy == "gram" and unit.rule.scaled_gram and record.positions == 1:
+                    local = {name: scale[full] for name, full in unit.names.items()}
+                    squares = {unit.name: unit.rule.scaled_gram(unit.module, arguments[0], g, local)}
                 else:
                     count = at_once(g, size_of(unit))
                     parts = [
-                        squares_of(unit, _apply(unit, _rows(arguments, i, count), g[i : i + count]), self.taken.scale)
+                        squares_of(unit, _apply(unit, _rows(arguments, i, count), g[i : i + count]), scale)
                         for i in range(0, examples, count)
                     ]
                     squares = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
