@@ -171,7 +171,7 @@ def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
     if note := about.get("scale_notes", {}).get(scale):
         parts.append(f"Scale: {note.strip()}\n")
     for entry in about["tables"]:
-        if scale not in entry.get("scales", SCALES):
+        if not tables.rows_at(entry, scale):
             continue
         rows, columns, cells = arrange(tables.jobs(about, entry, scale))
         heads = [COLUMNS.get(column, f"{about['column']} = {column}") for column in columns]
@@ -195,8 +195,7 @@ def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
             head = ["published", "%", "source: protocol", "ours", "Δ"]
             parts.append(markdown(head, beside(entry["published"], cells)) + "\n")
         parts += [f"{text.strip()}\n" for text in [*flags(cells), *([entry["notes"]] if "notes" in entry else [])]]
-        rows_here = [row for row in entry["rows"] if scale in row.get("scales", SCALES)]
-        made = [shlex.join(tables.overrides_of(about, entry, row, scale)) for row in rows_here]
+        made = [shlex.join(tables.overrides_of(about, entry, row, scale)) for row in tables.rows_at(entry, scale)]
         parts.append("Runs: " + ", ".join(f"`python run.py {words}`" for words in made) + ".\n")
         runs += [record(about, entry, job) for jobs in cells.values() for job in jobs]
     parts.append(foot(runs) + "\n")

@@ -118,12 +118,16 @@ def overrides_of(about: dict[str, Any], entry: dict[str, Any], row: dict[str, An
     return tuple(words)
 
 
+def rows_at(entry: dict[str, Any], scale: str) -> list[dict[str, Any]]:
+    """The rows of a table that are made at a scale."""
+    return [row for row in entry["rows"] if all(scale in x.get("scales", SCALES) for x in (entry, row))]
+
+
 def jobs(about: dict[str, Any], entry: dict[str, Any], scale: str) -> list[Job]:
     """All runs of a table."""
     found = []
-    for row in entry["rows"]:
-        if scale in row.get("scales", SCALES):
-            found += expand(overrides_of(about, entry, row, scale), about["column"], row.get("label", ""))
+    for row in rows_at(entry, scale):
+        found += expand(overrides_of(about, entry, row, scale), about["column"], row.get("label", ""))
     return found
 
 
@@ -167,17 +171,16 @@ def commands(name: str, scale: str) -> list[str]:
     about, lines = read(name), []
     seen: set[str] = set()
     for entry in about["tables"]:
-        for row in entry["rows"]:
-            if scale in row.get("scales", SCALES):
-                words = overrides_of(about, entry, row, scale)
-                seeds = sweep(words)[1]["seed"].split(",")
-                names = {store.run_name(job.config) for job in expand(words, about["column"])}
-                if names <= seen:
-                    continue  # made by the commands of an earlier row
-                seen |= names
-                kept = [word for word in words if not word.startswith("seed=")]
-                line = shlex.join([sys.executable, "run.py", *kept])
-                lines += [f"{line} seed={seed} >>runs/.log 2>&1" for seed in seeds]
+        for row in rows_at(entry, scale):
+            words = overrides_of(about, entry, row, scale)
+            seeds = sweep(words)[1]["seed"].split(",")
+            names = {store.run_name(job.config) for job in expand(words, about["column"])}
+            if names <= seen:
+                continue  # made by the commands of an earlier row
+            seen |= names
+            kept = [word for word in words if not word.startswith("seed=")]
+            line = shlex.join([sys.executable, "run.py", *kept])
+            lines += [f"{line} seed={seed} >>runs/.log 2>&1" for seed in seeds]
     return list(dict.fromkeys(lines))
 
 

@@ -169,6 +169,13 @@ def test_every_command_survives_the_shells_on_its_way(tmp_path):
     assert any("${steps}" in line for line in tables.commands("ablation", "full"))
 
 
+def test_commands_make_the_runs_of_the_scale_and_no_others():
+    found = [shlex.split(line.split(" >>")[0])[2:] for line in tables.commands("cifar10", "cpu")]
+    presets = ("table_cifar10", "table_cifar10_controls", "table_cifar10_large")
+    wanted = [(f"+experiment={preset}", f"seed={seed}") for preset in presets for seed in range(3)]
+    assert sorted((words[0], words[-1]) for words in found) == wanted
+
+
 def test_tables_are_not_overwritten_by_emptier_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["make_tables.py", "psasc", "--scale", "full", "--output", str(tmp_path)])
     assert make_tables.main() == 0 and (tmp_path / "psasc.md").exists()
