@@ -253,21 +253,24 @@ class Gathered:
                 record.arguments, record.output_gradient = (), None
                 return
             with exact(g.device):
-                scale = self.taken.scale
-                if record.policy == "gram" and scale is None:
+                if record.policy == "gram" and self.taken.scale is None:
                     assert unit.rule.gram is not None
                     squares = {unit.name: unit.rule.gram(unit.module, arguments[0], g)}
-                elif scale is not None and record.policy == "gram" and unit.rule.scaled_gram and record.positions == 1:
-                    local = {name: scale[full] for name, full in unit.names.items()}
-                    squares = {unit.name: unit.rule.scaled_gram(unit.module, arguments[0], g, local)}
                 else:
                     count = at_once(g, size_of(unit))
                     parts = [
-                        squares_of(unit, _apply(unit, _rows(arguments, i, count), g[i : i + count]), scale)
+                        self._squares(record, _rows(arguments, i, count), g[i : i + count])
                         for i in range(0, examples, count)
                     ]
                     squares = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
             self.taken.keep(record, squares)
+
+    def _squares(self, record: Record, arguments: tuple[Any, ...], g: Tensor) -> Gradients:
+        unit, scale = record.unit, self.taken.scale
+        if scale is not None and record.policy == "gram" and unit.rule.scaled_gram and record.positions == 1:
+            local = {name: scale[full] for name, full in unit.names.items()}
+            return {unit.name: unit.rule.scaled_gram(unit.module, arguments[0], g, local)}
+        return squares_of(unit, _apply(unit, arguments, g), scale)
 
     def _store(self, record: Record, found: Gradients) -> None:
         unit = record.unit
