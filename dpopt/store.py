@@ -183,13 +183,13 @@ def load(run_dir: str | Path) -> nn.Module:
     return model.eval()
 
 
-@cache  # the code that is loaded, though the checkout may move on during a sweep
 def short_commit(commit: Any) -> str:
     """The same in few characters."""
     name, dash, dirty = str(commit).partition("-")
     return name[:12] + dash + dirty
 
 
+@cache  # the code that is loaded, though the checkout may move on during a sweep
 def git_commit() -> str | None:
     """The commit of the checkout that this code runs from, if it is one; with "-dirty" where files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -171,3 +171,11 @@ def test_config_files_are_complete(config):
 
     stored = Config(**yaml.safe_load((store.locate(config) / "config.yaml").read_text()))
     assert asdict(stored) == asdict(config)
+
+
+def test_the_commit_is_that_of_the_code_that_was_loaded(monkeypatch):
+    """A checkout that moves on during a sweep does not change what its runs record."""
+    before = store.git_commit()
+    monkeypatch.setattr(store.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
+    assert store.git_commit() == before
+    assert store.short_commit("0123456789abcdef-dirty") == "0123456789ab-dirty"
