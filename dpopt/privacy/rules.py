@@ -73,7 +73,7 @@ def linear_gram(module: nn.Linear, a: Tensor, g: Tensor) -> Tensor:
 
 def linear_scaled_gram(module: nn.Linear, a: Tensor, g: Tensor, scale: Gradients) -> Tensor:
     """Σ_o g_o²·(Σ_i s_oi²·a_i² + s_o²) of a weight's scale s_oi and a bias's s_o; squares in float64, as norms are."""
-    a, g = (x.flatten(1).double().square() for x in (a, g))
+    a, g = (x.flatten(1).to(torch.float64, copy=True).square_() for x in (a, g))
     by_output = a @ scale["weight"].double().square().mT
     if module.bias is not None:
         by_output += scale["bias"].double().square()

@@ -253,24 +253,27 @@ class Gathered:
                 record.arguments, record.output_gradient = (), None
                 return
             with exact(g.device):
-                if record.policy == "gram" and self.taken.scale is None:
-                    assert unit.rule.gram is not None
-                    squares = {unit.name: unit.rule.gram(unit.module, arguments[0], g)}
+                if (closed := self._closed_form(record, arguments[0], g)) is not None:
+                    squares = {unit.name: closed}
                 else:
                     count = at_once(g, size_of(unit))
                     parts = [
-                        self._squares(record, _rows(arguments, i, count), g[i : i + count])
+                        squares_of(unit, _apply(unit, _rows(arguments, i, count), g[i : i + count]), self.taken.scale)
                         for i in range(0, examples, count)
                     ]
                     squares = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
             self.taken.keep(record, squares)
 
-    def _squares(self, record: Record, arguments: tuple[Any, ...], g: Tensor) -> Gradients:
+    def _closed_form(self, record: Record, a: Any, g: Tensor) -> Tensor | None:
+        """Squared norms without the gradients, where the layer's rule has them."""
         unit, scale = record.unit, self.taken.scale
-        if scale is not None and record.policy == "gram" and unit.rule.scaled_gram and record.positions == 1:
-            local = {name: scale[full] for name, full in unit.names.items()}
-            return {unit.name: unit.rule.scaled_gram(unit.module, arguments[0], g, local)}
-        return squares_of(unit, _apply(unit, arguments, g), scale)
+        if record.policy != "gram":
+            return None
+        if scale is None:
+            return unit.rule.gram(unit.module, a, g) if unit.rule.gram else None
+        if unit.rule.scaled_gram is None or record.positions > 1:
+            return None
+        return unit.rule.scaled_gram(unit.module, a, g, {name: scale[full] for name, full in unit.names.items()})
 
     def _store(self, record: Record, found: Gradients) -> None:
         unit = record.unit
