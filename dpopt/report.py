@@ -109,6 +109,7 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
     """Print the result, and how to go on after a run that was stopped."""
     private = math.isfinite(result["epsilon"])
     rows = [
+        *([("hold-out", f"accuracy {result['holdout_accuracy']:.2%}")] if "holdout_accuracy" in result else []),
         ("test accuracy", f"{result['test_accuracy']:.2%}   (test loss {result['test_loss']:.4f})"),
         (
             "privacy",
@@ -197,7 +198,9 @@ class Progress:
         rate = done * self.plan.batch_size / max(elapsed, 1e-9)
         left = elapsed / done * (self.plan.steps - step) if done else math.nan
         parts = [f"step {step:,}/{self.plan.steps:,}"]
-        if "test/accuracy" in self.values:
+        if "private/holdout_accuracy" in self.values:
+            parts.append(f"accuracy {self.values['private/holdout_accuracy']:.2%} on the hold-out")
+        elif "test/accuracy" in self.values:
             parts.append(f"accuracy {self.values['test/accuracy']:.2%}")
         if "private/train_loss" in self.values:
             parts.append(f"train loss {self.values['private/train_loss']:.3f}")

@@ -46,23 +46,26 @@ class Summary(Callback):
 def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
     """A line per job: what is its own among its overrides, accuracy, ε and time, or why there is none.
 
+    The accuracy is that on the hold-out, by which to choose, where all have one.
+
     Args:
         jobs: overrides and result of each, the result as in result.json, or with `status` failed and `error`.
     """
     common = set.intersection(*(set(words) for words, _ in jobs))
     names = [" ".join(word for word in words if word not in common) for words, _ in jobs]
     width = max(map(len, names))
+    done = [result for _, result in jobs if "test_accuracy" in result]
+    key = "holdout_accuracy" if all("holdout_accuracy" in result for result in done) else "test_accuracy"
     lines = []
     for name, (_, result) in zip(names, jobs, strict=True):
         if "test_accuracy" in result:
-            told = (
-                f"{result['test_accuracy']:7.2%}   ε = {result['epsilon']:<6.4g}   {duration(result['wall_seconds'])}"
-            )
+            told = f"{result[key]:7.2%}   ε = {result['epsilon']:<6.4g}   {duration(result['wall_seconds'])}"
             told += "" if result["status"] == "finished" else f"   {result['status']}"
         else:
             told = f"failed: {result.get('error', 'no result')}"
         lines.append(f"{name:{width}}   {told}")
-    return "\n".join(["sweep: test accuracy, ε spent, time", *lines])
+    where = "test accuracy" if key == "test_accuracy" else "accuracy on the hold-out"
+    return "\n".join([f"sweep: {where}, ε spent, time", *lines])
 
 
 def cost(plans: list[dict[str, Any]], failed: int = 0) -> str:

@@ -142,6 +142,12 @@ def _train(
         text = privacy_card(config, plan, sensitivity, steps, directory.name, progress["diagnostics"])
         files.write_atomic(directory / store.CARD, text)
 
+    def measure() -> dict[str, float]:
+        found = evaluate(final, test, config.precision, "test/")
+        if config.diagnostics and held_out is not None:
+            found |= evaluate(final, held_out, config.precision, "private/holdout_")
+        return found
+
     write_card(None)
     (directory / store.RESULT).unlink(missing_ok=True)
     files.write_atomic(directory / store.CONFIG, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
@@ -179,13 +185,11 @@ def _train(
                 if probe is not None:
                     wall = time.perf_counter() - clock
                     speed = (step - first) * plan.batch_size / training
-                    values = evaluate(final, test, config.precision, "test/")
+                    values = measure()
                     values |= {"privacy/epsilon": plan.epsilon_at(step), "optimizer/lr": float(lr)}
                     values |= probe.measure() | private.statistics
                     if isinstance(clip, Adaptive):
                         values |= {f"privacy/{name}": private.facts[name] for name in ("clip_norm", "clip_rate")}
-                    if config.diagnostics and held_out is not None:
-                        values |= evaluate(final, held_out, config.precision, "private/holdout_")
                     values |= {"memory/optimizer_state_bytes": optimizer_state_bytes(optimizer)}
                     values |= {"time/wall_seconds": wall, "time/examples_per_second": speed}
                     metrics.log(step, values, {"memory/peak_bytes": peak_memory_bytes(device)})
@@ -202,12 +206,13 @@ def _train(
         finally:
             metrics.close()
     if "test/accuracy" not in values or status != "finished":
-        values |= evaluate(final, test, config.precision, "test/")
+        values |= measure()
     result = {
         "status": status,
         "run": directory.name,
         "test_accuracy": values["test/accuracy"],
         "test_loss": values["test/loss"],
+        **({"holdout_accuracy": held} if (held := values.get("private/holdout_accuracy")) is not None else {}),
         "epsilon": plan.epsilon_at(step),
         "epsilon_rdp": plan.epsilon_at(step, "rdp"),
         "accountant": plan.accountant,
