@@ -126,12 +126,19 @@ class Config:
 ConfigStore.instance().store(name="schema", node=Config)
 
 
-def by_epsilon(epsilon: float | None, values: Mapping[Any, Any]) -> Any:
-    """`${by_epsilon:${epsilon},{1: a, 8: b}}` in a YAML: the value at the nearest ε, in ratio; for none, the last."""
-    known = sorted(values, key=float)
+def by_epsilon(epsilon: float | None, values: Mapping[Any, Any], private: bool = True) -> Any:
+    """`${by_epsilon:${epsilon},{1: a, 8: b}}` in a YAML: the value at the nearest ε, in ratio; for none, the last.
+
+    `${by_epsilon:${epsilon},{1: a, 8: b, inf: c, none: d},${private}}` has values for the controls, too.
+    """
+    if not private and "none" in values:
+        return values["none"]
+    if epsilon is not None and float(epsilon) == math.inf and math.inf in values:
+        return values[math.inf]
+    known = sorted(key for key in values if key not in ("none", math.inf))
     if epsilon is None or not 0 < float(epsilon) < math.inf:  # nonsense is refused elsewhere, in words
         return values[known[-1]]
-    return values[min(known, key=lambda other: abs(math.log(float(other) / float(epsilon))))]
+    return values[min(known, key=lambda other: abs(math.log(other / float(epsilon))))]
 
 
 OmegaConf.register_new_resolver("by_epsilon", by_epsilon, replace=True)

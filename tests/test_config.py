@@ -236,6 +236,9 @@ def test_values_by_epsilon():
 
     rates = {1: 2, 8: 4}
     assert [by_epsilon(e, rates) for e in (0.1, 1, 2.8, 2.9, 8, 50, None, float("inf"))] == [2, 2, 2, 4, 4, 4, 4, 4]
+    controls = rates | {float("inf"): 6, "none": 1}
+    assert [by_epsilon(e, controls, p) for e, p in ((1, True), (50, True), (float("inf"), True))] == [2, 4, 6]
+    assert [by_epsilon(None, controls, p) for p in (True, False)] == [4, 1] and by_epsilon(None, rates, False) == 4
     words = ("model=wrn_16_4", "optimizer=dp_sgd")
     assert [configure(*words, f"epsilon={e}").optimizer["lr"] for e in (1, 8)] == [2, 4]
     assert configure(*words, "privacy=none").optimizer["lr"] == 4
