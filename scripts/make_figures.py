@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tables
 import torch
-from make_tables import arrange, show, stem
+from make_tables import arrange, emptier, show, stem
 from matplotlib.ticker import NullFormatter
 from scipy.stats import t as student
 from tables import COLUMNS, ROOT, SCALES, Job
@@ -34,10 +34,10 @@ EPSILON = {"eps1": 1, "eps3": 3, "eps8": 8}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % confidence interval; no interval of fewer than three values."""
+    """Mean and half of its 95 % confidence interval, which is NaN for fewer than three values."""
     mean = statistics.fmean(values)
     if len(values) < 3:
-        return mean, 0.0
+        return mean, math.nan
     return mean, float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -67,28 +67,29 @@ def by_epsilon(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
 
 
 def curves(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
-    """A series of metrics.csv against steps, a line per row, with the ε spent so far as second axis."""
+    """A series of metrics.csv against steps, a line per row; the ε spent is a second axis, where all rows share it."""
     key = about.get("series", "test/accuracy")
     rows, _, cells = arrange([job for job in jobs if job.column == about["column"]])
     spent: dict[float, float] = {}
-    drawn = 0
+    shared, drawn = True, 0
     for row in about.get("rows", rows):
-        series = [found for job in cells.get((row, about["column"]), []) if (found := job.series())]
-        series = [[line for line in lines if key in line] for lines in series]
-        if not series or not series[0]:
-            continue
-        steps = [line["step"] for line in series[0]]
-        middle = [[show(key, lines[i][key]) for lines in series if i < len(lines)] for i in range(len(steps))]
-        means, halves = zip(*map(interval, middle), strict=True)
-        axis.plot(steps, means, color=COLOURS[drawn % 8], marker=MARKERS[drawn % 8], markersize=4, label=row)
-        low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-        axis.fill_between(steps, low, high, color=COLOURS[drawn % 8], alpha=0.15, linewidth=0)
-        spent |= {line["step"]: line["privacy/epsilon"] for line in series[0]}
-        drawn += 1
+        points: dict[float, list[float]] = {}
+        for job in cells.get((row, about["column"]), []):
+            for line in job.series() if job.result()["status"] == "finished" else []:
+                if key in line:
+                    step, epsilon = line["step"], line["privacy/epsilon"]
+                    points.setdefault(step, []).append(show(key, line[key]))
+                    shared &= math.isclose(spent.setdefault(step, epsilon), epsilon)
+        if points:
+            means, halves = map(list, zip(*map(interval, points.values()), strict=True))
+            axis.plot(list(points), means, color=COLOURS[drawn % 8], marker=MARKERS[drawn % 8], markersize=4, label=row)
+            low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axis.fill_between(list(points), low, high, color=COLOURS[drawn % 8], alpha=0.15, linewidth=0)
+            drawn += 1
     axis.set(xlabel="step", ylabel={"test/accuracy": "test accuracy in %"}.get(key, about.get("label", key)))
     if about.get("log"):
         axis.set_yscale("log")
-    if drawn:
+    if drawn and shared:
         at = list(spent)
         ticks = [at[round(i * (len(at) - 1) / 4)] for i in range(5)] if len(at) > 4 else at
         top = axis.secondary_xaxis("top")
@@ -221,6 +222,9 @@ def main() -> int:
     arguments = parser.parse_args()
     output = arguments.output or ROOT / ("runs/smoke" if arguments.scale == "smoke" else "experiments/results")
     for name in arguments.names or tables.names_at(arguments.scale):
+        if why := emptier(name, arguments.scale, output):
+            print(f"{why}: figures, too")
+            continue
         for path in draw(name, arguments.scale, output):
             print(path)
     return 0

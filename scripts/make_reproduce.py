@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from make_tables import stem
+from make_tables import agrees, arrange, stem
 from tables import COLUMNS, ROOT
 
 RESULTS = ROOT / "experiments" / "results"
@@ -38,6 +38,7 @@ title: Mine
 setting: What a reader must know.
 column: privacy
 scales: [smoke, full]            # the last one is the presets as they stand; the others lay conf/scale/ over them
+hours: {full: {one GPU: "3"}}    # what to expect, by hardware
 tables:
   - {title: Accuracy, baseline: dp_sgd, rows: [{preset: table_mine}]}
 ```
@@ -57,15 +58,16 @@ def results(name: str, scale: str) -> list[dict[str, str]]:
         return [run for run in csv.DictReader(file) if run["status"] == "finished"]
 
 
-def ours(entry: dict[str, Any], runs: list[dict[str, str]]) -> str:
+def ours(about: dict[str, Any], part: dict[str, Any], entry: dict[str, Any], name: str, scale: str) -> str:
     """What came out in the cell of a published figure, and whether the setting is the same."""
-    chosen = [run for run in runs if (run["row"], run["column"]) == (entry.get("row"), entry.get("column"))]
+    cell = entry.get("row", ""), entry.get("column", "")
+    runs = [run for run in results(name, scale) if run["table"] == part["title"]]
+    chosen = [run for run in runs if (run["row"], run["column"]) == cell]
     found = [100 * float(run["test_accuracy"]) for run in {run["run"]: run for run in chosen}.values()]
     if not found:
         return "not run"
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    same = all(chosen[0][key] == str(entry[key]) for key in ("dataset", "model", "train_size"))
-    same = same and entry["delta"] is not None and float(chosen[0]["delta"] or 0) == entry["delta"]
+    same = agrees(entry, arrange(tables.jobs(about, part, scale))[2][cell])
     return f"{statistics.fmean(found):.1f}{spread} (n = {len(found)}{'' if same else ', other setting'})"
 
 
@@ -78,23 +80,24 @@ def section(name: str) -> str:
             continue
         runs = results(name, scale)
         path = RESULTS / f"{stem(name, scale)}.md"
-        hours = sum(float(run["wall_seconds"]) for run in {run["run"]: run for run in runs}.values()) / 3600
+        once = {run["run"]: run for run in runs}.values()
+        hours = sum(float(run["wall_seconds"]) for run in once) / 3600
         where = ", ".join(sorted({run["device"] for run in runs}))
         done = f"[{path.name}](../experiments/results/{path.name})" if path.exists() else "not run"
-        cost = f", {len(runs)} cells, {hours:.1f} process hours on {where}" if runs else ""
-        expected = "; ".join(f"expected hours on {on}: {hours}" for on, hours in about["hours"][scale].items())
-        lines.append(f"- `make table-{name} SCALE={scale}`: {done}{cost}; {expected}")
+        cost = f", {len(once)} runs, {hours:.1f} process hours on {where}" if runs else ""
+        expected = [f"; expected hours on {on}: {h}" for on, h in about.get("hours", {}).get(scale, {}).items()]
+        lines.append(f"- `make table-{name} SCALE={scale}`: {done}{cost}{''.join(expected)}")
         for figure in sorted(RESULTS.glob(f"{stem(name, scale)}_*.png")):
             if figure.stem.removeprefix(f"{stem(name, scale)}_") in {f["name"] for f in about.get("figures", [])}:
                 lines.append(f"  - figure [{figure.name}](../experiments/results/{figure.name})")
-    published = [entry for part in about["tables"] for entry in part.get("published", [])]
+    published = [(part, entry) for part in about["tables"] for entry in part.get("published", [])]
     scales = [scale for scale in about["scales"] if scale != "smoke"]
     if published:
         lines.append(f"\n| published | % | source: protocol | {' | '.join(f'ours, {scale}' for scale in scales)} |")
         lines.append("|---" * (3 + len(scales)) + "|")
-        for entry in published:
+        for part, entry in published:
             what = f"{entry['what']}, {COLUMNS.get(entry.get('column', ''), '')}"
-            cells = [ours(entry, results(name, scale)) for scale in scales]
+            cells = [ours(about, part, entry, name, scale) for scale in scales]
             lines.append(
                 f"| {what} | {entry['value']} | {entry['source']}: {entry['protocol']} | {' | '.join(cells)} |"
             )

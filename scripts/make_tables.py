@@ -44,7 +44,7 @@ def unit(measure: str) -> str:
         "test_loss": "Test loss in nats",
         "private/holdout_accuracy": "Accuracy in % on the hold-out",
         "optimizer_state_bytes": "Optimizer state in bytes",
-        "peak_memory_bytes": "Peak memory of the process in MB",
+        "peak_memory_bytes": "Peak memory in MB, of the GPU or of the whole process",
     }
     return known.get(measure, measure)
 
@@ -86,7 +86,15 @@ def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
     if len(found) < 3:
         return f"{mean:+.{places}f} (n = {len(found)}: no interval)"
     half = float(student.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
-    return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
+    few = f" (n = {len(found)})" if len(found) < len(jobs) else ""
+    return f"{mean:+.{places}f} [{bound(mean - half, places)}, {bound(mean + half, places)}]{few}"
+
+
+def bound(value: float, places: int) -> str:
+    """The end of an interval, with enough decimals to see on which side of 0 it lies."""
+    while value and float(f"{value:.{places}f}") == 0 and places < 4:
+        places += 1
+    return f"{value:+.{places}f}"
 
 
 def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
@@ -95,6 +103,8 @@ def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
     columns = sorted({job.column for job in jobs}, key=lambda c: list(COLUMNS).index(c) if c in COLUMNS else 99)
     cells: Cells = {(row, column): [] for row in rows for column in columns}
     for job in jobs:
+        if job.config.seed in [other.config.seed for other in cells[job.row, job.column]]:
+            raise ValueError(f"two runs are row {job.row}, {job.column}, seed {job.config.seed}: give a row a label")
         cells[job.row, job.column].append(job)
     return rows, columns, cells
 
@@ -242,12 +252,16 @@ def stem(name: str, scale: str) -> str:
     return name if scale != "smoke" and len(tables.read(name)["scales"]) <= 2 else f"{name}_{scale}"
 
 
-def finished(path: Path) -> int:
-    """Finished runs in a csv file that was written before."""
+def emptier(name: str, scale: str, output: Path) -> str:
+    """Why what was written before is kept: it holds more finished runs than there are here. Else nothing."""
+    path, about = output / f"{stem(name, scale)}.csv", tables.read(name)
     if not path.exists():
-        return 0
+        return ""
     with path.open(newline="") as file:
-        return sum(run["status"] == "finished" for run in csv.DictReader(file))
+        before = sum(run["status"] == "finished" for run in csv.DictReader(file))
+    jobs = [job for entry in about["tables"] for job in tables.jobs(about, entry, scale)]
+    now = sum(job.result()["status"] == "finished" for job in jobs)
+    return f"{path} holds {before} finished runs, here are {now}: kept as it is" if now < before else ""
 
 
 def plan(name: str, scale: str) -> str:
@@ -266,7 +280,8 @@ def plan(name: str, scale: str) -> str:
             if key not in plans:
                 plans[key] = run(config)
             found[str(job.directory())] = plans[key] | {"status": job.result()["status"]}
-    hours = [f"expected hours on {hardware}: {hours}" for hardware, hours in about["hours"].get(scale, {}).items()]
+    expected = about.get("hours", {}).get(scale, {})
+    hours = [f"expected hours on {hardware}: {hours}" for hardware, hours in expected.items()]
     return " · ".join([f"{name}, scale {scale}: {cost(list(found.values()))}", *hours])
 
 
@@ -316,13 +331,12 @@ def main() -> int:
             continue
         if not tables.read(name)["tables"]:
             continue  # a figure alone
+        if not arguments.force and (why := emptier(name, scale, output)):
+            print(f"{why} (--force overwrites)")
+            continue
         text, tex, runs = page(name, scale)
         output.mkdir(parents=True, exist_ok=True)
         path = output / f"{stem(name, scale)}.csv"
-        before, now = finished(path), sum(run["status"] == "finished" for run in runs)
-        if now < before and not arguments.force:
-            print(f"{path} holds {before} finished runs, here are {now}: kept as it is (--force overwrites)")
-            continue
         path.with_suffix(".md").write_text(text)
         path.with_suffix(".tex").write_text(tex)
         with path.open("w", newline="") as file:

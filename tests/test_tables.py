@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import make_figures
 import make_reproduce
 import make_tables
-import rerun
 import tables
 
 NAMES = tables.names()
@@ -123,6 +122,8 @@ def test_cells_say_what_is_missing(tmp_path):
         elif (job.row, job.column) == ("dp_psasc_momentum", "eps8"):
             store.note_failure(job.config, ValueError("the data set is not there\nor damaged"))
     rows, columns, cells = make_tables.arrange(found)
+    with pytest.raises(ValueError, match="two runs are row dp_sgd, eps1, seed 0: give a row a label"):
+        make_tables.arrange([*found, found[0]])
     assert rows == ["dp_sgd", "dp_psasc_momentum"] and columns == ["eps1", "eps8"]
     shown = {at: make_tables.cell(jobs, "test_accuracy") for at, jobs in cells.items()}
     assert shown == {
@@ -203,6 +204,9 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert 4.3027 / math.sqrt(3) == pytest.approx(2.484, abs=1e-3)
     assert make_tables.difference(one[:2], other, "test_accuracy") == "+1.5 (n = 2: no interval)"
     assert make_tables.difference(one, other[2:], "test_accuracy") == "+3.0 (n = 1: no interval)"
+    fourth = replace(one[0], config=replace(one[0].config, seed=3))  # without a partner
+    assert make_tables.difference([*one, fourth], other, "test_accuracy") == "+2.0 [-0.5, +4.5] (n = 3)"
+    assert [make_tables.bound(value, 1) for value in (-0.009, 0.04, 0.0, -1.25)] == ["-0.01", "+0.04", "+0.0", "-1.2"]
 
 
 def test_the_best_row_is_chosen_on_average_or_by_column(tmp_path):
@@ -255,90 +259,23 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
         lines = [["step", "test/accuracy", "privacy/epsilon"], *([s, 0.1 * s, s / 2] for s in range(1, 6))]
         with (job.directory() / store.METRICS).open("w", newline="") as file:
             csv.writer(file).writerows(lines)
-    assert make_figures.by_epsilon(axis, found, {}) and make_figures.curves(axis, found, {"column": "eps8"})
+    (found[-1].directory() / store.RESULT).unlink()  # interrupted: not in the curves
+    assert make_figures.by_epsilon(axis, found, {})
+    one, other = (make_figures.plt.subplots()[1] for _ in range(2))
+    assert make_figures.curves(one, found, {"column": "eps8"})
+    assert [list(line.get_xdata()) for line in one.lines] == [[1, 2, 3, 4, 5]] * 2 and one.child_axes
+    lines[1][-1] = 0.7  # another ε at the same step
+    with (found[0].directory() / store.METRICS).open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    assert make_figures.curves(other, found, {"column": found[0].column}) and not other.child_axes
     assert make_figures.bars(axis, found, {})
     assert make_figures.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
+    assert math.isnan(make_figures.interval([1.0, 2.0])[1])
     make_figures.plt.close("all")
 
 
 def test_the_page_of_reproduction_is_up_to_date():
     assert (ROOT / "docs/reproduce.md").read_text() == make_reproduce.page()
-
-
-def test_a_table_survives_an_interruption_and_a_failing_cell(tmp_path):
-    """Two cells, then more: the finished ones keep their files; one that cannot run is named with its error."""
-    words = [sys.executable, "run.py", "+experiment=table_digits_psasc_flat", "+scale=smoke", f"output_dir={tmp_path}"]
-
-    def sweep(*more):
-        return subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True)
-
-    assert sweep("seed=0").returncode == 0
-    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
-    assert len(first) == 2
-    again = sweep("seed=0,1", "optimizer=dp_sgd,dp_adam", "++optimizer.momentum=0")  # no such argument of Adam
-    assert again.returncode == 1 and "optimizer.momentum" in again.stdout + again.stderr
-    assert len(list(tmp_path.glob("*/result.json"))) > len(first)
-    assert all(path.stat().st_mtime_ns == when for path, when in first.items())
-    reasons = [path.read_text() for path in (tmp_path / ".sweeps").glob("*.txt")]
-    assert reasons and all("momentum is not an argument" in reason for reason in reasons)
-
-
-def test_a_rerun_agrees_and_says_when_it_does_not(tmp_path):
-    words = ["+experiment=quickstart", "steps=3", "eval_every=3", "optimizer=dp_sgd", f"output_dir={tmp_path}"]
-    subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, check=True, capture_output=True)
-    (directory,) = [path.parent for path in tmp_path.glob("*/result.json")]
-    command = [sys.executable, "scripts/rerun.py", str(directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "agrees bit by bit" in done.stdout, done.stdout + done.stderr
-    result = json.loads((directory / store.RESULT).read_text())
-    far = result | {"test_accuracy": min(1.0, result["test_accuracy"] + 0.5)}
-    assert rerun.verdict(far, result, False, 360)[0] is False
-    assert "accounting has changed" in rerun.verdict(result, result | {"epsilon": 9.0}, False, 360)[1]
-    missing = subprocess.run([*command[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert missing.returncode == 1 and "no finished run" in missing.stderr
-
-
-def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeypatch):
-    import torch
-    from hydra import compose, initialize_config_dir
-
-    from dpopt.prepare import make_device
-    from dpopt.sweep import cost, side_by_side
-
-    plans = [{"status": "planned", "seconds": 5400, "memory_bytes": 2e9}, {"status": "finished", "seconds": 60}]
-    plans.append({"status": "planned", "seconds": 5400, "memory_bytes": 3e9})
-    text = cost(plans, 1)
-    assert text.startswith("4 runs, 1 of them finished · 1 refused · about 3 h") and "up to 3 GB" in text
-    assert "unknown" in cost([{"status": "planned", "seconds": None, "memory_bytes": None}])
-    results = [
-        (["a=1", "b=1"], {"status": "finished", "test_accuracy": 0.5, "epsilon": 8.0, "wall_seconds": 3}),
-        (["a=1", "b=22"], {"status": "failed", "error": "no such thing"}),
-    ]
-    lines = side_by_side(results).splitlines()[1:]
-    assert lines == ["b=1     50.00%   ε = 8        3 s", "b=22   failed: no such thing"]
-    words = ["-m", "+experiment=quickstart", "seed=0,1", "dry_run=true", f"output_dir={tmp_path}"]
-    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
-    assert "sweep: 2 runs, 0 of them finished · about" in done.stdout, done.stdout + done.stderr
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for job, index in (("0", 0), ("5", 1)):
-        monkeypatch.setenv("DPOPT_JOB", job)
-        assert make_device("auto") == torch.device("cuda", index)
-    monkeypatch.delenv("DPOPT_JOB")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        hydra = compose("config", ["+experiment=quickstart", "hydra.job.num=3"], return_hydra_config=True)
-    assert str(hydra.hydra.job.env_set.DPOPT_JOB) == "3"
-
-
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_sweeps_run_in_parallel_by_one_override(launcher, tmp_path):
-    workers = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-    words = ["-m", "+experiment=quickstart", "+scale=smoke", "seed=0,1", "dataset=digits", f"output_dir={tmp_path}"]
-    command = [sys.executable, "run.py", *words, f"hydra/launcher={launcher}", *workers]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(list(tmp_path.glob("*/result.json"))) == 2
 
 
 def test_tuned_rates_are_found_by_data_set_and_model():
