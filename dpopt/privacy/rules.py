@@ -40,18 +40,18 @@ class Rule:
             in any memory layout whose outermost dimension is B.
         gram: the same arguments → the squared norms (B,) of all gradients of the layer together, in float64, without
             the gradients; None where that is not worth it.
-        scaled_gram: `gram` of scaled gradients: (layer, input, output gradient, scale by parameter name) → (B,), at one
-            position of one view; None where the gradients have to be formed.
         square_norms: (layer, gradients) → squared norms (B,), in float64, where `gradients` has, as "weight", the
             gradient of a function of the parameters; then `pull_back` is the chain rule through that function.
         pull_back: (layer, these gradients summed over examples) → the gradients of the parameters themselves.
+        scaled_gram: `gram` of scaled gradients: (layer, input, output gradient, scale by parameter name) → (B,), at one
+            position of one view; None where the gradients have to be formed.
     """
 
     gradients: Callable[[Any, Any, Tensor], Gradients]
     gram: Callable[[Any, Tensor, Tensor], Tensor] | None = None
-    scaled_gram: Callable[[Any, Tensor, Tensor, Gradients], Tensor] | None = None
     square_norms: Callable[[Any, Gradients], Tensor] | None = None
     pull_back: Callable[[Any, Gradients], Gradients] | None = None
+    scaled_gram: Callable[[Any, Tensor, Tensor, Gradients], Tensor] | None = None
 
 
 # Linear
@@ -153,15 +153,10 @@ def by_vmap(module: nn.Module, a: tuple[Any, ...], g: Tensor) -> Gradients:
 
 BY_VMAP = Rule(by_vmap)
 RULES: dict[type, Rule] = {
-    nn.Linear: Rule(linear, linear_gram, linear_scaled_gram),
+    nn.Linear: Rule(linear, linear_gram, scaled_gram=linear_scaled_gram),
     nn.Conv1d: Rule(conv, conv_gram),
     nn.Conv2d: Rule(conv, conv_gram),
-    StandardizedConv2d: Rule(
-        standardized_conv,
-        standardized_gram,
-        square_norms=standardized_norms,
-        pull_back=standardized_pull_back,
-    ),
+    StandardizedConv2d: Rule(standardized_conv, standardized_gram, standardized_norms, standardized_pull_back),
     nn.GroupNorm: Rule(group_norm),
     nn.LayerNorm: Rule(layer_norm),
     nn.RMSNorm: Rule(rms_norm),
