@@ -20,10 +20,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import tables
 import torch
-from make_tables import arrange, emptier, show, stem
+from make_tables import arrange, show
 from matplotlib.ticker import NullFormatter
-from scipy.stats import t as student
-from tables import COLUMNS, ROOT, SCALES, Job
+from tables import COLUMNS, ROOT, SCALES, Job, interval, stem, why_kept
 
 import dpopt
 
@@ -31,14 +30,6 @@ import dpopt
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 MARKERS = "osD^vP*X"
 EPSILON = {"eps1": 1, "eps3": 3, "eps8": 8}
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % confidence interval, which is NaN for fewer than three values."""
-    mean = statistics.fmean(values)
-    if len(values) < 3:
-        return mean, math.nan
-    return mean, float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def scores(jobs: list[Job], measure: str) -> list[float]:
@@ -222,7 +213,7 @@ def main() -> int:
     arguments = parser.parse_args()
     output = arguments.output or ROOT / ("runs/smoke" if arguments.scale == "smoke" else "experiments/results")
     for name in arguments.names or tables.names_at(arguments.scale):
-        if why := emptier(name, arguments.scale, output):
+        if why := why_kept(name, arguments.scale, output):
             print(f"{why}: figures, too")
             continue
         for path in draw(name, arguments.scale, output):

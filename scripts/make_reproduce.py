@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from make_tables import agrees, arrange, stem
-from tables import COLUMNS, ROOT
+from make_tables import agrees, arrange
+from tables import COLUMNS, ROOT, stem
 
 RESULTS = ROOT / "experiments" / "results"
 INTRODUCTION = """\
@@ -58,7 +58,7 @@ def results(name: str, scale: str) -> list[dict[str, str]]:
         return [run for run in csv.DictReader(file) if run["status"] == "finished"]
 
 
-def ours(about: dict[str, Any], part: dict[str, Any], entry: dict[str, Any], name: str, scale: str) -> str:
+def ours(name: str, scale: str, part: dict[str, Any], entry: dict[str, Any]) -> str:
     """What came out in the cell of a published figure, and whether the setting is the same."""
     cell = entry.get("row", ""), entry.get("column", "")
     runs = [run for run in results(name, scale) if run["table"] == part["title"]]
@@ -67,7 +67,7 @@ def ours(about: dict[str, Any], part: dict[str, Any], entry: dict[str, Any], nam
     if not found:
         return "not run"
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    same = agrees(entry, arrange(tables.jobs(about, part, scale))[2][cell])
+    same = agrees(entry, arrange(tables.jobs(tables.read(name), part, scale))[2][cell])
     return f"{statistics.fmean(found):.1f}{spread} (n = {len(found)}{'' if same else ', other setting'})"
 
 
@@ -97,7 +97,7 @@ def section(name: str) -> str:
         lines.append("|---" * (3 + len(scales)) + "|")
         for part, entry in published:
             what = f"{entry['what']}, {COLUMNS.get(entry.get('column', ''), '')}"
-            cells = [ours(about, part, entry, name, scale) for scale in scales]
+            cells = [ours(name, scale, part, entry) for scale in scales]
             lines.append(
                 f"| {what} | {entry['value']} | {entry['source']}: {entry['protocol']} | {' | '.join(cells)} |"
             )

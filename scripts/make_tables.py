@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from scipy.stats import t as student
-from tables import COLUMNS, ROOT, SCALES, Job
+from tables import COLUMNS, ROOT, SCALES, Job, interval, stem, why_kept
 
 from dpopt import store
 from dpopt.config import build, target_name
@@ -82,10 +81,9 @@ def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
     if not found or not all(map(math.isfinite, found)):
         return ""
     places = digits(measure)
-    mean = statistics.fmean(found)
-    if len(found) < 3:
+    mean, half = interval(found)
+    if math.isnan(half):
         return f"{mean:+.{places}f} (n = {len(found)}: no interval)"
-    half = float(student.ppf(0.975, len(found) - 1)) * statistics.stdev(found) / len(found) ** 0.5
     few = f" (n = {len(found)})" if len(found) < len(jobs) else ""
     return f"{mean:+.{places}f} [{bound(mean - half, places)}, {bound(mean + half, places)}]{few}"
 
@@ -247,23 +245,6 @@ def foot(runs: list[dict[str, Any]]) -> str:
     return f"{made}, on {where}; {versions}; commit {', '.join(commits)}."
 
 
-def stem(name: str, scale: str) -> str:
-    """The name of a table's files: with the scale, unless there is but one that means something."""
-    return name if scale != "smoke" and len(tables.read(name)["scales"]) <= 2 else f"{name}_{scale}"
-
-
-def emptier(name: str, scale: str, output: Path) -> str:
-    """Why what was written before is kept: it holds more finished runs than there are here. Else nothing."""
-    path, about = output / f"{stem(name, scale)}.csv", tables.read(name)
-    if not path.exists():
-        return ""
-    with path.open(newline="") as file:
-        before = sum(run["status"] == "finished" for run in csv.DictReader(file))
-    jobs = [job for entry in about["tables"] for job in tables.jobs(about, entry, scale)]
-    now = sum(job.result()["status"] == "finished" for job in jobs)
-    return f"{path} holds {before} finished runs, here are {now}: kept as it is" if now < before else ""
-
-
 def plan(name: str, scale: str) -> str:
     """What the runs of a table would cost here: every row planned once, without data."""
     from dpopt.train import run
@@ -331,7 +312,7 @@ def main() -> int:
             continue
         if not tables.read(name)["tables"]:
             continue  # a figure alone
-        if not arguments.force and (why := emptier(name, scale, output)):
+        if not arguments.force and (why := why_kept(name, scale, output)):
             print(f"{why} (--force overwrites)")
             continue
         text, tex, runs = page(name, scale)

@@ -6,7 +6,9 @@ cannot differ. A scale is an overlay, conf/scale/SCALE.yaml, on the same presets
 """
 
 import csv
+import math
 import shlex
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from scipy.stats import t as student
 
 from dpopt import store
 from dpopt.config import Config, from_hydra
@@ -187,3 +190,28 @@ def commands(name: str, scale: str) -> list[str]:
 @cache
 def _finished(root: Path) -> dict[str, Path]:
     return store.by_content(root) if root.is_dir() else {}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % confidence interval (Student's t), which is NaN for fewer than three values."""
+    mean = statistics.fmean(values)
+    if len(values) < 3:
+        return mean, math.nan
+    return mean, float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def stem(name: str, scale: str) -> str:
+    """The name of a table's files: with the scale, unless there is but one that means something."""
+    return name if scale != "smoke" and len(read(name)["scales"]) <= 2 else f"{name}_{scale}"
+
+
+def why_kept(name: str, scale: str, output: Path) -> str:
+    """Why what was written before is kept: it holds more finished runs than there are here. Else nothing."""
+    path, about = output / f"{stem(name, scale)}.csv", read(name)
+    if not path.exists():
+        return ""
+    with path.open(newline="") as file:
+        before = sum(run["status"] == "finished" for run in csv.DictReader(file))
+    found = [job for entry in about["tables"] for job in jobs(about, entry, scale)]
+    now = sum(job.result()["status"] == "finished" for job in found)
+    return f"{path} holds {before} finished runs, here are {now}: kept as it is" if now < before else ""

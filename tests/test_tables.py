@@ -269,8 +269,8 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
         csv.writer(file).writerows(lines)
     assert make_figures.curves(other, found, {"column": found[0].column}) and not other.child_axes
     assert make_figures.bars(axis, found, {})
-    assert make_figures.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
-    assert math.isnan(make_figures.interval([1.0, 2.0])[1])
+    assert tables.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
+    assert math.isnan(tables.interval([1.0, 2.0])[1])
     make_figures.plt.close("all")
 
 
