@@ -1,7 +1,7 @@
 """Tables of what has been run, from the presets that make their runs and the results on disk; nothing is trained.
 
     python scripts/make_tables.py cifar10 --scale cpu               # → experiments/results/cifar10_cpu.md, .csv, .tex
-    python scripts/make_tables.py cifar10 --scale cpu --commands    # the commands that make its runs
+    python scripts/make_tables.py cifar10 --scale cpu --commands    # what makes its missing runs
     python scripts/make_tables.py cifar10 --scale full --plan       # what its runs would cost on this machine
 
 A cell is mean ± standard deviation over seeds, with the number of seeds where some are missing; what was not run says
@@ -290,7 +290,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(tables.names())}; all that the scale has")
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--output", type=Path, help="experiments/results, or runs/smoke for scale smoke")
-    parser.add_argument("--commands", action="store_true", help="print the commands that make the runs, and stop")
+    parser.add_argument("--commands", action="store_true", help="print the commands of runs that are missing")
     parser.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
     parser.add_argument("--plan", action="store_true", help="print what the runs would cost, and stop")
     arguments = parser.parse_args()
@@ -304,7 +304,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     if arguments.commands:
-        print("\n".join(dict.fromkeys(line for name in asked for line in tables.commands(name, scale))))
+        for line in dict.fromkeys(line for name in asked for line in tables.commands(name, scale, missing=True)):
+            print(line)
         return 0
     for name in asked:
         if arguments.plan:

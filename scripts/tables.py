@@ -169,21 +169,22 @@ def expand(words: tuple[str, ...], column: str, label: str = "") -> list[Job]:
     return found
 
 
-def commands(name: str, scale: str) -> list[str]:
-    """What makes the runs of a table: a command per preset and seed, to be spread over processes."""
+def commands(name: str, scale: str, missing: bool = False) -> list[str]:
+    """What makes the runs of a table, or those that are not finished: a command per preset and seed."""
     about, lines = read(name), []
     seen: set[str] = set()
     for entry in about["tables"]:
         for row in rows_at(entry, scale):
             words = overrides_of(about, entry, row, scale)
-            seeds = sweep(words)[1]["seed"].split(",")
-            names = {store.run_name(job.config) for job in expand(words, about["column"])}
-            if names <= seen:
+            found = expand(words, about["column"])
+            if {store.run_name(job.config) for job in found} <= seen:
                 continue  # made by the commands of an earlier row
-            seen |= names
-            kept = [word for word in words if not word.startswith("seed=")]
-            line = shlex.join([sys.executable, "run.py", *kept])
-            lines += [f"{line} seed={seed} >>runs/.log 2>&1" for seed in seeds]
+            seen |= {store.run_name(job.config) for job in found}
+            line = shlex.join([sys.executable, "run.py", *(word for word in words if not word.startswith("seed="))])
+            for seed in dict.fromkeys(job.config.seed for job in found):
+                runs = [job for job in found if job.config.seed == seed]
+                if not missing or any(job.result()["status"] != "finished" for job in runs):
+                    lines.append(f"{line} seed={seed} >>runs/.log 2>&1")
     return list(dict.fromkeys(lines))
 
 

@@ -170,11 +170,18 @@ def test_every_command_survives_the_shells_on_its_way(tmp_path):
     assert any("${steps}" in line for line in tables.commands("ablation", "full"))
 
 
-def test_commands_make_the_runs_of_the_scale_and_no_others():
+def test_commands_make_the_runs_of_the_scale_and_no_others(monkeypatch):
     found = [shlex.split(line.split(" >>")[0])[2:] for line in tables.commands("cifar10", "cpu")]
     presets = ("table_cifar10", "table_cifar10_controls", "table_cifar10_large")
     wanted = [(f"+experiment={preset}", f"seed={seed}") for preset in presets for seed in range(3)]
     assert sorted((words[0], words[-1]) for words in found) == wanted
+
+    def done(job):
+        return {"status": "not run" if (job.row, job.config.seed) == ("dp_adamw", 2) else "finished"}
+
+    monkeypatch.setattr(tables.Job, "result", done)
+    (line,) = tables.commands("cifar10", "cpu", missing=True)
+    assert "+experiment=table_cifar10 " in line and "seed=2 " in line
 
 
 def test_tables_are_not_overwritten_by_emptier_ones(tmp_path, monkeypatch, capsys):
