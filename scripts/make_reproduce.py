@@ -40,7 +40,10 @@ column: privacy
 scales: [smoke, full]            # the last one is the presets as they stand; the others lay conf/scale/ over them
 hours: {full: {one GPU: "3"}}    # what to expect, by hardware
 tables:
-  - {title: Accuracy, baseline: dp_sgd, rows: [{preset: table_mine}]}
+  - title: Accuracy
+    baseline: dp_sgd
+    rows: [{preset: table_mine}]
+    conclusions: {full: What it shows.}    # printed below the table once all its runs are there
 ```
 
 Then `make table-mine SCALE=full`. A published figure names source and protocol, and is compared with ours only where

@@ -202,7 +202,10 @@ def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
         if entry.get("published"):
             head = ["published", "%", "source: protocol", "ours", "Δ"]
             parts.append(markdown(head, beside(entry["published"], cells)) + "\n")
-        parts += [f"{text.strip()}\n" for text in [*flags(cells), *([entry["notes"]] if "notes" in entry else [])]]
+        told = [*flags(cells), entry.get("notes", "")]
+        if all(job.result()["status"] == "finished" for jobs in cells.values() for job in jobs):
+            told.append(entry.get("conclusions", {}).get(scale, ""))
+        parts += [f"{text.strip()}\n" for text in told if text]
         made = [shlex.join(tables.overrides_of(about, entry, row, scale)) for row in tables.rows_at(entry, scale)]
         parts.append("Runs: " + ", ".join(f"`python run.py {words}`" for words in made) + ".\n")
         runs += [record(about, entry, job) for jobs in cells.values() for job in jobs]

@@ -134,6 +134,20 @@ def test_cells_say_what_is_missing(tmp_path):
     }
 
 
+def test_conclusions_wait_for_all_runs_of_their_scale(tmp_path, monkeypatch):
+    tables._finished.cache_clear()
+    row = {"preset": "table_digits_psasc_flat", "overrides": ["seed=0", "privacy=eps8", f"output_dir={tmp_path}"]}
+    part = {"title": "Accuracy", "rows": [row], "conclusions": {"full": "Nothing differs."}}
+    about = {"title": "Mine", "setting": "Digits.", "column": "privacy", "scales": ["cpu", "full"], "tables": [part]}
+    monkeypatch.setattr(tables, "read", lambda name: about)
+    for job in tables.jobs(about, part, "full"):
+        assert "Nothing differs." not in make_tables.page("mine", "full")[0]
+        finish(job, test_accuracy=0.5, wall_seconds=1, git_commit="c0ffee", device="cpu")
+    assert "Nothing differs." in make_tables.page("mine", "full")[0]
+    del part["conclusions"]["full"]
+    assert "Nothing differs." not in make_tables.page("mine", "full")[0]
+
+
 def test_a_loss_that_is_not_finite_is_a_cell_like_any_other(tmp_path):
     tables._finished.cache_clear()
     found = [job for job in fake(tmp_path) if (job.row, job.column) == ("dp_sgd", "eps1")]
