@@ -99,14 +99,19 @@ def cifar10_scattering(groups: int = 27) -> DataSpec:
     side = images.shape[1] // 4
 
     def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
-        def features() -> dict[str, torch.Tensor]:
-            found: dict[str, torch.Tensor] = {}
-            for part, source in zip(("train", "test"), images.load(data_dir, device, workers), strict=True):
-                pieces = [F.group_norm(scatter(x), groups).half().cpu() for x, _ in source.plain(128)]
-                found |= {part: torch.cat(pieces), f"{part}_targets": source.targets.cpu()}
-            return found
+        path = data_dir / f"cifar10_scattering_v{VERSION}_{groups}.pt"
+        if not path.exists():
+            sources = images.load(data_dir, device, workers)  # not under the lock, which a download takes, too
 
-        parts = _cached(data_dir / f"cifar10_scattering_v{VERSION}_{groups}.pt", features)
+            def features() -> dict[str, torch.Tensor]:
+                found: dict[str, torch.Tensor] = {}
+                for part, source in zip(("train", "test"), sources, strict=True):
+                    pieces = [F.group_norm(scatter(x), groups).half().cpu() for x, _ in source.plain(128)]
+                    found |= {part: torch.cat(pieces), f"{part}_targets": source.targets.cpu()}
+                return found
+
+            _make_once(path, features)
+        parts = _read(path)
         train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
         return train, test
 
@@ -153,15 +158,18 @@ def imagenet(
     return DataSpec(Path(folder).name, train_size, classes, (3, image_size, image_size), load)
 
 
-def _cached(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensors from a file, which the first of several processes makes; the pages are shared between them."""
-    if not path.exists():
-        with one_process(path.parent):
-            if not path.exists():
-                print(f"computing {path}: once, some minutes on a CPU", flush=True)
-                temporary = path.with_name(f".{path.name}.tmp")
-                torch.save(make(), temporary)
-                replace_durably(temporary, path)
+def _make_once(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
+    """Write tensors to a file; of several processes the first one does, and the others wait."""
+    with one_process(path.parent):
+        if not path.exists():
+            print(f"computing {path}: once, some minutes on a CPU", flush=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            torch.save(make(), temporary)
+            replace_durably(temporary, path)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors from a file, whose pages are shared between processes."""
     try:
         tensors: dict[str, torch.Tensor] = torch.load(path, mmap=True)
     except (OSError, RuntimeError) as error:

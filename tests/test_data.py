@@ -120,3 +120,28 @@ def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
         assert inputs.shape == (8, *features.shape) and targets.tolist() == list(range(8))
         groups = inputs.float().unflatten(1, (27, 9)).flatten(2)
         assert groups.mean(2).abs().max() < 2e-3 and (groups.std(2) - 1).abs().max() < 0.1  # GroupNorm's ε is felt
+
+
+def test_features_of_pictures_that_cannot_be_had_say_so(tmp_path, monkeypatch):
+    """And do not wait for ever for a lock that they hold themselves."""
+    from threading import Thread
+
+    import torchvision
+
+    def refuse(**_):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", refuse)
+    errors = []
+
+    def try_it():
+        try:
+            load(data.cifar10_scattering(), tmp_path / "new")
+        except FileNotFoundError as error:
+            errors.append(str(error))
+
+    thread = Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert len(errors) == 1 and "could not be downloaded (no network)" in errors[0], "hangs, or fails otherwise"
+    assert not (tmp_path / "new").exists()
