@@ -25,6 +25,7 @@ from matplotlib.ticker import NullFormatter
 from tables import COLUMNS, ROOT, SCALES, Job, interval, stem, why_kept
 
 import dpopt
+from dpopt.config import target_name
 
 # Okabe and Ito's colours, told apart with any colour vision; lines also differ in their marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
@@ -82,7 +83,7 @@ def curves(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
         axis.set_yscale("log")
     if drawn and shared:
         at = list(spent)
-        ticks = [at[round(i * (len(at) - 1) / 4)] for i in range(5)] if len(at) > 4 else at
+        ticks = [at[round(i * (len(at) - 1) / 4)] for i in range(5)] if len(at) > 6 else at
         top = axis.secondary_xaxis("top")
         top.set_xticks(ticks, [f"{spent[step]:.2g}" for step in ticks])
         top.set_xlabel("ε spent")
@@ -189,7 +190,9 @@ def draw(name: str, scale: str, output: Path) -> list[Path]:
         jobs = [job for entry in entries for job in tables.jobs(about, entry, scale)]
         image, axis = plt.subplots(figsize=(6.2, 4.0))
         if KINDS[figure["kind"]](axis, jobs, figure):
-            axis.set_title(figure["title"], fontsize=10)
+            settings = {(target_name(job.config.dataset), target_name(job.config.model)) for job in jobs}
+            where = f" ({', '.join(*settings)})" if len(settings) == 1 else ""
+            axis.set_title(figure["title"] + where, fontsize=10)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(frameon=False, fontsize=8)
             axis.spines[["right"]].set_visible(False)

@@ -16,6 +16,7 @@ import math
 import shlex
 import statistics
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,10 @@ def bound(value: float, places: int) -> str:
 
 
 def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
-    """Rows, columns in the order of `COLUMNS`, and the runs of each cell."""
+    """Rows, those that are numbers in their order, columns in the order of `COLUMNS`, and the runs of each cell."""
     rows = list(dict.fromkeys(job.row for job in jobs))
+    with suppress(ValueError):
+        rows = sorted(rows, key=float)
     columns = sorted({job.column for job in jobs}, key=lambda c: list(COLUMNS).index(c) if c in COLUMNS else 99)
     cells: Cells = {(row, column): [] for row in rows for column in columns}
     for job in jobs:

@@ -125,6 +125,8 @@ def test_cells_say_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="two runs are row dp_sgd, eps1, seed 0: give a row a label"):
         make_tables.arrange([*found, found[0]])
     assert rows == ["dp_sgd", "dp_psasc_momentum"] and columns == ["eps1", "eps8"]
+    numbers = [replace(found[0], row=row) for row in ("0.3", "10", "1e-3")]
+    assert make_tables.arrange(numbers)[0] == ["1e-3", "0.3", "10"]
     shown = {at: make_tables.cell(jobs, "test_accuracy") for at, jobs in cells.items()}
     assert shown == {
         ("dp_sgd", "eps1"): "55.0 ± 5.0 (n = 3)",
