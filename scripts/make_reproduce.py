@@ -86,7 +86,8 @@ def section(name: str) -> str:
         once = {run["run"]: run for run in runs}.values()
         hours = sum(float(run["wall_seconds"]) for run in once) / 3600
         where = ", ".join(sorted({run["device"] for run in runs}))
-        done = f"[{path.name}](../experiments/results/{path.name})" if path.exists() else "not run"
+        missing = "not run" if about["tables"] else "a figure, no table"
+        done = f"[{path.name}](../experiments/results/{path.name})" if path.exists() else missing
         cost = f", {len(once)} runs, {hours:.1f} process hours on {where}" if runs else ""
         expected = [f"; expected hours on {on}: {h}" for on, h in about.get("hours", {}).get(scale, {}).items()]
         lines.append(f"- `make table-{name} SCALE={scale}`: {done}{cost}{''.join(expected)}")
