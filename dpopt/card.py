@@ -61,9 +61,9 @@ def privacy_card(
     lines += ["", "## Not accounted", "", _UNACCOUNTED]
     if config.private and diagnostics:
         lines += [
-            "- **the series under `private/`**: raw statistics of the training data (training loss, clipped fraction, "
-            "signal-to-noise, realised batch size, accuracy on held-out training data), recorded because "
-            "`diagnostics=true`. Do not publish them.",
+            "- **all that is named `private/…`** in metrics.csv, result.json and the tracker: raw statistics of the "
+            "training data (training loss, clipped fraction, signal-to-noise, realised batch size, accuracy on "
+            "held-out training data), recorded because `diagnostics=true`. Do not publish them.",
         ]
     elif config.holdout:
         lines += ["- held-out training examples were not trained on; no metric on them was recorded."]

@@ -18,7 +18,7 @@ from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
 from dpopt.privacy.engine import Engine
 from dpopt.store import short_commit
-from dpopt.sweep import duration, size
+from dpopt.sweep import HOLDOUT, duration, size
 
 _HOUR = 3600
 _SILENCE = 60  # seconds after which a log file gets a line although nothing was evaluated
@@ -109,7 +109,7 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
     """Print the result, and how to go on after a run that was stopped."""
     private = math.isfinite(result["epsilon"])
     rows = [
-        *([("hold-out", f"accuracy {result['holdout_accuracy']:.2%}")] if "holdout_accuracy" in result else []),
+        *([("hold-out", f"accuracy {result[HOLDOUT]:.2%}")] if HOLDOUT in result else []),
         ("test accuracy", f"{result['test_accuracy']:.2%}   (test loss {result['test_loss']:.4f})"),
         (
             "privacy",
@@ -137,9 +137,9 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
 
 def already_finished(result: dict[str, Any], directory: str, commit: str | None) -> None:
     """One line for a run that was finished earlier; a warning when the code has moved on."""
-    epsilon = result["epsilon"]
+    accuracy = f"{result[HOLDOUT]:.2%} on the hold-out" if HOLDOUT in result else f"{result['test_accuracy']:.2%}"
     console().print(
-        f"finished: {directory}: accuracy {result['test_accuracy']:.2%}, ε = {epsilon:.4g}, "
+        f"finished: {directory}: accuracy {accuracy}, ε = {result['epsilon']:.4g}, "
         f"commit {short_commit(result.get('git_commit'))} (fresh=true retrains)",
         soft_wrap=True,
         highlight=False,
@@ -198,8 +198,8 @@ class Progress:
         rate = done * self.plan.batch_size / max(elapsed, 1e-9)
         left = elapsed / done * (self.plan.steps - step) if done else math.nan
         parts = [f"step {step:,}/{self.plan.steps:,}"]
-        if "private/holdout_accuracy" in self.values:
-            parts.append(f"accuracy {self.values['private/holdout_accuracy']:.2%} on the hold-out")
+        if HOLDOUT in self.values:
+            parts.append(f"accuracy {self.values[HOLDOUT]:.2%} on the hold-out")
         elif "test/accuracy" in self.values:
             parts.append(f"accuracy {self.values['test/accuracy']:.2%}")
         if "private/train_loss" in self.values:

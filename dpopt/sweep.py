@@ -13,6 +13,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+HOLDOUT = "private/holdout_accuracy"  # in result.json, where there is one
+
 
 class Summary(Callback):
     """Collects what the jobs of a sweep return."""
@@ -46,7 +48,7 @@ class Summary(Callback):
 def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
     """A line per job: what is its own among its overrides, accuracy, ε and time, or why there is none.
 
-    The accuracy is that on the hold-out, by which to choose, where all have one.
+    The accuracy is that on the hold-out, by which to choose, where there is one.
 
     Args:
         jobs: overrides and result of each, the result as in result.json, or with `status` failed and `error`.
@@ -54,12 +56,12 @@ def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
     common = set.intersection(*(set(words) for words, _ in jobs))
     names = [" ".join(word for word in words if word not in common) for words, _ in jobs]
     width = max(map(len, names))
-    done = [result for _, result in jobs if "test_accuracy" in result]
-    key = "holdout_accuracy" if all("holdout_accuracy" in result for result in done) else "test_accuracy"
+    key = HOLDOUT if any(HOLDOUT in result for _, result in jobs) else "test_accuracy"
     lines = []
     for name, (_, result) in zip(names, jobs, strict=True):
         if "test_accuracy" in result:
-            told = f"{result[key]:7.2%}   ε = {result['epsilon']:<6.4g}   {duration(result['wall_seconds'])}"
+            accuracy = f"{result[key]:7.2%}" if key in result else "      –"
+            told = f"{accuracy}   ε = {result['epsilon']:<6.4g}   {duration(result['wall_seconds'])}"
             told += "" if result["status"] == "finished" else f"   {result['status']}"
         else:
             told = f"failed: {result.get('error', 'no result')}"

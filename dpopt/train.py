@@ -47,11 +47,12 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: for a configuration that cannot be trained as asked; OSError for missing files.
     """
+    commit = store.git_commit()  # before anything that takes long
     check_components(config)
     directory = store.locate(config)
     done = store.finished(directory)
     if done and not config.fresh and not config.dry_run:
-        report.already_finished(done, str(directory), store.git_commit())
+        report.already_finished(done, str(directory), commit)
         return done
 
     prepare.keep_freed_memory()
@@ -85,7 +86,7 @@ def run(config: Config) -> dict[str, Any]:
     with store.claim(directory):
         try:
             if (done := store.finished(directory)) and not config.fresh:  # by another process, in the meantime
-                report.already_finished(done, str(directory), store.git_commit())
+                report.already_finished(done, str(directory), commit)
                 return done
             if config.fresh:
                 store.clear(directory)
@@ -212,7 +213,7 @@ def _train(
         "run": directory.name,
         "test_accuracy": values["test/accuracy"],
         "test_loss": values["test/loss"],
-        **({"holdout_accuracy": held} if (held := values.get("private/holdout_accuracy")) is not None else {}),
+        **{key: values[key] for key in ("private/holdout_accuracy",) if key in values},
         "epsilon": plan.epsilon_at(step),
         "epsilon_rdp": plan.epsilon_at(step, "rdp"),
         "accountant": plan.accountant,

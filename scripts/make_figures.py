@@ -73,6 +73,7 @@ def curves(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
                     points.setdefault(step, []).append(show(key, line[key]))
                     shared &= math.isclose(spent.setdefault(step, epsilon), epsilon)
         if points:
+            points = dict(sorted(points.items()))
             means, halves = map(list, zip(*map(interval, points.values()), strict=True))
             axis.plot(list(points), means, color=COLOURS[drawn % 8], marker=MARKERS[drawn % 8], markersize=4, label=row)
             low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
@@ -82,7 +83,7 @@ def curves(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
     if about.get("log"):
         axis.set_yscale("log")
     if drawn and shared:
-        at = list(spent)
+        at = sorted(spent)
         ticks = [at[round(i * (len(at) - 1) / 4)] for i in range(5)] if len(at) > 6 else at
         top = axis.secondary_xaxis("top")
         top.set_xticks(ticks, [f"{spent[step]:.2g}" for step in ticks])
@@ -217,7 +218,7 @@ def main() -> int:
     output = arguments.output or ROOT / ("runs/smoke" if arguments.scale == "smoke" else "experiments/results")
     for name in arguments.names or tables.names_at(arguments.scale):
         if why := why_kept(name, arguments.scale, output):
-            print(f"{why}: figures, too")
+            print(f"{why}, and so are its figures (draw them to another folder with --output)")
             continue
         for path in draw(name, arguments.scale, output):
             print(path)

@@ -179,6 +179,7 @@ def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
     """All tables of experiments/NAME.yaml at a scale: Markdown, LaTeX, and their runs."""
     about = tables.read(name)
     parts, tex, runs = [f"# {about['title']}\n\n{about['setting'].strip()}\n"], [], []
+    done, wanted = tables.finished(about, scale)
     if note := about.get("scale_notes", {}).get(scale):
         parts.append(f"Scale: {note.strip()}\n")
     for entry in about["tables"]:
@@ -206,8 +207,7 @@ def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
             head = ["published", "%", "source: protocol", "ours", "Δ"]
             parts.append(markdown(head, beside(entry["published"], cells)) + "\n")
         told = [*flags(cells), entry.get("notes", "")]
-        if all(job.result()["status"] == "finished" for jobs in cells.values() for job in jobs):
-            told.append(entry.get("conclusions", {}).get(scale, ""))
+        told += [entry.get("conclusions", {}).get(scale, "")] if done == wanted else []
         parts += [f"{text.strip()}\n" for text in told if text]
         made = [shlex.join(tables.overrides_of(about, entry, row, scale)) for row in tables.rows_at(entry, scale)]
         parts.append("Runs: " + ", ".join(f"`python run.py {words}`" for words in made) + ".\n")
@@ -300,19 +300,29 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
     parser.add_argument("--plan", action="store_true", help="print what the runs would cost, and stop")
     arguments = parser.parse_args()
-    scale = arguments.scale
-    asked = arguments.names or tables.names_at(scale)
-    output = arguments.output or ROOT / ("runs/smoke" if scale == "smoke" else "experiments/results")
     try:
-        for name in asked:
-            tables.overlay(tables.read(name), scale)
+        make(arguments)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    return 0
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Print or write what is asked for.
+
+    Raises:
+        ValueError: when there is no such table, or not at this scale, or when two of its runs claim one place.
+    """
+    scale = arguments.scale
+    asked = arguments.names or tables.names_at(scale)
+    output = arguments.output or ROOT / ("runs/smoke" if scale == "smoke" else "experiments/results")
+    for name in asked:
+        tables.overlay(tables.read(name), scale)
     if arguments.commands:
-        for line in dict.fromkeys(line for name in asked for line in tables.commands(name, scale, missing=True)):
+        for line in dict.fromkeys(line for name in asked for line in tables.commands(name, scale)):
             print(line)
-        return 0
+        return
     for name in asked:
         if arguments.plan:
             print(plan(name, scale))
@@ -332,7 +342,6 @@ def main() -> int:
             writer.writeheader()
             writer.writerows(runs)
         print(text)
-    return 0
 
 
 if __name__ == "__main__":

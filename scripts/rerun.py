@@ -35,8 +35,8 @@ def verdict(before: dict[str, Any], after: dict[str, Any], same_weights: bool, t
     text = f"accuracy was {100 * one:.2f} % and is {100 * two:.2f} % now"
     bar = f"three standard errors ({100 * error:.2f} points each) of {test_size:,} tests"
     if abs(one - two) <= 3 * error:
-        how = "within rounding" if before["run"] == after["run"] else "with other noise, which is keyed by the name,"
-        return True, f"agrees {how}: {text}, within {bar}"
+        why = "" if before["run"] == after["run"] else " (the noise is another one: it is keyed by the name)"
+        return True, f"agrees within {bar}: {text}{why}"
     return False, f"does not agree: {text}, beyond {bar}"
 
 

@@ -134,6 +134,12 @@ def jobs(about: dict[str, Any], entry: dict[str, Any], scale: str) -> list[Job]:
     return found
 
 
+def finished(about: dict[str, Any], scale: str) -> tuple[int, int]:
+    """How many runs of all of its tables are finished, and how many there are."""
+    found = [job.result()["status"] for entry in about["tables"] for job in jobs(about, entry, scale)]
+    return found.count("finished"), len(found)
+
+
 @cache
 def sweep(words: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
     """Overrides that are fixed, and what the preset sweeps, changed or narrowed by those that are not."""
@@ -169,8 +175,8 @@ def expand(words: tuple[str, ...], column: str, label: str = "") -> list[Job]:
     return found
 
 
-def commands(name: str, scale: str, missing: bool = False) -> list[str]:
-    """What makes the runs of a table, or those that are not finished: a command per preset and seed."""
+def commands(name: str, scale: str) -> list[str]:
+    """What makes the runs of a table that are not finished: a command per preset and seed."""
     about, lines = read(name), []
     seen: set[str] = set()
     for entry in about["tables"]:
@@ -183,7 +189,7 @@ def commands(name: str, scale: str, missing: bool = False) -> list[str]:
             line = shlex.join([sys.executable, "run.py", *(word for word in words if not word.startswith("seed="))])
             for seed in dict.fromkeys(job.config.seed for job in found):
                 runs = [job for job in found if job.config.seed == seed]
-                if not missing or any(job.result()["status"] != "finished" for job in runs):
+                if any(job.result()["status"] != "finished" for job in runs):
                     lines.append(f"{line} seed={seed} >>runs/.log 2>&1")
     return list(dict.fromkeys(lines))
 
@@ -213,6 +219,5 @@ def why_kept(name: str, scale: str, output: Path) -> str:
         return ""
     with path.open(newline="") as file:
         before = sum(run["status"] == "finished" for run in csv.DictReader(file))
-    found = [job for entry in about["tables"] for job in jobs(about, entry, scale)]
-    now = sum(job.result()["status"] == "finished" for job in found)
+    now, _ = finished(about, scale)
     return f"{path} holds {before} finished runs, here are {now}: kept as it is" if now < before else ""

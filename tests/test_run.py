@@ -126,7 +126,7 @@ def test_result_and_files(cli, tmp_path):
     assert [row["step"] for row in table] == ["2", "4", "6"]
     assert {"private/train_loss", "private/holdout_accuracy", "private/clipped_fraction"} <= set(table[0])
     assert float(table[-1]["privacy/epsilon"]) == result["epsilon"]
-    assert float(table[-1]["private/holdout_accuracy"]) == result["holdout_accuracy"]
+    assert float(table[-1]["private/holdout_accuracy"]) == result["private/holdout_accuracy"]
 
     model = dpopt.load(run)
     assert not model.training and sum(p.numel() for p in model.parameters()) == 21_578

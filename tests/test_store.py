@@ -114,7 +114,7 @@ def test_diagnostics_once_recorded_stay_on_the_card(config):
     train.run(replace(config, eval_every=1))
     directory = store.locate(replace(config, eval_every=1))
     assert "private/train_loss" in (directory / "metrics.csv").read_text()
-    assert "series under `private/`" in (directory / "privacy_card.md").read_text()
+    assert "all that is named `private/…`" in (directory / "privacy_card.md").read_text()
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -44,7 +44,8 @@ def test_a_rerun_agrees_and_says_when_it_does_not(tmp_path):
     assert "accounting has changed" in rerun.verdict(result, result | {"epsilon": 9.0}, False, 360)[1]
     onto = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert onto.returncode == 1 and "holds this run, finished" in onto.stderr
-    assert "with other noise" in rerun.verdict(result, result | {"run": "another", "test_loss": 0.0}, False, 360)[1]
+    other = rerun.verdict(result, result | {"run": "another", "test_loss": 0.0}, False, 360)
+    assert other[0] and other[1].endswith(" now (the noise is another one: it is keyed by the name)")
     missing = subprocess.run([*command[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert missing.returncode == 1 and "no finished run" in missing.stderr
 
@@ -67,9 +68,14 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeyp
     ]
     lines = side_by_side(results).splitlines()[1:]
     assert lines == ["b=1     50.00%   ε = 8        3 s", "b=22   failed: no such thing"]
-    results[0][1]["holdout_accuracy"] = 0.25
-    assert side_by_side(results).splitlines()[0] == "sweep: accuracy on the hold-out, ε spent, time"
-    assert side_by_side(results).splitlines()[1] == "b=1     25.00%   ε = 8        3 s"
+    assert side_by_side(results[1:] * 2).splitlines()[0] == "sweep: test accuracy, ε spent, time"
+    results += [(["a=1", "b=3"], results[0][1] | {"private/holdout_accuracy": 0.25})]
+    assert side_by_side(results).splitlines() == [
+        "sweep: accuracy on the hold-out, ε spent, time",
+        "b=1          –   ε = 8        3 s",
+        "b=22   failed: no such thing",
+        "b=3     25.00%   ε = 8        3 s",
+    ]
     words = ["-m", "+experiment=quickstart", "seed=0,1", "dry_run=true", f"output_dir={tmp_path}"]
     done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert "sweep: 2 runs, 0 of them finished · about" in done.stdout, done.stdout + done.stderr

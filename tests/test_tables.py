@@ -25,6 +25,11 @@ NAMES = tables.names()
 PROTOCOL = {"what", "value", "source", "protocol", "dataset", "model", "train_size", "epsilon", "delta"}
 
 
+@pytest.fixture
+def nothing_run(monkeypatch):
+    monkeypatch.setattr(tables.Job, "result", lambda job: {"status": "not run"})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_table_is_complete_at_every_scale(name):
     """Presets exist and sweep; every published figure names its source and protocol and belongs to a cell."""
@@ -42,13 +47,41 @@ def test_every_table_is_complete_at_every_scale(name):
     for figure in about.get("figures", []):
         assert figure["kind"] in make_figures.KINDS and figure.get("table", "") in titles | {""}
     scale = about["scales"][0]
-    lines = tables.commands(name, scale)
-    assert len(lines) == len(set(lines)) and all("run.py +experiment=" in line for line in lines)
     if about["tables"]:
         text, tex, runs = make_tables.page(name, scale)
         cells = {(run["table"], run["row"], run["column"], run["seed"]) for run in runs}
         assert len(cells) == len(runs) > 0 and (scale != "smoke" or {run["seed"] for run in runs} == {0})
         assert "toprule" in tex and "Runs: `python run.py +experiment=" in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_are_presets_and_none_comes_twice(name, nothing_run):
+    lines = tables.commands(name, tables.read(name)["scales"][0])
+    assert len(lines) == len(set(lines)) and all("run.py +experiment=" in line for line in lines)
+    assert bool(lines) == bool(tables.read(name)["tables"])
+
+
+TUNED = {
+    "digits_tuning": ("+experiment=table_digits_optimizers",),
+    "cifar10_tuning": ("+experiment=table_cifar10", "+scale=cpu"),
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuned_learning_rates_are_the_best_of_their_table(name):
+    with (ROOT / f"experiments/results/{name}.csv").open() as file:
+        done = [line for line in csv.DictReader(file) if line["status"] == "finished"]
+    scores: dict = {}
+    for line in done:
+        cell = line["table"], line["column"] if tables.read(name)["choose"] == "each" else "eps1"
+        scores.setdefault(cell, {}).setdefault(float(line["row"]), []).append(float(line["private/holdout_accuracy"]))
+    assert len(scores) >= 12
+    for (table, column), rates in scores.items():
+        optimizer, _, large = table.partition(", ")
+        words = ("+experiment=table_cifar10_large", "+scale=cpu") if large else TUNED[name]
+        (job,) = tables.expand((*words, f"optimizer={optimizer}", f"privacy={column}", "seed=0"), "privacy")
+        means = {rate: sum(found) / len(found) for rate, found in rates.items()}
+        assert means[float(job.config.optimizer["lr"])] > max(means.values()) - 1e-9, (table, column)
 
 
 PRESETS = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*_*.yaml") if p.stem.startswith(("table_", "tune_")))
@@ -146,7 +179,7 @@ def test_conclusions_wait_for_all_runs_of_their_scale(tmp_path, monkeypatch):
         assert "Nothing differs." not in make_tables.page("mine", "full")[0]
         finish(job, test_accuracy=0.5, wall_seconds=1, git_commit="c0ffee", device="cpu")
     assert "Nothing differs." in make_tables.page("mine", "full")[0]
-    del part["conclusions"]["full"]
+    part["conclusions"] = {"cpu": "Nothing differs."}
     assert "Nothing differs." not in make_tables.page("mine", "full")[0]
 
 
@@ -171,7 +204,7 @@ def test_a_failure_is_forgotten_once_the_run_begins(tmp_path):
     assert dry.result() == {"status": "not run"}
 
 
-def test_every_command_survives_the_shells_on_its_way(tmp_path):
+def test_every_command_survives_the_shells_on_its_way(tmp_path, nothing_run):
     """As the Makefile sends them: what arrives is what was meant, `${steps}` included."""
     recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "--commands" in line)
     pipe = recipe[recipe.index("| ") + 2 :].replace("$(JOBS)", "1").replace("OMP_NUM_THREADS=1 ", "")
@@ -186,7 +219,7 @@ def test_every_command_survives_the_shells_on_its_way(tmp_path):
     assert any("${steps}" in line for line in tables.commands("ablation", "full"))
 
 
-def test_commands_make_the_runs_of_the_scale_and_no_others(monkeypatch):
+def test_commands_make_the_missing_runs_of_the_scale_and_no_others(monkeypatch, nothing_run):
     found = [shlex.split(line.split(" >>")[0])[2:] for line in tables.commands("cifar10", "cpu")]
     presets = ("table_cifar10", "table_cifar10_controls", "table_cifar10_large")
     wanted = [(f"+experiment={preset}", f"seed={seed}") for preset in presets for seed in range(3)]
@@ -196,7 +229,7 @@ def test_commands_make_the_runs_of_the_scale_and_no_others(monkeypatch):
         return {"status": "not run" if (job.row, job.config.seed) == ("dp_adamw", 2) else "finished"}
 
     monkeypatch.setattr(tables.Job, "result", done)
-    (line,) = tables.commands("cifar10", "cpu", missing=True)
+    (line,) = tables.commands("cifar10", "cpu")
     assert "+experiment=table_cifar10 " in line and "seed=2 " in line
 
 
@@ -208,6 +241,8 @@ def test_tables_are_not_overwritten_by_emptier_ones(tmp_path, monkeypatch, capsy
     (tmp_path / "psasc.md").write_text("kept")
     assert make_tables.main() == 0 and (tmp_path / "psasc.md").read_text() == "kept"
     assert "--force overwrites" in capsys.readouterr().out
+    monkeypatch.setattr(make_figures, "draw", lambda *_: pytest.fail("drew figures of fewer runs"))
+    assert make_figures.main() == 0 and "another folder with --output" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--force"])
     assert make_tables.main() == 0 and (tmp_path / "psasc.md").read_text() != "kept"
     monkeypatch.setattr(sys, "argv", ["make_tables.py", "rate", "--output", str(tmp_path)])
@@ -283,6 +318,8 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
         with (job.directory() / store.METRICS).open("w", newline="") as file:
             csv.writer(file).writerows(lines)
     (found[-1].directory() / store.RESULT).unlink()  # interrupted: not in the curves
+    with (found[-1].directory() / store.METRICS).open("a") as file:
+        file.write("6,0.9,3\n")
     assert make_figures.by_epsilon(axis, found, {})
     one, other = (make_figures.plt.subplots()[1] for _ in range(2))
     assert make_figures.curves(one, found, {"column": "eps8"})

@@ -270,7 +270,8 @@ class Gathered:
         if record.policy != "gram":
             return None
         if scale is None:
-            return unit.rule.gram(unit.module, a, g) if unit.rule.gram else None
+            assert unit.rule.gram is not None
+            return unit.rule.gram(unit.module, a, g)
         if unit.rule.scaled_gram is None or record.positions > 1:
             return None
         return unit.rule.scaled_gram(unit.module, a, g, {name: scale[full] for name, full in unit.names.items()})
