@@ -110,7 +110,7 @@ def ablation(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
             drawn += 1
     values = sorted({x for points in lines.values() for x in points})
     axis.set_xscale("log")
-    axis.set_xticks(values, [f"{x:g}" for x in values])
+    axis.set_xticks(values, [f"{x:g}" for x in values], fontsize=7 if len(values) > 6 else None)
     axis.minorticks_off()
     axis.set(xlabel=about["label"], ylabel="test accuracy in %")
     return drawn > 0
@@ -189,17 +189,16 @@ def draw(name: str, scale: str, output: Path) -> list[Path]:
             continue
         entries = [entry for entry in about["tables"] if entry["title"] == figure.get("table")]
         jobs = [job for entry in entries for job in tables.jobs(about, entry, scale)]
-        image, axis = plt.subplots(figsize=(6.2, 4.0))
+        image, axis = plt.subplots(figsize=(6.2, 4.0), layout="constrained")
         if KINDS[figure["kind"]](axis, jobs, figure):
             settings = {(target_name(job.config.dataset), target_name(job.config.model)) for job in jobs}
             where = f" ({', '.join(*settings)})" if len(settings) == 1 else ""
-            axis.set_title(figure["title"] + where, fontsize=10)
+            image.suptitle(figure["title"] + where, fontsize=10)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(frameon=False, fontsize=8)
             axis.spines[["right"]].set_visible(False)
-            axis.grid(axis="y", color="#E5E5E5", linewidth=0.7)
+            axis.grid(axis="x" if figure["kind"] == "bars" else "y", color="#E5E5E5", linewidth=0.7)
             axis.set_axisbelow(True)
-            image.tight_layout()
             path = output / f"{stem(name, scale)}_{figure['name']}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.savefig(path, dpi=130)
