@@ -79,8 +79,8 @@ def test_tuned_learning_rates_are_the_best_of_their_table(name):
     assert len(scores) >= 12
     for (table, column), rates in scores.items():
         optimizer, _, variant = table.partition(", ")
-        if variant in ("no error feedback", "no momentum", "window 1"):
-            continue  # rows that name their rate
+        if variant and not variant.startswith("batch"):
+            continue  # a row that names its rate
         words = ("+experiment=table_cifar10_large", "+scale=cpu") if variant else TUNED[name]
         (job,) = tables.expand((*words, f"optimizer={optimizer}", f"privacy={column}", "seed=0"), "privacy")
         means = {rate: sum(found) / len(found) for rate, found in rates.items()}
@@ -150,8 +150,8 @@ def test_every_command_survives_the_shells_on_its_way(tmp_path, nothing_run):
 
 def test_commands_make_the_missing_runs_of_the_scale_and_no_others(monkeypatch, nothing_run):
     found = [shlex.split(line.split(" >>")[0])[2:] for line in tables.commands("cifar10", "cpu")]
-    presets = ("table_cifar10", "table_cifar10_controls", "table_cifar10_large")
-    wanted = [(f"+experiment={preset}", f"seed={seed}") for preset in presets for seed in range(3)]
+    presets = ("table_cifar10", "table_cifar10", "table_cifar10_controls", "table_cifar10_large")  # window 1: once more
+    wanted = sorted((f"+experiment={preset}", f"seed={seed}") for preset in presets for seed in range(3))
     assert sorted((words[0], words[-1]) for words in found) == wanted
 
     def done(job):
