@@ -87,6 +87,30 @@ def test_tuned_learning_rates_are_the_best_of_their_table(name):
         assert means[float(job.config.optimizer["lr"])] > max(means.values()) - 1e-9, (table, column)
 
 
+def test_rows_that_name_their_rate_name_the_best_on_the_hold_out():
+    """Variants of DP-MicroAdam on CIFAR-10's features: the best of the tuning table of the same variant and budget."""
+
+    def form(job):
+        return {**job.config.optimizer, "lr": None}, job.column
+
+    with (ROOT / "experiments/results/cifar10_tuning.csv").open() as file:
+        scores = {(line["table"], line["row"], line["column"]): line for line in csv.DictReader(file)}
+    tuning = tables.read("cifar10_tuning")
+    entries = [entry for entry in tuning["tables"] if entry["title"].startswith("dp_microadam, ")]
+    tried = [(job, scores[e["title"], job.row, job.column]) for e in entries for job in tables.jobs(tuning, e, "cpu")]
+    checked = 0
+    for name in ("cifar10", "ablation"):
+        about = tables.read(name)
+        entry = about["tables"][0]
+        rows = [row for row in entry["rows"] if any("optimizer.lr=" in word for word in row.get("overrides", []))]
+        for job in tables.jobs(about, {**entry, "rows": rows}, "cpu"):
+            same = [(float(line["private/holdout_accuracy"]), one) for one, line in tried if form(one) == form(job)]
+            _, best = max(same, key=lambda pair: pair[0])
+            assert len(same) >= 3 and best.config.optimizer["lr"] == job.config.optimizer["lr"], job.row
+            checked += 1
+    assert checked == 3 * 3 + 4 * 5
+
+
 def test_tuned_rates_are_found_by_data_set_and_model():
     files = sorted((ROOT / "conf/tuned").glob("*/*.yaml"))
     assert files
