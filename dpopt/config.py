@@ -9,12 +9,12 @@ import hashlib
 import inspect
 import json
 import math
-import pydoc
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
@@ -279,17 +279,36 @@ def _target(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
     if "_target_" not in node:
         raise ValueError(f"{group} has no _target_: choose one of the files in conf/{group}/")
     try:
-        target = pydoc.locate(node["_target_"])
-    except pydoc.ErrorDuringImport as error:
-        raise ValueError(f"{group}._target_={node['_target_']} cannot be imported: {error.value}") from error
-    if target is None:
-        raise ValueError(
-            f"{group}._target_={node['_target_']} cannot be imported: there is no such module, class or function "
-            "(PYTHONPATH=. finds modules of this folder)"
-        )
+        target = _locate(node["_target_"])
+    except Exception as error:
+        raise ValueError(f"{group}._target_={node['_target_']} cannot be imported: {error}") from error
     if not callable(target):
         raise ValueError(f"{group}._target_={node['_target_']} is not a function or class")
     return target
+
+
+def _locate(path: str) -> Any:
+    """Import what a dotted path names; an attribute of a package goes before its submodule of the same name.
+
+    Both exist for `dpopt.models.cnn`. `pydoc.locate` returns the function up to Python 3.11 and the module from 3.12.
+
+    Raises:
+        ImportError: when there is no such module, class or function; and whatever an imported module raises.
+    """
+    first, *rest = path.split(".")
+    name = first
+    try:
+        found: Any = import_module(first)
+        for part in rest:
+            name = f"{name}.{part}"
+            found = getattr(found, part) if hasattr(found, part) else import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise  # a module that exists imports another one that is missing
+        raise ImportError(
+            "there is no such module, class or function (PYTHONPATH=. finds modules of this folder)"
+        ) from error
+    return found
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:

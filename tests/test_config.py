@@ -14,11 +14,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+import dpopt
 from dpopt.config import (
     COMPONENTS,
     NOT_IDENTITY,
     Config,
     beyond,
+    build,
     check_components,
     check_words,
     from_hydra,
@@ -40,6 +42,30 @@ def configure(*overrides: str) -> Config:
 
 def test_there_is_something_to_test():
     assert len(GROUPS) >= 20 and len(PRESETS) >= 2
+
+
+def test_a_target_goes_before_the_submodule_of_its_name(monkeypatch):
+    """From Python 3.12 on `pydoc.locate` returns the submodule, here on every version."""
+    names = [node["_target_"] for node in (configure(f"model={m}").model for m in ("cnn", "linear"))]
+    submodules = [sys.modules[name] for name in names]
+    monkeypatch.setattr("pydoc.locate", lambda path, forceload=0: sys.modules[path])
+    for name, submodule in zip(names, submodules, strict=True):
+        target = build("model", {"_target_": name}).func
+        assert target is not submodule and target is getattr(dpopt.models, name.rpartition(".")[2])
+
+
+def test_a_target_that_cannot_be_imported_is_named_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "broken_target.py").write_text("import no_such_package\n")
+    (tmp_path / "raising_target.py").write_text("raise RuntimeError('no luck')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for target, words in {
+        "broken_target.Adam": "No module named 'no_such_package'",
+        "raising_target.Adam": "no luck",
+        "no_such_package.Adam": "there is no such module, class or function",
+        "dpopt.optim.Nothing": "there is no such module, class or function",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(f"optimizer._target_={target} cannot be imported: {words}")):
+            build("optimizer", {"_target_": target})
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=str)
