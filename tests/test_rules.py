@@ -8,6 +8,7 @@ from conftest import Head, assert_exact, images, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.convolution import standardized_norms
@@ -190,3 +191,20 @@ def test_norms_through_standardisation_are_not_taken_in_16_bits(dtype):
         expected = torch.autograd.grad(layer.standardized_weight(), [layer.weight, layer.gain], g)
         exact = torch.cat([e.flatten() for e in expected]).norm()
         assert abs(norm / exact - 1) < 1e-5
+
+
+def test_group_norm_gives_torch_a_weight():
+    """`native_group_norm_backward` of torch 2.11 takes no weight that is None."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.native_group_norm_backward.default:
+                seen.append(args[4])
+            return function(*args, **(kwargs or {}))
+
+    inputs, targets = images(4, 6, 6)
+    engine = Engine(nn.Sequential(nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 3)), F.cross_entropy, "store")
+    with Watch():
+        engine.take(inputs, targets)
+    assert len(seen) == 1 and isinstance(seen[0], torch.Tensor)

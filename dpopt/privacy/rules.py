@@ -89,7 +89,8 @@ def group_norm(module: nn.GroupNorm, a: Tensor, g: Tensor) -> Gradients:
     a, g = a.reshape(1, examples * views * channels, -1), g.reshape(1, examples * views * channels, -1)
     numbers = (1, a.shape[1], a.shape[2], examples * views * module.num_groups)
     _, mean, rstd = torch.ops.aten.native_group_norm(a, None, None, *numbers, module.eps)
-    found = torch.ops.aten.native_group_norm_backward(g, a, mean, rstd, None, *numbers, [False, True, True])
+    ones = a.new_ones(a.shape[1])  # torch 2.11 wants a weight; without one the bits are the same
+    found = torch.ops.aten.native_group_norm_backward(g, a, mean, rstd, ones, *numbers, [False, True, True])
     weight, bias = (x.view(examples, views, channels).sum(1) for x in found[1:])
     return {"weight": weight, "bias": bias}
 
