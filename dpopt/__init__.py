@@ -14,10 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpopt import data, filters, models, optim, schedules
-    from dpopt.plan import PrivacyPlan
+    from dpopt import data, filters, models, optim
+    from dpopt.optim import schedules
     from dpopt.privacy import clipping
-    from dpopt.privacy.gradients import PrivateGradient
+    from dpopt.privacy.plan import PrivacyPlan
+    from dpopt.privacy.private_gradient import PrivateGradient
     from dpopt.privacy.sampling import poisson_batches
     from dpopt.store import load
 
@@ -26,8 +27,8 @@ __all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "filters", "loa
 __all__ += ["poisson_batches", "schedules"]
 
 _HOME = {
-    "PrivacyPlan": "dpopt.plan:PrivacyPlan",
-    "PrivateGradient": "dpopt.privacy.gradients:PrivateGradient",
+    "PrivacyPlan": "dpopt.privacy.plan:PrivacyPlan",
+    "PrivateGradient": "dpopt.privacy.private_gradient:PrivateGradient",
     "poisson_batches": "dpopt.privacy.sampling:poisson_batches",
     "load": "dpopt.store:load",
     "clipping": "dpopt.privacy.clipping",
@@ -35,7 +36,7 @@ _HOME = {
     "filters": "dpopt.filters",
     "models": "dpopt.models",
     "optim": "dpopt.optim",
-    "schedules": "dpopt.schedules",
+    "schedules": "dpopt.optim.schedules",
 }
 
 

@@ -3,7 +3,7 @@
 import math
 
 from dpopt.config import Config, beyond, target_name
-from dpopt.plan import PrivacyPlan
+from dpopt.privacy.plan import PrivacyPlan
 
 _UNACCOUNTED = """\
 - the choice of hyper-parameters: every other run on the same data spends privacy of its own;

@@ -100,7 +100,7 @@ class Config:
             raise ValueError(f"micro_batch={self.micro_batch} must be at least 1, or auto for what fits into memory")
         if self.memory is not None and not self.memory > 0:
             raise ValueError(f"memory={self.memory} must be a positive number of GB, or null")
-        engines = ("auto", "store", "recompute", "gram", "vmap")
+        engines = ("auto", "store", "recompute", "ghost", "vmap")
         kinds = (("precision", ("fp32", "bf16", "fp64")), ("accountant", ACCOUNTANTS), ("engine", engines))
         for name, choices in kinds:
             if getattr(self, name) not in choices:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpopt.plan import PrivacyPlan
-from dpopt.privacy.engine import Engine
+from dpopt.grad_sample.engine import GradSampler
+from dpopt.privacy.plan import PrivacyPlan
 
 _ACTIVATIONS = 1.3  # of what the forward keeps: gradients of activations and working memory come on top
 _PROBE_SECONDS = 0.2  # long enough to time, short enough not to be noticed
@@ -44,7 +44,7 @@ class Estimate:
 
 
 def estimate(
-    engine: Engine,
+    engine: GradSampler,
     make_optimizer: Callable[..., torch.optim.Optimizer],
     plan: PrivacyPlan,
     inputs: torch.Tensor,
@@ -71,13 +71,15 @@ def estimate(
     if state is not None:
         everything = sum(p.numel() * p.element_size() for p in model.parameters())
         memory = everything * (2 if averaged else 1) + 4 * count + state
-        memory += micro_batch * (_ACTIVATIONS * activation_bytes(engine, inputs) + (4 * count if engine.proved else 0))
+        memory += micro_batch * (
+            _ACTIVATIONS * activation_bytes(engine, inputs) + (4 * count if engine.validated else 0)
+        )
     seconds = _seconds(engine, plan, inputs, micro_batch)
     seconds = None if seconds is None else points * seconds
     return Estimate(count, state, 8 * count, None if memory is None else int(memory), micro_batch, seconds)
 
 
-def fit_micro_batch(engine: Engine, inputs: torch.Tensor, budget: int, most: int) -> tuple[int, int]:
+def fit_micro_batch(engine: GradSampler, inputs: torch.Tensor, budget: int, most: int) -> tuple[int, int]:
     """The largest micro-batch that fits a budget, and what it leaves for stored gradients, in bytes.
 
     Where fewer than eight examples would fit with their gradients stored, room is made by recomputing.
@@ -96,7 +98,7 @@ def fit_micro_batch(engine: Engine, inputs: torch.Tensor, budget: int, most: int
     return size, max(0, budget - int(size * activations * (1 if fitting >= few else 2)))
 
 
-def activation_bytes(engine: Engine, inputs: torch.Tensor) -> int:
+def activation_bytes(engine: GradSampler, inputs: torch.Tensor) -> int:
     """Bytes that the forward of one example (K, …) keeps for the backward, parameters left out."""
     parameters = {p.data_ptr() for p in engine.model.parameters()}
     kept: dict[int, int] = {}
@@ -151,7 +153,7 @@ def _state_on_shapes(model: nn.Module, make_optimizer: Callable[..., torch.optim
     return optimizer_state_bytes(optimizer)
 
 
-def _seconds(engine: Engine, plan: PrivacyPlan, inputs: torch.Tensor, micro_batch: int) -> float | None:
+def _seconds(engine: GradSampler, plan: PrivacyPlan, inputs: torch.Tensor, micro_batch: int) -> float | None:
     """Time growing micro-batches until one takes long enough to be believed."""
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     values = {name: p.detach() for name, p in engine.model.named_parameters() if p.requires_grad}
@@ -163,8 +165,8 @@ def _seconds(engine: Engine, plan: PrivacyPlan, inputs: torch.Tensor, micro_batc
             calls = []
             for _ in range(3):  # the first call pays for its memory, any call for other work on the machine
                 start = time.perf_counter()
-                if engine.proved:
-                    float(engine.take_at(values, batch, targets).norms.sum())
+                if engine.validated:
+                    float(engine.sample_at(values, batch, targets).norms.sum())
                 else:
                     with engine.autocast():
                         loss = engine.loss_fn(engine.forward({}, batch.flatten(0, 1)), targets.repeat(len(inputs)))

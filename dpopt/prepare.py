@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpopt.config import Config, build
-from dpopt.data import DataSpec
+from dpopt.data.datasets import DataSpec
+from dpopt.data.sources import Source, as_source
 from dpopt.estimate import fit_micro_batch
-from dpopt.plan import PrivacyPlan
+from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.optim.schedules import ClipRate
 from dpopt.privacy.clipping import Adaptive, ClipRule
-from dpopt.privacy.engine import Engine
-from dpopt.privacy.gradients import PrivateGradient
-from dpopt.privacy.proof import check
-from dpopt.privacy.streams import RandomKey
-from dpopt.schedules import ClipRate
-from dpopt.sources import Source, as_source
+from dpopt.privacy.plan import PrivacyPlan
+from dpopt.privacy.private_gradient import PrivateGradient
+from dpopt.rng import RandomKey
 
 
 def make_device(name: str) -> torch.device:
@@ -70,7 +70,7 @@ def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyP
     )
 
 
-def make_engine(config: Config, model: nn.Module, inputs: torch.Tensor) -> tuple[Engine, int]:
+def make_engine(config: Config, model: nn.Module, inputs: torch.Tensor) -> tuple[GradSampler, int]:
     """The engine, proved if the run is private, and the size of a micro-batch.
 
     Args:
@@ -78,9 +78,9 @@ def make_engine(config: Config, model: nn.Module, inputs: torch.Tensor) -> tuple
         model: the model, on its device.
         inputs: of one example (K, …), any.
     """
-    engine = Engine(model, F.cross_entropy, config.engine, precision=config.precision, compiled=config.compile)
+    engine = GradSampler(model, F.cross_entropy, config.engine, precision=config.precision, compiled=config.compile)
     if config.private and takes_gradients(config):
-        check(engine, inputs[None], torch.zeros(1, dtype=torch.long, device=inputs.device))
+        validate_against_autograd(engine, inputs[None], torch.zeros(1, dtype=torch.long, device=inputs.device))
     budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
     # A batch of many micro-batches wastes little on padding the last one.
     most = min(config.batch_size, max(64, config.batch_size // 8))
@@ -94,15 +94,18 @@ def takes_gradients(config: Config) -> bool:
 
 
 def make_private(
-    config: Config, engine: Engine, clip: ClipRule | None, optimizer: torch.optim.Optimizer, filtered: Any
+    config: Config, engine: GradSampler, clip: ClipRule | None, optimizer: torch.optim.Optimizer, filtered: Any
 ) -> Callable[..., PrivateGradient]:
     """(plan, start) → the way from batches to `p.grad`, with what optimizer and filter have to say about it."""
     make = build("estimator", config.estimator)
 
     def private(plan: PrivacyPlan, start: int = 0) -> PrivateGradient:
-        if config.compile and (filtered or hasattr(optimizer, "scale") or not takes_gradients(config)):
+        if config.compile and (filtered or hasattr(optimizer, "pre_clip_scale") or not takes_gradients(config)):
             raise ValueError("compile=true does not go with a scale, a filter or estimator=zeroth_order: drop it")
-        seams = {"scale": getattr(optimizer, "scale", None), "points": filtered.points if filtered else None}
+        seams = {
+            "pre_clip_scale": getattr(optimizer, "pre_clip_scale", None),
+            "query_points": filtered.query_points if filtered else None,
+        }
         options = {"engine": engine, "diagnostics": config.diagnostics, **seams}
         made: PrivateGradient = make(engine.model, F.cross_entropy, plan, clip, start=start, **options)
         return made

@@ -12,11 +12,11 @@ from rich.text import Text
 
 from dpopt.config import Config, component_defaults, target_name
 from dpopt.estimate import Estimate
-from dpopt.plan import PrivacyPlan
+from dpopt.grad_sample.engine import GradSampler
 from dpopt.prepare import takes_gradients
 from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
-from dpopt.privacy.engine import Engine
+from dpopt.privacy.plan import PrivacyPlan
 from dpopt.store import short_commit
 from dpopt.sweep import HOLDOUT, duration, size
 
@@ -31,7 +31,13 @@ def console() -> Console:
 
 
 def plan_panel(
-    name: str, config: Config, plan: PrivacyPlan, clip: ClipRule | None, guess: Estimate, engine: Engine, device: str
+    name: str,
+    config: Config,
+    plan: PrivacyPlan,
+    clip: ClipRule | None,
+    guess: Estimate,
+    engine: GradSampler,
+    device: str,
 ) -> None:
     """Print the plan; warn when it is long."""
     rows = [
@@ -91,7 +97,7 @@ def _call(node: dict[str, Any], *always: str) -> str:
     return ", ".join([target_name(node), *told])
 
 
-def _gradients(config: Config, engine: Engine, micro_batch: int) -> str:
+def _gradients(config: Config, engine: GradSampler, micro_batch: int) -> str:
     """How they are taken, and which layers no rule covers."""
     size = f"micro-batches of {micro_batch:,}"
     if not config.private:

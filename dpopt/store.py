@@ -22,8 +22,8 @@ from torch import nn
 
 from dpopt import files
 from dpopt.config import COMPONENTS, Config, accepted, build, component_defaults, identity, run_name
-from dpopt.data import DataSpec
-from dpopt.privacy.streams import RandomKey
+from dpopt.data.datasets import DataSpec
+from dpopt.rng import RandomKey
 
 RESULT, CHECKPOINT, METRICS, CONFIG = "result.json", "checkpoint.pt", "metrics.csv", "config.yaml"
 CARD, WEIGHTS, KEY, ERROR, LOCK = "privacy_card.md", "model.safetensors", "secret.key", "error.txt", ".lock"

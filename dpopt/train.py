@@ -24,16 +24,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dpopt import checkpoint, files, prepare, report, store
 from dpopt.card import privacy_card
 from dpopt.config import Config, build, check_components, identity
-from dpopt.data import DataSpec
+from dpopt.data.datasets import DataSpec
+from dpopt.data.sources import Source
 from dpopt.estimate import estimate, optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
-from dpopt.optim.probe import StepProbe
-from dpopt.plan import PrivacyPlan
-from dpopt.privacy.check import check_model
+from dpopt.grad_sample.model_check import check_model
+from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.clipping import Adaptive
-from dpopt.privacy.gradients import PrivateGradient
+from dpopt.privacy.plan import PrivacyPlan
+from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.sampling import poisson_batches
-from dpopt.privacy.streams import RandomKey
-from dpopt.sources import Source
+from dpopt.rng import RandomKey
 from dpopt.tracking import Metrics, warn
 
 
@@ -74,7 +74,7 @@ def run(config: Config) -> dict[str, Any]:
     engine, micro_batch = prepare.make_engine(config, model, example)
     filtered = build("filter", config.filter)(trainable) if config.filter else None
     make_private = prepare.make_private(config, engine, clip, optimizer, filtered)
-    make_private(plan).inform(optimizer)  # or refused, before there is a run directory
+    make_private(plan).update_param_groups(optimizer)  # or refused, before there is a run directory
     data = None if config.dry_run else prepare.load_data(config, spec, device)
     guess = estimate(
         engine, make_optimizer, plan, example, micro_batch, averaged, 1 if filtered is None else filtered.cost
@@ -171,11 +171,11 @@ def _train(
             for batch in batches:
                 began = time.perf_counter()
                 private.backward(batch)
-                private.inform(optimizer)
+                private.update_param_groups(optimizer)
                 if filtered is not None:
                     filtered.apply()
                 log = batch.step + 1 == plan.steps or (batch.step + 1) % config.eval_every == 0
-                probe = StepProbe(optimizer) if log else None
+                probe = StepMetrics(optimizer) if log else None
                 lr = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 schedule.step()
@@ -190,7 +190,7 @@ def _train(
                     values |= {"privacy/epsilon": plan.epsilon_at(step), "optimizer/lr": float(lr)}
                     values |= probe.measure() | private.statistics
                     if isinstance(clip, Adaptive):
-                        values |= {f"privacy/{name}": private.facts[name] for name in ("clip_norm", "clip_rate")}
+                        values |= {f"privacy/{name}": private.step_info[name] for name in ("clip_norm", "clip_rate")}
                     values |= {"memory/optimizer_state_bytes": optimizer_state_bytes(optimizer)}
                     values |= {"time/wall_seconds": wall, "time/examples_per_second": speed}
                     metrics.log(step, values, {"memory/peak_bytes": peak_memory_bytes(device)})

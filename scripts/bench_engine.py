@@ -26,11 +26,11 @@ from torch import nn
 
 from dpopt import models
 from dpopt.estimate import peak_memory_bytes, reset_peak_memory
+from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.models.layers import StandardizedConv2d
 from dpopt.prepare import keep_freed_memory
 from dpopt.privacy.clipping import Flat
-from dpopt.privacy.engine import Engine
-from dpopt.privacy.proof import check
 
 PLAIN = "not private"
 VARIANTS = {
@@ -90,15 +90,15 @@ def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) 
         precision = "bf16" if x.device.type == "cuda" else "fp32"
         policy, compiled = how.split()[-1], how.startswith("compiled")
         memory = 0 if how.startswith("least") else None
-        engine = Engine(model, F.cross_entropy, policy, memory, precision, compiled)
-        check(engine, x, y)
+        engine = GradSampler(model, F.cross_entropy, policy, memory, precision, compiled)
+        validate_against_autograd(engine, x, y)
         sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
         def private() -> None:
             for total in sums.values():
                 total.zero_()
-            taken = engine.take(x, y)
-            taken.add_to(sums, clip.weight(taken.norms))
+            per_sample = engine(x, y)
+            per_sample.add_weighted_sum(sums, clip.weight(per_sample.norms))
 
         return private
     # Opacus knows no views: each counts as an example.

@@ -27,12 +27,12 @@ from dpopt.estimate import optimizer_state_bytes
 from dpopt.models import wrn_16_4
 from dpopt.optim import MicroAdam
 from dpopt.privacy.noise import add_noise
-from dpopt.privacy.streams import RandomKey
+from dpopt.rng import RandomKey
 from dpopt.store import git_commit
 
 BASELINE = "AdamW (fused)"
 # Bytes moved per fp32 parameter and step where it is known: gradient and parameter read, parameter written, state read
-# and written. MicroAdam's is derived in dpopt/kernels/microadam_triton.py; the 64-byte lines of a CPU hold .8 of the
+# and written. MicroAdam's is derived in triton_kernels.py; the 64-byte lines of a CPU hold .8 of the
 # parameters where the 32-byte sectors of a GPU hold .57.
 TRAFFIC = {"AdamW (fused)": 28, "Adam (fused)": 28, "SGD": 12}
 GPU_TRAFFIC = {**TRAFFIC, "MicroAdam 4-bit": 10.1, "MicroAdam 8-bit": 11.1, "MicroAdam 32-bit": 17.5}

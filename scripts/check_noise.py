@@ -12,7 +12,7 @@ import sys
 import torch
 from scipy import stats
 
-from dpopt.privacy.streams import RandomKey
+from dpopt.rng import RandomKey
 
 BOUNDS = (3.0, 4.0, 4.5, 5.0, 5.5, 6.0)
 

@@ -11,7 +11,7 @@ import yaml
 
 import dpopt
 from dpopt.config import Config, build
-from dpopt.sources import as_source
+from dpopt.data.sources import as_source
 from dpopt.train import evaluate
 
 

@@ -5,12 +5,10 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
-from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
+from helpers import CONF, ROOT, configure
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
@@ -23,21 +21,13 @@ from dpopt.config import (
     build,
     check_components,
     check_words,
-    from_hydra,
     identity,
     run_name,
 )
 
-CONF = ROOT / "conf"
 GROUPS = sorted(p.relative_to(CONF).with_suffix("") for g in COMPONENTS for p in (CONF / g).glob("*.yaml"))
 PRESETS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 SINGLE = [name for name in PRESETS if not name.startswith(("table_", "tune_"))]  # one run each
-
-
-@cache
-def configure(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return from_hydra(compose("config", list(overrides)))
 
 
 def test_there_is_something_to_test():

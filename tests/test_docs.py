@@ -9,14 +9,14 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from helpers import ROOT
 from torch import nn
 
 import dpopt
 from dpopt.config import Config
-from dpopt.privacy import rules
-from dpopt.privacy.engine import Engine
-from dpopt.privacy.proof import check
+from dpopt.grad_sample import rules
+from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.validate import validate_against_autograd
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -99,12 +99,12 @@ def test_layer_rule():
     exec(blocks("docs/layer_rule.md", "python")[0], scope)
     try:
         model = nn.Sequential(nn.Linear(4, 5), scope["Scale"](5), nn.Linear(5, 3))
-        engine = Engine(model, F.cross_entropy)
-        check(engine, torch.randn(3, 2, 4), torch.arange(3))
+        engine = GradSampler(model, F.cross_entropy)
+        validate_against_autograd(engine, torch.randn(3, 2, 4), torch.arange(3))
         assert engine.fallbacks == [] and len(text.splitlines()) <= 34 and text.count("\n", text.index("```")) <= 30
         rules.RULES[scope["Scale"]] = rules.Rule(lambda module, a, g: {"factor": g.flatten(1, -2).sum(1)})
         with pytest.raises(ValueError, match=r"1\.factor"):
-            check(Engine(model, F.cross_entropy), torch.randn(3, 2, 4), torch.arange(3))
+            validate_against_autograd(GradSampler(model, F.cross_entropy), torch.randn(3, 2, 4), torch.arange(3))
     finally:
         del rules.RULES[scope["Scale"]]
 

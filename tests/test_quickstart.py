@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 GROUPS = ("optimizer", "clipping", "schedule", "filter", "estimator")
 

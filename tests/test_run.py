@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from test_config import configure
+from helpers import ROOT, configure
 
 import dpopt
 import dpopt.train

@@ -5,13 +5,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from helpers import configure
 from safetensors.torch import load_file
-from test_config import configure
 
 import dpopt
 from dpopt import checkpoint, files, store, train
 from dpopt.config import Config, run_name
-from dpopt.sources import TensorSource
+from dpopt.data.sources import TensorSource
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from dpopt import store
 

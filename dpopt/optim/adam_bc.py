@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dpopt.optim.tensorwise import BELOW_ONE, Tensorwise, check_options, first_and_second_moment
+from dpopt.optim.base import BELOW_ONE, PerTensorOptimizer, check_options, first_and_second_moment
 
 
-class AdamBC(Tensorwise):
+class AdamBC(PerTensorOptimizer):
     """Adam on noisy gradients, with the variance of the noise taken out of the second moment.
 
     Args:

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dpopt.optim.tensorwise import BELOW_ONE, Tensorwise, check_options
+from dpopt.optim.base import BELOW_ONE, PerTensorOptimizer, check_options
 
 
-class AveragedSGD(Tensorwise):
+class AveragedSGD(PerTensorOptimizer):
     """SGD along the exponential average of the gradients.
 
     Args:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpopt.optim.tensorwise import BELOW_ONE, Tensorwise, check_options, first_and_second_moment
+from dpopt.optim.base import BELOW_ONE, PerTensorOptimizer, check_options, first_and_second_moment
 
 
-class LAMB(Tensorwise):
+class LAMB(PerTensorOptimizer):
     """Adam's direction, at the length of the tensor that it moves.
 
     Args:

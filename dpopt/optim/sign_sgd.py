@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpopt.optim.tensorwise import BELOW_ONE, Tensorwise, check_options
+from dpopt.optim.base import BELOW_ONE, PerTensorOptimizer, check_options
 
 
-class SignSGD(Tensorwise):
+class SignSGD(PerTensorOptimizer):
     """Steps of one size in the direction of the sign of the gradient or of its average.
 
     Args:

@@ -12,7 +12,7 @@ import warnings
 
 from torch import Tensor
 
-from dpopt.privacy.streams import RandomKey
+from dpopt.rng import RandomKey
 
 
 def add_noise(total: Tensor, std: float, divisor: float, key: RandomKey, step: int) -> Tensor:
@@ -29,7 +29,7 @@ def add_noise(total: Tensor, std: float, divisor: float, key: RandomKey, step: i
         return total.div_(divisor)
     if total.is_cuda and not key.secure:
         if importlib.util.find_spec("triton") is not None:
-            from dpopt.kernels.noise_triton import add_noise_kernel
+            from dpopt.privacy.noise_triton import add_noise_kernel
 
             return add_noise_kernel(total, std, divisor, key.seed("noise", step))
         _warn_once()

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from dpopt.plan import PrivacyPlan
-from dpopt.sources import Source, as_source
+from dpopt.data.sources import Source, as_source
+from dpopt.privacy.plan import PrivacyPlan
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -56,7 +56,7 @@ def poisson_batches(
     """Yield the plan's batches from step `start` to its last.
 
     Args:
-        dataset: a `dpopt.sources.Source`, a pair of tensors (inputs, targets), or any map-style Dataset of such pairs.
+        dataset: a `dpopt.data.sources.Source`, a pair of tensors (inputs, targets), or a map-style Dataset of pairs.
         plan: decides q, the number of steps and the random key.
         start: the first step to yield; a resumed run passes the number of steps it has taken.
         views: augmentation multiplicity K; the views of an example stay together.

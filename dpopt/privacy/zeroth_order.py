@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from dpopt.privacy.clipping import Adaptive
-from dpopt.privacy.gradients import PrivateGradient, RawStatistics, displaced
 from dpopt.privacy.noise import add_noise
+from dpopt.privacy.private_gradient import PrivateGradient, RawStatistics, displaced
 from dpopt.privacy.sampling import PoissonBatch
 
 
@@ -40,7 +40,7 @@ class ZerothOrder(PrivateGradient):
         super().__init__(*arguments, **options)
         if not smoothing > 0:
             raise ValueError(f"smoothing={smoothing} must be positive")
-        if self.scale is not None or self.points is not None or getattr(self.clip, "by_layer", False):
+        if self.pre_clip_scale is not None or self.query_points is not None or getattr(self.clip, "by_layer", False):
             raise ValueError(
                 "a zeroth-order estimate is one number per example, which has no layers, scale or filter: choose "
                 "clipping=flat, filter=none and an optimizer without a scale"
@@ -79,7 +79,7 @@ class ZerothOrder(PrivateGradient):
                 raw.add(losses[valid], weights[valid] < 1 - 1e-6, int(mask.sum()))
         if self.diagnostics:
             self.statistics = raw.summary({"slope": total}, self._std)
-        self.facts = self._constants()
+        self.step_info = self._constants()
         add_noise(total, self._std, self.plan.batch_size, self.plan.key, self.step)
         self._observe(raw)
         for p in parameters:

@@ -1,0 +1,221 @@
+"""Data sets by name. A `DataSpec` says what a data set is before any file is read, so that a plan needs no files.
+
+`load` reads the files: digits ship with scikit-learn; CIFAR and Fashion-MNIST come through torchvision, downloaded
+where the network allows; ImageNet is a folder tree. Training and test sets are what the authors of the data made them,
+except digits, of which a fixed fifth is the test set.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dpopt.data.scattering import VERSION, scatter, scattering_channels
+from dpopt.data.sources import MapSource, TensorSource
+from dpopt.files import one_process, replace_durably
+from dpopt.rng import RandomKey
+
+Loaded = tuple[Any, Any]  # train and test, as Sources or as anything that `dpopt.data.sources.as_source` accepts
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A data set before loading.
+
+    Attributes:
+        name: short name.
+        train_size: number of training examples, public.
+        classes: number of classes.
+        shape: shape of one input, (channels, height, width).
+        load: (data_dir, device, workers) → (train, test): Sources, tensor pairs or map-style Datasets.
+    """
+
+    name: str
+    train_size: int
+    classes: int
+    shape: tuple[int, ...]
+    load: Callable[[Path, torch.device, int], Loaded]
+
+
+def digits() -> DataSpec:
+    """scikit-learn's 8×8 digits: 1,437 for training and a fixed fifth, 360, for testing; no file needed."""
+
+    def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
+        from sklearn.datasets import load_digits
+
+        images, targets = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
+        images = (images.view(-1, 1, 8, 8) * 15).to(torch.uint8)  # 0…16 → 0…240
+        order = torch.argsort(RandomKey.from_seed(0, "digits").uniform(len(images), "split"))
+
+        def part(at: torch.Tensor) -> TensorSource:
+            return TensorSource(images[at].to(device), targets[at].long().to(device), (0.29,), (0.35,))
+
+        return part(order[360:]), part(order[:360])
+
+    return DataSpec("digits", 1437, 10, (1, 8, 8), load)
+
+
+def fashion_mnist(augment: bool = False) -> DataSpec:
+    """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey images of 28×28.
+
+    Args:
+        augment: shift by up to two pixels and mirror.
+    """
+    crop = 2 if augment else 0
+    load = _torchvision("FashionMNIST", (0.2860,), (0.3530,), crop, augment, None)
+    return DataSpec("fashion_mnist", 60_000, 10, (1, 28, 28), load)
+
+
+def cifar10(augment: bool = True, image_size: int = 32) -> DataSpec:
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32×32.
+
+    Args:
+        augment: shift by up to four pixels (reflected) and mirror.
+        image_size: resize to this many pixels (224 for a pretrained DeiT).
+    """
+    return _cifar("CIFAR10", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), augment, image_size)
+
+
+def cifar100(augment: bool = True, image_size: int = 32) -> DataSpec:
+    """CIFAR-100 (Krizhevsky, 2009): as CIFAR-10, with 100 classes."""
+    return _cifar("CIFAR100", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), augment, image_size)
+
+
+def cifar10_scattering(groups: int = 27) -> DataSpec:
+    """CIFAR-10 as scattering features (J = 2, 8 orientations), each example normalised over groups of channels.
+
+    The features, 1.9 GB in half precision, are computed once, kept beside the images, and read from there by all
+    processes; they depend on one example each, so they cost no privacy. Setting: Tramèr & Boneh, 2011.11660.
+
+    Args:
+        groups: number of groups of channels.
+    """
+    images = cifar10(augment=False)
+    side = images.shape[1] // 4
+
+    def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
+        path = data_dir / f"cifar10_scattering_v{VERSION}_{groups}.pt"
+        if not path.exists():
+            sources = images.load(data_dir, device, workers)  # not under the lock, which a download takes, too
+
+            def features() -> dict[str, torch.Tensor]:
+                found: dict[str, torch.Tensor] = {}
+                for part, source in zip(("train", "test"), sources, strict=True):
+                    pieces = [F.group_norm(scatter(x), groups).half().cpu() for x, _ in source.plain(128)]
+                    found |= {part: torch.cat(pieces), f"{part}_targets": source.targets.cpu()}
+                return found
+
+            _make_once(path, features)
+        parts = _read(path)
+        train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
+        return train, test
+
+    return DataSpec("cifar10_scattering", 50_000, 10, (scattering_channels(3), side, side), load)
+
+
+def imagenet(
+    folder: str = "imagenet", image_size: int = 224, train_size: int = 1_281_167, classes: int = 1000
+) -> DataSpec:
+    """A folder tree DATA_DIR/folder/{train,val}/CLASS/*.JPEG, such as ImageNet's; the defaults are ImageNet's.
+
+    Args:
+        folder: the folder below data_dir.
+        image_size: pixels after a random resized crop (training) or a centre crop of 87.5 % (test).
+        train_size: number of training images, checked against the folder.
+        classes: number of classes, checked against the folder.
+    """
+
+    def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import v2
+
+        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_IMAGENET_MEAN, _IMAGENET_STD)]
+        views = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), *finish])
+        plain = v2.Compose([v2.Resize(round(image_size / 0.875)), v2.CenterCrop(image_size), *finish])
+        root = data_dir / folder
+        for part in ("train", "val"):
+            if not (root / part).is_dir():
+                raise FileNotFoundError(
+                    f"{root / part} is missing: put the images at {root}/{{train,val}}/CLASS/IMAGE, or set data_dir "
+                    "(or DPOPT_DATA_DIR)"
+                )
+        train, test = ImageFolder(root / "train", views), ImageFolder(root / "val", plain)
+        found = (len(train), len(train.classes))
+        if found != (train_size, classes) or train.classes != test.classes:
+            raise ValueError(
+                f"{root} holds {found[0]:,} training images in {found[1]} classes (val: {len(test.classes)} classes) "
+                f"where {train_size:,} in {classes} were announced: set dataset.train_size={found[0]} "
+                f"dataset.classes={found[1]} and give train and val the same class folders"
+            )
+        unchanged = ImageFolder(root / "train", plain)
+        return MapSource(train, device, workers, unchanged), MapSource(test, device, workers)
+
+    return DataSpec(Path(folder).name, train_size, classes, (3, image_size, image_size), load)
+
+
+def _make_once(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
+    """Write tensors to a file; of several processes the first one does, and the others wait."""
+    with one_process(path.parent):
+        if not path.exists():
+            print(f"computing {path}: once, some minutes on a CPU", flush=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            torch.save(make(), temporary)
+            replace_durably(temporary, path)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors from a file, whose pages are shared between processes."""
+    try:
+        tensors: dict[str, torch.Tensor] = torch.load(path, mmap=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: delete it, and it is computed again") from error
+    return tensors
+
+
+def _cifar(
+    name: str, classes: int, mean: tuple[float, ...], std: tuple[float, ...], augment: bool, image_size: int
+) -> DataSpec:
+    load = _torchvision(name, mean, std, 4 if augment else 0, augment, image_size if image_size != 32 else None)
+    return DataSpec(name.lower(), 50_000, classes, (3, image_size, image_size), load)
+
+
+def _torchvision(
+    name: str, mean: tuple[float, ...], std: tuple[float, ...], crop: int, flip: bool, image_size: int | None
+) -> Callable[[Path, torch.device, int], Loaded]:
+    def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
+        import torchvision.datasets
+
+        def part(train: bool) -> TensorSource:
+            dataset = _open(getattr(torchvision.datasets, name), data_dir, train)
+            images = torch.as_tensor(dataset.data)
+            images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
+            targets = torch.as_tensor(dataset.targets).long()
+            shift, mirror = (crop, flip) if train else (0, False)
+            return TensorSource(
+                images.contiguous().to(device), targets.to(device), mean, std, shift, mirror, image_size
+            )
+
+        return part(True), part(False)
+
+    return load
+
+
+def _open(factory: Any, data_dir: Path, train: bool) -> Any:
+    try:
+        return factory(root=data_dir, train=train, download=False)
+    except RuntimeError:  # torchvision's word for "not there, or damaged"
+        pass
+    try:
+        with one_process(data_dir):
+            return factory(root=data_dir, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        where = f"{data_dir}/{getattr(factory, 'base_folder', factory.__name__ + '/raw')}"
+        raise FileNotFoundError(
+            f"{factory.__name__} is not in {where} and could not be downloaded ({error}): put its files there, or set "
+            "data_dir (or DPOPT_DATA_DIR) to the folder that holds them"
+        ) from error

@@ -1,0 +1,230 @@
+"""The rules of convolutions, plain and weight-standardised (`dpopt.grad_sample.rules` says what a rule is)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from dpopt.grad_sample.norms import Gradients, at_once, gram, memory_order, square_norms
+from dpopt.models.layers import StandardizedConv2d
+
+
+def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
+    """Any stride, padding, dilation and number of groups."""
+    found = {"bias": g.flatten(3).sum((1, 3))}
+    if module.weight.requires_grad:
+        found["weight"] = _conv_weight(module, a, g)
+    return found
+
+
+def conv_ghost_norm(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
+    """As for a linear layer, over the unfolded input: for maps so small that pairs of positions cost little."""
+    return gram(*_positions(module, a, g), module.bias is not None)
+
+
+def _positions(module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """What the filters meet (B, groups, T, n) and the output gradient (B, groups, T, filters), position by position."""
+    examples, views, groups = *a.shape[:2], module.groups
+    a, kernel, stride, dilation, padding = _as_2d(module, a)
+    columns = F.unfold(F.pad(a, padding).flatten(0, 1), kernel, dilation, 0, stride)
+    columns = columns.view(examples, views, groups, -1, columns.shape[2]).permute(0, 2, 1, 4, 3).flatten(2, 3)
+    return columns, g.reshape(examples, views, groups, g.shape[2] // groups, -1).permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+
+def _as_2d(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> tuple[Tensor, Any, Any, Any, list[int]]:
+    """The input (B, K, in, h, w), kernel, stride, dilation, and padding with zeros (left, right, top, bottom).
+
+    A Conv1d is a Conv2d over one row.
+    """
+    padding = list(module._reversed_padding_repeated_twice)
+    if module.padding_mode != "zeros":
+        a = F.pad(a.flatten(0, 1), padding, module.padding_mode).unflatten(0, a.shape[:2])
+        padding = [0] * len(padding)
+    row = (1,) if a.ndim == 4 else ()
+    kernel, stride, dilation = ((*row, *n) for n in (module.kernel_size, module.stride, module.dilation))
+    return a.unsqueeze(3) if row else a, kernel, stride, dilation, [*padding, 0, 0] if row else padding
+
+
+def _conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
+    """∂/∂weight (B, *weight shape) of an input (B, K, in, …) and an output gradient (B, K, out, …)."""
+    examples, views, out, groups = *g.shape[:3], module.groups
+    a, (kh, kw), (sh, sw), (dh, dw), padding = _as_2d(module, a)
+    left, right, top, bottom = padding
+    g = g.reshape(examples, views, out, -1, g.shape[-1])
+    channels, (height, width) = a.shape[2] // groups, g.shape[3:]
+    if examples == 1:  # the sum of a batch: torch's own
+        if left != right or top != bottom:
+            a, left, top = F.pad(a, padding), 0, 0
+        shape = a.new_empty(out, channels, kh, kw)
+        arguments = ([sh, sw], [top, left], [dh, dw], False, [0, 0], groups, [False, True, False])
+        return torch.ops.aten.convolution_backward(g[0], a[0], shape, None, *arguments)[1].view(1, *module.weight.shape)
+    # Lay out a as (B, in, kw, sh, K, rows, width): columns as column dx of the kernel meets them, and rows r, r + sh,
+    # … together. Then what row dy of the kernel meets is a contiguous stretch for all positions of the output, and the
+    # gradient is kh batched matrix products over the positions, without an unfolded input.
+    rows = -(-(a.shape[3] + top + bottom) // sh)
+    length = ((views - 1) * rows + height) * width
+    result = a.new_empty(examples * groups, kh, out // groups, channels * kw)
+    count = at_once(a, a.shape[2] * kw * sh * views * rows * width)
+    for start in range(0, examples, count):
+        x = F.pad(a[start : start + count], (left, right, top, rows * sh - a.shape[3] - top)).contiguous()
+        by_batch, by_view, by_channel, pitch, _ = x.stride()
+        sizes = (len(x), x.shape[2], kw, sh, views, rows, width)
+        met = x.as_strided(sizes, (by_batch, by_channel, dw, pitch, by_view, sh * pitch, sw))
+        met = met.reshape(len(x) * groups, channels * kw, sh, views * rows * width)
+        y = g[start : start + count].transpose(1, 2)
+        if views > 1:  # y in the pitch of x: rows between the views are zero
+            y = F.pad(y, (0, 0, 0, rows - height))
+        y = y.reshape(len(x) * groups, out // groups, -1)[:, :, :length]
+        into = result[start * groups :][: len(y)]
+        for dy in range(kh):
+            phase, first = dy * dh % sh, dy * dh // sh * width
+            torch.bmm(y, met[:, :, phase, first : first + length].mT, out=into[:, dy])
+    result = result.view(examples, groups, kh, out // groups, channels, kw)
+    result = result.permute(0, 1, 3, 4, 2, 5).flatten(1, 2) if groups > 1 else result[:, 0].permute(0, 2, 3, 1, 4)
+    return result.squeeze(3) if module.weight.ndim == 3 else result
+
+
+# Weight standardisation: the convolution sees s·τ·h, where h = (w − mean(w))/τ, filter by filter.
+
+
+@dataclass(frozen=True)
+class _Standardization:
+    """With G = ∂/∂(standardised weight): ∂/∂w = s·(G − mean(G) − p·h·(h·G)) and ∂/∂gain = c·(h·G), for every filter.
+
+    Attributes:
+        direction: h, (out, n), the filter without its mean, over τ, about its norm.
+        scale: s, (out,).
+        project: p, (out,): 1, or 0 where τ is clamped.
+        gain: c, (out,).
+    """
+
+    direction: Tensor
+    scale: Tensor
+    project: Tensor
+    gain: Tensor
+
+
+def _standardization(module: Any) -> _Standardization:
+    """Of ours, whose τ is max(‖w − mean(w)‖, .01), and of timm's, whose τ² is ‖w − mean(w)‖² + n·eps."""
+    weight = module.weight.detach().flatten(1)
+    centered = weight - weight.mean(1, keepdim=True)
+    square = centered.square().sum(1)
+    gain = torch.ones_like(square) if getattr(module, "gain", None) is None else module.gain.detach().flatten()
+    if isinstance(module, StandardizedConv2d):
+        length, project, factor = square.clamp(min=1e-4).sqrt(), (square > 1e-4).to(square.dtype), 1.0
+    else:
+        count = weight.shape[1]
+        length, project = (square + count * module.eps).sqrt(), torch.ones_like(square)
+        factor = getattr(module, "scale", 1.0) * count**0.5
+    return _Standardization(
+        centered / length[:, None], factor * gain / length, project, torch.full_like(square, factor)
+    )
+
+
+def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
+    """The plain convolution's gradients, with respect to the standardised weight."""
+    return {"bias": g.flatten(3).sum((1, 3)), "weight": _conv_weight(module, _padded_to_same(module, a), g)}
+
+
+def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
+    """`standardized_norms` from positions: ‖G‖² is a quadratic form in a·aᵀ, ΣG and h·G are sums over positions.
+
+    h·G takes a convolution with h, in fp32 where that is enough.
+    """
+    through = _standardization(module)
+    columns, g = _positions(module, _padded_to_same(module, a), g)
+    double, gradient = columns.double(), g.double()
+    filters = through.direction.unflatten(0, (module.groups, -1)).mT.to(columns.dtype)
+    square = ((double @ double.mT @ gradient) * gradient).sum(2).flatten(1)
+    total = (double.sum(3, keepdim=True) * gradient).sum(2).flatten(1)
+    along = (_meet(columns, filters) * gradient).sum(2).flatten(1)
+    left = _left_of(through, square, total, along)
+    if get_proxy_mode() is not None or bool((left < square / 20).any()):
+        along = (_meet(double, filters.double()) * gradient).sum(2).flatten(1)
+        left = _left_of(through, square, total, along)
+    return _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
+
+
+def _meet(columns: Tensor, filters: Tensor) -> Tensor:
+    """(B, groups, T, n) times (groups, n, filters), all examples in one product."""
+    return (columns.transpose(0, 1).flatten(1, 2) @ filters).unflatten(1, (len(columns), -1)).transpose(0, 1)
+
+
+def _padded_to_same(module: Any, a: Tensor) -> Tensor:
+    if not getattr(module, "same_pad", False):
+        return a
+    from timm.layers import pad_same
+
+    return pad_same(a.flatten(0, 1), module.kernel_size, module.stride, module.dilation).unflatten(0, a.shape[:2])
+
+
+def standardized_norms(module: Any, found: Gradients) -> Tensor:
+    """In closed form from ΣG, ‖G‖² and h·G of every filter: the gradients of weight and gain are never formed.
+
+    ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). Where less than a twentieth of ‖G‖² is left, fp32 may have lost
+    it, and these filters are done one by one in float64.
+    """
+    through, gradient = _standardization(module), found["weight"]
+    gradient = gradient.float() if gradient.element_size() == 2 else gradient
+    h, project = through.direction, through.project
+    parts, directions = _by_filter(gradient, h)
+    examples, pieces, out, _ = parts.shape
+    square = square_norms(parts.flatten(0, 2)).view(parts.shape[:3]).sum(1)
+    columns = torch.stack([torch.ones_like(directions), directions], 3).flatten(0, 1).to(parts.dtype)
+    sums = torch.bmm(parts.flatten(1, 2).transpose(0, 1), columns).double().view(pieces, out, examples, 2).sum(0)
+    total, along = sums.permute(2, 1, 0)
+    left = _left_of(through, square, total, along)
+    if get_proxy_mode() is not None:  # a graph has no branches
+        left = _left(gradient.flatten(2), h, project)
+    elif bool((lost := left < square / 20).any()):
+        left[lost] = _left(gradient[lost].flatten(1), h.expand(examples, -1, -1)[lost], project.expand_as(lost)[lost])
+    return _through(module, through, left, along, found)
+
+
+def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Tensor) -> Tensor:
+    """‖G − mean(G) − p·h·(h·G)‖² of every filter from ‖G‖², ΣG and h·G, (B, out) float64."""
+    h = through.direction
+    return square - total.square() / h.shape[1] - through.project * (2 - h.square().sum(1)) * along.square()
+
+
+def _through(module: Any, through: _Standardization, left: Tensor, along: Tensor, found: Gradients) -> Tensor:
+    """Squared norms (B,) of all trainable parameters of the layer."""
+    norms = torch.zeros(len(left), dtype=torch.float64, device=left.device)
+    if module.weight.requires_grad:
+        norms += (through.scale.square() * left.clamp(min=0)).sum(1)
+    if getattr(module, "gain", None) is not None and module.gain.requires_grad:
+        norms += (through.gain * along).square().sum(1)
+    if module.bias is not None and module.bias.requires_grad:
+        norms += square_norms(found["bias"])
+    return norms
+
+
+def _left(rows: Tensor, h: Tensor, project: Tensor) -> Tensor:
+    """‖G − mean(G) − p·h·(h·G)‖² of filters (…, n), in float64."""
+    rows = rows.double()
+    rows = rows - rows.mean(-1, keepdim=True)
+    return (rows - (project * (rows * h).sum(-1))[..., None] * h).square().sum(-1)
+
+
+def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, out, …) as (B, P, out, n/P) without moving it, where memory has P pieces of every filter; h alike."""
+    order = memory_order(gradient)
+    before = order.index(1)
+    moved = gradient.permute(0, *order)
+    pieces, length = moved.shape[1 : 1 + before].numel(), moved.shape[2 + before :].numel()
+    shape = (pieces, gradient.shape[1], length)
+    return moved.reshape(-1, *shape), h.view(gradient.shape[1:]).permute([i - 1 for i in order]).reshape(shape)
+
+
+def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
+    """From the standardised weight to weight and gain."""
+    through, gradient = _standardization(module), sums["weight"].flatten(1)
+    along = (through.direction * gradient).sum(1)
+    rest = gradient - gradient.mean(1, keepdim=True) - (through.project * along)[:, None] * through.direction
+    found = {**sums, "weight": (through.scale[:, None] * rest).view(module.weight.shape)}
+    if getattr(module, "gain", None) is not None:
+        found["gain"] = (through.gain * along).view(module.gain.shape)
+    return found

@@ -1,0 +1,95 @@
+"""Split a model into layers that have a gradient rule and parameters held directly by container modules."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dpopt.grad_sample.rules import BY_VMAP, Rule, rule_for
+
+
+@dataclass(eq=False)
+class TrackedLayer:
+    """A layer whose gradients a rule computes.
+
+    Attributes:
+        name: of the layer in the model.
+        module: the layer.
+        rule: how.
+        names: of its trainable parameters, within the layer → in the model.
+        tied: whether another unit has one of these parameters, too.
+    """
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    names: dict[str, str]
+    tied: bool = False
+
+
+class UnsupportedLayerError(ValueError):
+    """A layer's calls do not keep the examples of a batch apart in a form that a rule could read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"layer '{name}' does not turn tensors of a batch into one tensor of the batch, examples first: "
+            "per-example gradients need engine=vmap"
+        )
+
+
+def find_layers(model: nn.Module, whole: Collection[str] = ()) -> tuple[list[TrackedLayer], dict[str, tuple[int, ...]]]:
+    """The layers that answer for the trainable parameters, and the parameters that belong to none of them.
+
+    Args:
+        model: the model.
+        whole: names of modules that are not to be taken apart.
+
+    Returns:
+        The units; and of each parameter that a module holds beside its submodules the shape in which it gets a copy per
+        view, the first dimension being 1.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    tracked_layers: list[TrackedLayer] = []
+    bare: dict[str, tuple[int, ...]] = {}
+
+    def visit(prefix: str, module: nn.Module) -> None:
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trained or any(tracked.module is module for tracked in tracked_layers):
+            return
+        own = {name for name in trained if "." not in name}
+        rule = rule_for(module) if len(own) == len(trained) else None
+        one = nn.utils.parametrize.is_parametrized(module) or isinstance(module, nn.MultiheadAttention)
+        if rule is None and (one or prefix in whole or len(own) == len(trained)):
+            rule = BY_VMAP
+        if rule is not None:
+            tracked_layers.append(
+                TrackedLayer(prefix, module, rule, {name: names[id(p)] for name, p in trained.items()})
+            )
+            return
+        for name in own:
+            shape = tuple(trained[name].shape)
+            bare[names[id(trained[name])]] = shape if shape[:1] == (1,) else (1, *shape)
+        for name, child in module.named_children():
+            visit(f"{prefix}.{name}" if prefix else name, child)
+
+    visit("", model)
+    users: dict[str, int] = {}
+    for tracked in tracked_layers:
+        for name in tracked.names.values():
+            users[name] = users.get(name, 0) + 1
+    for tracked in tracked_layers:
+        tracked.tied = any(users[name] > 1 or name in bare for name in tracked.names.values())
+    return tracked_layers, bare
+
+
+def copy_shapes(shape: torch.Size) -> list[tuple[int, ...]]:
+    """Shapes, led by 1, in which a parameter may have a copy per example: as it is, or with dimensions before it."""
+    as_it_is = [tuple(shape)] if shape[:1] == (1,) else []
+    return as_it_is + [(1,) * (1 + i) + tuple(shape) for i in range(4)]
+
+
+def size_of(tracked: TrackedLayer) -> int:
+    """Number of values in the gradient of one example."""
+    return sum(p.numel() for p in tracked.module.parameters() if p.requires_grad)

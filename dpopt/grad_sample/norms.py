@@ -1,0 +1,62 @@
+"""Arithmetic on per-example gradients (B, *shape), in whatever order they lie in memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+Gradients = dict[str, Tensor]
+_WORKSPACE = {"cpu": 8 << 20, "cuda": 256 << 20}  # bytes of intermediate results that are formed at once
+
+
+def at_once(like: Tensor, size: int) -> int:
+    """Number of examples with `size` intermediate values each, in the type of a tensor, to be worked on at once."""
+    return max(1, _WORKSPACE.get(like.device.type, 8 << 20) // (like.element_size() * max(1, size)))
+
+
+def square_norms(rows: Tensor) -> Tensor:
+    """‖·‖² of each row of (R, n), in float64.
+
+    On a CPU, torch adds the squares of a long row one by one in fp32, and 25 million equal entries lose 1 % of their
+    norm: rows are taken in blocks of 256, which loses at most 2e-7, and the blocks are added in float64.
+    """
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    whole = rows.shape[1] // 256 * 256
+    blocks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, 256)), dim=2)
+    rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
+    return torch.cat([blocks, rest], 1).double().square_().sum(1)
+
+
+def by_example(gradient: Tensor) -> Tensor:
+    """(B, …) as (B, n), in the order in which it lies in memory: a view of anything dense."""
+    return gradient.permute(0, *memory_order(gradient)).flatten(1) if gradient.ndim > 1 else gradient[:, None]
+
+
+def memory_order(gradient: Tensor) -> list[int]:
+    """The dimensions after the first, outermost in memory first."""
+    strides = gradient.stride()
+    return sorted(range(1, gradient.ndim), key=lambda i: (-strides[i], -gradient.shape[i], i))
+
+
+def gram(a: Tensor, g: Tensor, bias: bool) -> Tensor:
+    """Σ (a_s·a_t + bias)(g_s·g_t) over pairs of positions, (B,) float64, of a (B, …, T, n) and g (B, …, T, m)."""
+    if a.shape[-2] == 1:  # one pair
+        of_a, of_g = (square_norms(x.flatten(0, -2)).view(len(x), -1) for x in (a, g))
+        return ((of_a + float(bias)) * of_g).sum(1)
+    # In float64: where positions cancel, fp32 would lose the norm, and one too small is not an option.
+    a, g = a.double(), g.double()
+    return ((a @ a.mT + float(bias)) * (g @ g.mT)).flatten(1).sum(1)
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Matrix products in full precision: TF32 or autocast would round the sum, and it could be longer than its norm."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        cudnn = torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext()
+        with cudnn, torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

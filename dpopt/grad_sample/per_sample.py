@@ -1,0 +1,227 @@
+"""Per-sample gradients of a micro-batch: their norms, and what is needed to sum them under weights."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from dpopt.grad_sample.modules import TrackedLayer
+from dpopt.grad_sample.norms import Gradients, by_example, exact, memory_order, square_norms
+from dpopt.grad_sample.rules import BY_VMAP
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a unit: its arguments, and the gradient with respect to its output once that has come back.
+
+    Attributes:
+        versions: of the tensors among the arguments when they were read.
+        positions: of an example, over its views, at which the layer's weight is used.
+        kept: values of an example in arguments and output.
+        policy: what is done with the gradients.
+        alone: whether this call is all that the unit's parameters are used for.
+    """
+
+    tracked: TrackedLayer
+    arguments: tuple[Any, ...]
+    versions: list[int]
+    positions: int
+    kept: int
+    policy: str = "store"
+    alone: bool = True
+    output_gradient: Tensor | None = None
+
+
+class PerSampleGradients:
+    """Per-example gradients of one micro-batch.
+
+    Args:
+        examples: B.
+        scale: by which gradients are multiplied, element by element, before their norms are taken; by parameter name.
+
+    Attributes:
+        losses: mean loss of each example over its views, (B,).
+        norms: of each example's (scaled) gradient over all parameters, (B,), at least float32; not finite where the
+            gradient is not, or where its square overflows.
+        layers: names of the modules with trainable parameters of their own.
+        layer_norms: of each example's gradient in each of them, (B, L).
+    """
+
+    def __init__(self, examples: int, scale: Gradients | None = None) -> None:
+        self.examples, self.scale = examples, scale
+        self.losses = self.norms = self.layer_norms = torch.empty(0)
+        self.layers: list[str] = []
+        self._squares: Gradients = {}  # by layer
+        self._stored: list[tuple[TrackedLayer | None, Gradients]] = []  # without a unit: by the model's names
+        self._kept: list[LayerCall] = []
+
+    def store(self, tracked: TrackedLayer | None, found: Gradients) -> None:
+        """Keep gradients (B, *shape), and count their norms."""
+        with exact(next(iter(found.values())).device):
+            self._count(squares_of(tracked, found, self.scale))
+        self._stored.append((tracked, found))
+
+    def keep(self, call: LayerCall, squares: Gradients) -> None:
+        """Keep what a layer's sum can be made of."""
+        self._count(squares)
+        self._kept.append(call)
+
+    def finish(self, losses: Tensor) -> "PerSampleGradients":
+        """Add up the norms."""
+        self.losses, self.layers = losses, list(self._squares)
+        squares = torch.stack(list(self._squares.values()), 1)
+        dtype = max(losses.dtype, torch.float32, key=_bits)
+        self.layer_norms, self.norms = squares.sqrt().to(dtype), squares.sum(1).sqrt().to(dtype)
+        return self
+
+    def gradients(self) -> Gradients:
+        """(B, *shape) by the model's names; all must have been stored."""
+        return {name: g for tracked, found in self._stored for name, g in _by_model_names(tracked, found).items()}
+
+    def tensors(self) -> tuple[Any, ...]:
+        """All that it holds, for a compiled graph to return."""
+        kept = [(call.arguments, call.output_gradient) for call in self._kept]
+        return self.losses, self.norms, self.layer_norms, [found for _, found in self._stored], kept
+
+    def form(self) -> "PerSampleGradients":
+        """The same layers, without the tensors."""
+        other = PerSampleGradients(self.examples)
+        other.layers = self.layers
+        other._stored = [(tracked, {}) for tracked, _ in self._stored]
+        other._kept = [replace(call, arguments=(), output_gradient=None) for call in self._kept]
+        return other
+
+    def filled(self, tensors: tuple[Any, ...]) -> "PerSampleGradients":
+        """This form, with tensors that a compiled graph has returned."""
+        other = PerSampleGradients(self.examples)
+        other.layers = self.layers
+        other.losses, other.norms, other.layer_norms, stored, kept = tensors
+        other._stored = [(tracked, found) for (tracked, _), found in zip(self._stored, stored, strict=True)]
+        other._kept = [
+            replace(call, arguments=arguments, output_gradient=g)
+            for call, (arguments, g) in zip(self._kept, kept, strict=True)
+        ]
+        return other
+
+    def add_weighted_sum(self, sums: Gradients, weights: Tensor) -> None:
+        """sums[name] += Σ weights[i]·g_i[name], not scaled; an example whose norm is not finite counts as zero.
+
+        Args:
+            sums: fp32 (float64 for a float64 model), by the model's parameter names.
+            weights: (B,), or (B, L) with one for every layer; finite.
+        """
+        broken = ~self.norms.isfinite()
+        weights = weights.masked_fill(broken.view(-1, *(1,) * (weights.ndim - 1)), 0.0)
+        # What is not finite is selected away before any reduction: 0·NaN is NaN.
+        select = broken if bool(broken.any()) else None
+
+        def weight(layer: str) -> Tensor:
+            return weights if weights.ndim == 1 else weights[:, self.layers.index(layer)].contiguous()
+
+        with exact(weights.device):
+            for tracked, found in self._stored:
+                local = {n: _weighted(g, weight(_layer(tracked, n)), select) for n, g in found.items()}
+                _add(sums, tracked, local)
+            for call in self._kept:
+                tracked = call.tracked
+                layers = dict.fromkeys(_layer(tracked, name) for name in tracked.names)
+                arguments, g = split_examples(call, self.examples)
+                if select is not None:
+                    g = g.masked_fill(_column(select, g), 0.0)
+                    arguments = tuple(
+                        x.masked_fill(_column(select, x), 0.0) if isinstance(x, Tensor) and x.is_floating_point() else x
+                        for x in arguments
+                    )
+                together = tuple(x.flatten(0, 1)[None] if isinstance(x, Tensor) else x for x in arguments)
+                for layer in layers if weights.ndim > 1 else ("",):
+                    weighted = g.mul(_column(weight(layer), g)).flatten(0, 1)[None]
+                    local = {name: gradient[0] for name, gradient in apply_rule(tracked, together, weighted).items()}
+                    _add(sums, tracked, local, layer if len(layers) > 1 and weights.ndim > 1 else None)
+
+    def _count(self, squares: Gradients) -> None:
+        for layer, square in squares.items():
+            self._squares[layer] = self._squares[layer] + square if layer in self._squares else square
+
+
+def _add(sums: Gradients, tracked: TrackedLayer | None, local: Gradients, layer: str | None = None) -> None:
+    """Add summed gradients of a unit, of one layer within it only where one is named."""
+    if tracked is None:
+        for name, gradient in local.items():
+            sums[name] += gradient
+        return
+    if tracked.rule.pull_back is not None:
+        local = tracked.rule.pull_back(tracked.module, local)
+    for name, full in tracked.names.items():
+        if layer in (None, _layer(tracked, name)):
+            sums[full] += local[name]
+
+
+def _layer(tracked: TrackedLayer | None, name: str) -> str:
+    """The module that a parameter belongs to: the unit, but for units that were left in one piece."""
+    if tracked is not None and tracked.rule is not BY_VMAP:
+        return tracked.name
+    return (name if tracked is None else tracked.names[name]).rpartition(".")[0]
+
+
+def _by_model_names(tracked: TrackedLayer | None, found: Gradients) -> Gradients:
+    """Per-example gradients of the parameters themselves."""
+    if tracked is None:
+        return found
+    if (pull_back := tracked.rule.pull_back) is not None:
+        found = vmap(lambda one: pull_back(tracked.module, one))(found)
+    return {full: found[name] for name, full in tracked.names.items()}
+
+
+def squares_of(tracked: TrackedLayer | None, found: Gradients, scale: Gradients | None = None) -> Gradients:
+    """Squared norms (B,) of every layer's gradients, scaled first if need be, in float64."""
+    if tracked is not None and tracked.rule.square_norms is not None and scale is None:
+        return {tracked.name: tracked.rule.square_norms(tracked.module, found)}
+    squares: Gradients = {}
+    for name, gradient in _by_model_names(tracked, found).items():
+        layer = name.rpartition(".")[0]
+        square = square_norms(by_example(gradient if scale is None else gradient * scale[name]))
+        squares[layer] = squares[layer] + square if layer in squares else square
+    return squares
+
+
+def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None) -> Tensor:
+    """Σ weights[i]·gradient[i], (*shape)."""
+    rows = by_example(gradient).to(weights.dtype)
+    if select is not None:
+        rows = rows.masked_fill(select[:, None], 0.0)
+    order = memory_order(gradient)
+    total = torch.mv(rows.T, weights).view([gradient.shape[i] for i in order])
+    return total.permute([order.index(i) for i in range(1, gradient.ndim)])
+
+
+def apply_rule(tracked: TrackedLayer, arguments: tuple[Any, ...], g: Tensor) -> Gradients:
+    """The rule's gradients of the trainable parameters; under a function of the parameters, all that it needs."""
+    if tracked.rule is BY_VMAP:
+        return tracked.rule.gradients(tracked.module, arguments, g)
+    found = tracked.rule.gradients(tracked.module, arguments[0], g)
+    return found if tracked.rule.pull_back is not None else {name: found[name] for name in tracked.names}
+
+
+def _column(x: Tensor, like: Tensor) -> Tensor:
+    """One number per example, or a yes or no, (B, 1, …), to go with a tensor (B, …) and in its type."""
+    x = x.view(-1, *(1,) * (like.ndim - 1))
+    return x if x.dtype == torch.bool else x.to(like)
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+def split_examples(call: LayerCall, examples: int) -> tuple[tuple[Any, ...], Tensor]:
+    """Arguments and output gradient, (B, K, …), in one floating-point type: where gradients are not stored as they are
+    formed, that of the sum, since the norm must be the norm of what is summed."""
+    g = call.output_gradient
+    assert g is not None
+    dtype = g.dtype if call.policy == "store" else max(g.dtype, torch.float32, key=_bits)
+    arguments = tuple(
+        (x.to(dtype) if x.is_floating_point() else x).unflatten(0, (examples, -1)) if isinstance(x, Tensor) else x
+        for x in call.arguments
+    )
+    return arguments, g.to(dtype).unflatten(0, (examples, -1))

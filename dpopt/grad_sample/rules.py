@@ -1,0 +1,195 @@
+"""Per-layer rules: how a layer's per-example gradients follow from what went in and what came back.
+
+A rule is a function of the layer, its input and the gradient with respect to its output, both split into examples and
+their views, (B, K, …), and returns the gradients of the layer's own parameters, (B, *shape), summed over views and
+positions. Read with B = 1, a whole batch as the views of one example, it is the ordinary gradient: so one function
+serves for storing per-example gradients and for summing scaled ones. docs/layer_rule.md adds one.
+
+Layers without a rule are differentiated by `torch.func.vmap`, one layer at a time (`by_vmap`).
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from dpopt.grad_sample.conv import (
+    conv,
+    conv_ghost_norm,
+    standardized_conv,
+    standardized_ghost_norm,
+    standardized_norms,
+    standardized_pull_back,
+)
+from dpopt.grad_sample.norms import Gradients, gram
+from dpopt.models.layers import StandardizedConv2d
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the engine knows about one kind of layer.
+
+    Attributes:
+        gradients: (layer, input (B, K, …), output gradient (B, K, …)) → the gradients (B, *shape) by parameter name,
+            in any memory layout whose outermost dimension is B.
+        ghost_norm: the same arguments → the squared norms (B,) of all gradients of the layer together, in float64,
+            without the gradients; None where that is not worth it.
+        square_norms: (layer, gradients) → squared norms (B,), in float64, where `gradients` has, as "weight", the
+            gradient of a function of the parameters; then `pull_back` is the chain rule through that function.
+        pull_back: (layer, these gradients summed over examples) → the gradients of the parameters themselves.
+        scaled_ghost_norm: `ghost_norm` of scaled gradients: (layer, input, output gradient, scale by parameter name) →
+            (B,), at one position of one view; None where the gradients have to be formed.
+    """
+
+    gradients: Callable[[Any, Any, Tensor], Gradients]
+    ghost_norm: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    square_norms: Callable[[Any, Gradients], Tensor] | None = None
+    pull_back: Callable[[Any, Gradients], Gradients] | None = None
+    scaled_ghost_norm: Callable[[Any, Tensor, Tensor, Gradients], Tensor] | None = None
+
+
+# Linear
+
+
+def linear(module: nn.Linear, a: Tensor, g: Tensor) -> Gradients:
+    """Any number of positions between example and feature."""
+    a, g = a.flatten(1, -2), g.flatten(1, -2)
+    found = {"bias": g.sum(1)}
+    if module.weight.requires_grad:
+        found["weight"] = torch.bmm(g.mT, a)
+    return found
+
+
+def linear_ghost_norm(module: nn.Linear, a: Tensor, g: Tensor) -> Tensor:
+    """Σ (a_s·a_t + 1)(g_s·g_t) over pairs of positions; the 1 is the bias."""
+    return gram(a.flatten(1, -2), g.flatten(1, -2), module.bias is not None)
+
+
+def linear_scaled_ghost_norm(module: nn.Linear, a: Tensor, g: Tensor, scale: Gradients) -> Tensor:
+    """Σ_o g_o²·(Σ_i s_oi²·a_i² + s_o²) of a weight's scale s_oi and a bias's s_o; squares in float64, as norms are."""
+    a, g = (x.flatten(1).to(torch.float64, copy=True).square_() for x in (a, g))
+    by_output = a @ scale["weight"].double().square().mT
+    if module.bias is not None:
+        by_output += scale["bias"].double().square()
+    return (g * by_output).sum(1)
+
+
+# Normalisation
+
+
+def group_norm(module: nn.GroupNorm, a: Tensor, g: Tensor) -> Gradients:
+    """Every channel of every view as a channel of one big example: torch's own backward then keeps them apart."""
+    examples, views, channels = a.shape[:3]
+    a, g = a.reshape(1, examples * views * channels, -1), g.reshape(1, examples * views * channels, -1)
+    numbers = (1, a.shape[1], a.shape[2], examples * views * module.num_groups)
+    _, mean, rstd = torch.ops.aten.native_group_norm(a, None, None, *numbers, module.eps)
+    ones = a.new_ones(a.shape[1])  # torch 2.11 wants a weight; without one the bits are the same
+    found = torch.ops.aten.native_group_norm_backward(g, a, mean, rstd, ones, *numbers, [False, True, True])
+    weight, bias = (x.view(examples, views, channels).sum(1) for x in found[1:])
+    return {"weight": weight, "bias": bias}
+
+
+def layer_norm(module: nn.LayerNorm, a: Tensor, g: Tensor) -> Gradients:
+    """Over any number of positions."""
+    shape = tuple(module.normalized_shape)
+    return _affine(F.layer_norm(a, shape, None, None, module.eps), g, len(shape))
+
+
+def rms_norm(module: nn.RMSNorm, a: Tensor, g: Tensor) -> Gradients:
+    """Over any number of positions."""
+    shape = tuple(module.normalized_shape)
+    return _affine(F.rms_norm(a, shape, None, module.eps), g, len(shape))
+
+
+def _affine(normalised: Tensor, g: Tensor, dims: int) -> Gradients:
+    return {"weight": (normalised * g).flatten(1, -1 - dims).sum(1), "bias": g.flatten(1, -1 - dims).sum(1)}
+
+
+# Embedding
+
+
+def embedding(module: nn.Embedding, a: Tensor, g: Tensor) -> Gradients:
+    """A dense gradient for every example; `embedding_ghost_norm` does without."""
+    examples, rows = len(a), module.num_embeddings
+    places = (a.flatten(1) + rows * torch.arange(examples, device=a.device)[:, None]).flatten()
+    found = g.new_zeros(examples * rows, g.shape[-1])
+    found.index_add_(0, places, _without_padding(module, a, g).flatten(0, -2))
+    return {"weight": found.view(examples, rows, -1)}
+
+
+def embedding_ghost_norm(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
+    """Σ g_s·g_t over pairs of positions with the same token."""
+    g = _without_padding(module, a, g).flatten(1, -2).double()
+    tokens = a.flatten(1)
+    return ((g @ g.mT) * (tokens[:, :, None] == tokens[:, None])).flatten(1).sum(1)
+
+
+def _without_padding(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
+    return g if module.padding_idx is None else g.masked_fill((a == module.padding_idx)[..., None], 0.0)
+
+
+# Anything else
+
+
+def by_vmap(module: nn.Module, a: tuple[Any, ...], g: Tensor) -> Gradients:
+    """One layer under `torch.func.vmap`, with all of its arguments: its own parameters and those of layers in it."""
+    values = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    buffers = dict(module.named_buffers())  # what the layer does to them is forgotten
+    split = tuple(0 if isinstance(x, Tensor) else None for x in a)
+
+    def pulled(g: Tensor, *a: Any) -> Gradients:
+        pull = vjp(lambda values: functional_call(module, (values, buffers), a), values)[1]
+        found: Gradients = pull(g)[0]
+        return found
+
+    result: Gradients = vmap(pulled, in_dims=(0, *split))(g, *a)
+    return result
+
+
+BY_VMAP = Rule(by_vmap)
+RULES: dict[type, Rule] = {
+    nn.Linear: Rule(linear, linear_ghost_norm, scaled_ghost_norm=linear_scaled_ghost_norm),
+    nn.Conv1d: Rule(conv, conv_ghost_norm),
+    nn.Conv2d: Rule(conv, conv_ghost_norm),
+    StandardizedConv2d: Rule(standardized_conv, standardized_ghost_norm, standardized_norms, standardized_pull_back),
+    nn.GroupNorm: Rule(group_norm),
+    nn.LayerNorm: Rule(layer_norm),
+    nn.RMSNorm: Rule(rms_norm),
+    nn.Embedding: Rule(embedding, embedding_ghost_norm),
+}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of a layer: its class's, or that of a class whose `forward` it inherits; None where there is none.
+
+    A layer whose parameters are not where its class puts them (weight norm, parametrisations) has none.
+    """
+    moved = any(name.endswith(("_g", "_v", "_orig")) for name in module._parameters)
+    if moved or nn.utils.parametrize.is_parametrized(module):
+        return None
+    rules = {**RULES, **(_timm_rules() if "timm" in sys.modules else {})}
+    for kind in type(module).__mro__:
+        if kind in rules and type(module).forward is getattr(kind, "forward", None):
+            odd = getattr(module, "scale_grad_by_freq", False) or getattr(module, "max_norm", None) is not None
+            return None if odd or getattr(module, "_fast_norm", False) else rules[kind]
+    return None
+
+
+@functools.cache
+def _timm_rules() -> dict[type, Rule]:
+    from timm import layers
+
+    standardized = RULES[StandardizedConv2d]
+    return {
+        layers.LayerNorm: RULES[nn.LayerNorm],
+        layers.GroupNorm: RULES[nn.GroupNorm],
+        layers.StdConv2d: standardized,
+        layers.ScaledStdConv2d: standardized,
+        layers.ScaledStdConv2dSame: standardized,
+    }

@@ -1,0 +1,62 @@
+"""The walk over parameter groups that optimizers of one tensor at a time share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BELOW_ONE = 1 - 1e-9  # the largest decay
+
+
+class PerTensorOptimizer(torch.optim.Optimizer):
+    """An optimizer that is a function of one tensor, its gradient and its state: subclasses write `update`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step on every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, parameter.grad, self.state[parameter], group)
+        return loss
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Step one parameter in place.
+
+        Args:
+            p: the parameter.
+            g: its gradient, of the same shape.
+            state: its state, empty at first.
+            group: the options.
+        """
+        raise NotImplementedError
+
+
+def check_options(**ranges: tuple[float, float, float]) -> None:
+    """Refuse options outside their range: name=(value, smallest, largest).
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value} must lie between {low:g} and {high:g}")
+
+
+def first_and_second_moment(g: Tensor, state: dict[str, Any], betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Adam's two moments in `state`, moved by a gradient, and returned with their bias corrected.
+
+    m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²,  m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
+    """
+    if not state:
+        state.update(step=0, exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g))
+    state["step"] += 1
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    m.lerp_(g, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    return m / (1 - betas[0] ** state["step"]), v / (1 - betas[1] ** state["step"])

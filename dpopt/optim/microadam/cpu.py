@@ -1,0 +1,123 @@
+"""One step of MicroAdam on all blocks of a packed state in one pass on a CPU: `cpu.c`, built by the system's compiler.
+
+The library is built at its first use (about a second) and kept in the user's cache directory under a name that depends
+on source, compiler and processor.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpopt.optim.microadam.packing import PackedState
+from dpopt.optim.microadam.reference import window_weights
+
+_SOURCE = Path(__file__).with_name("cpu.c")
+# No fused multiply-add, no reassociation: the reference's bits.
+_FLAGS = (
+    "-std=c11 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-strict-aliasing -shared -fPIC"
+)
+_WORTH_A_THREAD = 64  # blocks
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("size", "k", "window", "bits", "bucket", "stochastic", "row", "step")),
+        *((name, ctypes.c_float) for name in ("minus_lr", "shrink", "eps")),
+    ]
+
+
+def supports(packed: PackedState) -> str:
+    """Say why this state needs the reference; empty when it does not."""
+    form = packed.layout
+    if any(p.dtype != torch.float32 for p in packed.first) or form.dtype != torch.float32:
+        return "parameters other than float32"
+    if form.window is None:
+        return "" if form.size == 1 else "an unbounded window"
+    return "" if form.size <= 1 << 15 else f"blocks of {form.size:,} values (they want scope=block, and a short bucket)"
+
+
+def step_packed(
+    packed: PackedState, parameters: dict[Tensor, tuple[Tensor, Tensor]], step: int, group: dict[str, Any]
+) -> None:
+    """Step parameters of one packed state that are at the same step.
+
+    Args:
+        packed: the state.
+        parameters: for each parameter its values and its gradient, contiguous; the values change in place.
+        step: t, from 1.
+        group: the options of `MicroAdam`.
+    """
+    form, state, lr, betas = packed.layout, packed.tensors, float(group["lr"]), tuple(group["betas"])
+    window = form.window or 1
+    options = _Options(
+        *(form.size, form.k, window, form.bits, form.bucket, group["rounding"] == "stochastic"),
+        *((step - 1) % window, step, -lr, 1 - lr * float(group["weight_decay"]), group["eps"]),
+    )
+    tensors = torch.tensor(
+        [(v.data_ptr(), g.data_ptr(), v.numel(), packed.first[p]) for p, (v, g) in parameters.items()],
+        dtype=torch.int64,
+    )
+    if form.window is None:
+        rates = [rate for beta in betas for rate in (beta, 1 - beta)] + [1 / (1 - beta**step) for beta in betas]
+        constants = torch.tensor(rates, dtype=torch.float32)
+        moments = [t.data_ptr() for t in (state["exp_avg"], state["exp_avg_sq"], constants)]
+        library().microadam_dense_step(tensors.data_ptr(), len(tensors), *moments, ctypes.byref(options))
+        return
+    weights = window_weights(step, window, betas, torch.float32, form.device)
+    shared = [state[name].data_ptr() if name in state else None for name in ("feedback", "ranges", "indices", "values")]
+    blocks = sum(packed.count(p) for p in parameters)
+    threads = max(1, min(torch.get_num_threads(), blocks // _WORTH_A_THREAD))
+
+    def work(part: int) -> None:
+        scratch = torch.empty(4 * form.size + window * form.k)
+        begin, end = blocks * part // threads, blocks * (part + 1) // threads
+        library().microadam_step(
+            *(tensors.data_ptr(), begin, end, *shared, weights.data_ptr(), scratch.data_ptr(), ctypes.byref(options))
+        )
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled step.
+
+    Raises:
+        OSError: when there is no compiler, or it fails.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("no C compiler was found (install gcc or clang, or name one in CC)")
+    processor = Path("/proc/cpuinfo")
+    features = processor.read_text().split("\n\n")[0] if processor.exists() else platform.node()
+    features = "".join(line for line in features.splitlines() if "MHz" not in line)
+    known = "\n".join([_SOURCE.read_text(), _FLAGS, os.path.realpath(compiler), platform.platform(), features])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpopt"
+    built = cache / f"microadam-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    if not built.exists():
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # beside its place: other processes see all or nothing
+            fresh = Path(folder) / built.name
+            command = [compiler, *_FLAGS.split(), str(_SOURCE), "-o", str(fresh), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+            fresh.replace(built)
+    loaded = ctypes.CDLL(str(built))
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    loaded.microadam_step.argtypes = [pointer, count, count, *[pointer] * 7]
+    loaded.microadam_dense_step.argtypes = [pointer, count, *[pointer] * 4]
+    loaded.microadam_step.restype = loaded.microadam_dense_step.restype = None
+    return loaded

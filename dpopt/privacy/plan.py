@@ -1,0 +1,158 @@
+"""The privacy plan: the one frozen record from which sampler, noise and accountant all read.
+
+A plan fixes the noise multiplier σ, the expected batch size qN, the number of steps T, N and δ before training starts.
+Two of (ε, σ, T) give the third. Neighbouring data sets differ by one example added or removed, batches are Poisson
+samples, and N is taken to be public.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from dpopt.privacy import accounting
+from dpopt.rng import RandomKey
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """What a private run may do; make one with `calibrate`.
+
+    Attributes:
+        noise_multiplier: σ, the noise's standard deviation over the sensitivity of a step's release; 0 adds no noise
+            (ε = ∞).
+        dataset_size: N, the number of training examples, taken to be public.
+        batch_size: qN, the *expected* number of examples in a batch.
+        steps: T, the number of noisy releases.
+        delta: the δ of (ε, δ).
+        accountant: `pld`, `rdp` or `prv`.
+        count_noise: σ_b, of the count that a clip rule releases beside the gradients (`dpopt.clipping.Adaptive`); 0
+            where there is none. Both together cost what σ says.
+        key: the key of sampling, augmentation and noise; secret, from the operating system, unless a seed is given.
+    """
+
+    noise_multiplier: float
+    dataset_size: int
+    batch_size: int
+    steps: int
+    delta: float
+    accountant: str = "pld"
+    count_noise: float = 0.0
+    key: RandomKey = field(default_factory=RandomKey.from_os, repr=False, compare=False)
+
+    relation: ClassVar[str] = "add_or_remove_one"
+    sampler: ClassVar[str] = "poisson"
+
+    def __post_init__(self) -> None:
+        _check("delta", self.delta, 0 < self.delta < 1, "a probability between 0 and 1, well below 1/dataset_size")
+        _check("dataset_size", self.dataset_size, self.dataset_size >= 1, "at least 1")
+        _check("steps", self.steps, self.steps >= 1, "at least 1")
+        low, high = accounting.NOISE_LIMITS
+        good = self.noise_multiplier == 0 or low <= self.noise_multiplier <= high
+        _check("noise_multiplier", self.noise_multiplier, good, f"between {low:g} and {high:g}, or 0 for no noise")
+        if not 1 <= self.batch_size <= self.dataset_size:
+            raise ValueError(
+                f"batch_size={self.batch_size:,} must lie between 1 and the {self.dataset_size:,} training examples: "
+                "lower batch_size"
+            )
+        if self.accountant not in accounting.ACCOUNTANTS:
+            raise ValueError(f"accountant={self.accountant} must be one of {', '.join(accounting.ACCOUNTANTS)}")
+        if self.count_noise and not 2 * self.count_noise > self.noise_multiplier:
+            raise ValueError(
+                f"count_noise={self.count_noise:g} must be above half of the noise multiplier, "
+                f"{self.noise_multiplier:.4g}, or the count alone would cost more than the plan: raise it"
+            )
+
+    @classmethod
+    def calibrate(
+        cls,
+        *,
+        delta: float,
+        dataset_size: int,
+        batch_size: int,
+        epsilon: float | None = None,
+        steps: int | None = None,
+        epochs: float | None = None,
+        noise_multiplier: float | None = None,
+        accountant: str = "pld",
+        count_noise: float = 0.0,
+        seed: int | None = None,
+    ) -> "PrivacyPlan":
+        """Make the plan from two of (ε, σ, T) and derive the third.
+
+        Args:
+            delta: the δ of (ε, δ).
+            dataset_size: N.
+            batch_size: the expected batch size qN.
+            epsilon: the target ε; infinity gives σ = 0 (clipping without noise).
+            steps: T.
+            epochs: T in passes over the data: T = round(epochs · N / batch_size). Instead of `steps`.
+            noise_multiplier: σ.
+            accountant: `pld` (tightest), `rdp` or `prv`.
+            count_noise: σ_b of the count that an adaptive clip rule releases, batch_size/20, say.
+            seed: makes sampling, augmentation and noise reproducible, and known to whoever knows the seed. Plans that
+                differ draw differently, but two trainings under equal plans and seeds share their noise, and the
+                difference of their gradients is not protected: a seed for every training. Without one, draws are keyed
+                by the operating system, and the plan serves one training.
+
+        Returns:
+            A plan with target·(1 − 1e-4) ≤ ε ≤ target when σ was derived, and ε(T) ≤ target < ε(T + 1) when T was.
+
+        Raises:
+            ValueError: when not exactly two of the three are given, or the target cannot be met.
+        """
+        accounting.check_budget(epsilon, noise_multiplier, steps, epochs)
+        if epsilon is not None:
+            _check("epsilon", epsilon, epsilon > 0, "a positive number (inf clips without noise)")
+        if epochs is not None:
+            _check("epochs", epochs, 0 < epochs < math.inf, "a positive number")
+            steps = max(1, round(epochs * dataset_size / batch_size)) if batch_size > 0 else 1
+        # Built first with what is known, so that a bad value is reported before any time goes into calibration.
+        plan = cls(noise_multiplier or 0.0, dataset_size, batch_size, steps or 1, delta, accountant, count_noise)
+        if noise_multiplier is None:
+            assert epsilon is not None
+            if math.isfinite(epsilon):
+                sigma = accounting.calibrate_noise(epsilon, plan.sample_rate, plan.steps, delta, accountant)
+                plan = replace(plan, noise_multiplier=sigma)
+        elif steps is None:
+            assert epsilon is not None
+            if noise_multiplier == 0 or math.isinf(epsilon):
+                raise ValueError("with no noise, or an infinite epsilon, the number of steps must be given: set steps")
+            fitting = accounting.calibrate_steps(epsilon, noise_multiplier, plan.sample_rate, delta, accountant)
+            plan = replace(plan, steps=fitting)
+        if seed is not None:
+            plan = replace(plan, key=RandomKey.from_seed(seed, str(plan.to_dict())))
+        return plan
+
+    @property
+    def sample_rate(self) -> float:
+        """q, the probability with which each example enters a batch."""
+        return self.batch_size / self.dataset_size
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """The noise's standard deviation over the sensitivity of the sum of gradients: σ, or more beside a count."""
+        if not self.count_noise or not self.noise_multiplier:
+            return self.noise_multiplier
+        return (self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5
+
+    def epsilon_at(self, step: int, accountant: str | None = None) -> float:
+        """The ε spent after `step` steps, by the plan's accountant unless another one is named."""
+        return accounting.compute_epsilon(
+            self.noise_multiplier, self.sample_rate, step, self.delta, accountant or self.accountant
+        )
+
+    @cached_property
+    def epsilon(self) -> float:
+        """The ε of the whole plan."""
+        return self.epsilon_at(self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values, without the key."""
+        values = {name: value for name, value in asdict(replace(self, key=RandomKey(b""))).items() if name != "key"}
+        return values | {"sample_rate": self.sample_rate, "relation": self.relation, "sampler": self.sampler}
+
+
+def _check(name: str, value: float, good: bool, meaning: str) -> None:
+    if not good or math.isnan(value):
+        raise ValueError(f"{name}={value} must be {meaning}")

@@ -1,0 +1,325 @@
+"""From a Poisson batch to `p.grad`: per-example gradients, clip, sum, one draw of noise, division by the public qN.
+
+    p.grad = (Σ_i w(‖g_i‖)·g_i + N(0, σ²S²I)) / (qN),     S = the clip rule's sensitivity
+
+g_i is the gradient of example i's loss, averaged over its K augmented views *before* the clip (De et al., 2204.13650);
+`dpopt.grad_sample` computes it. Norms and sums are fp32 (float64 for a float64 model). An example whose gradient is
+not finite contributes zero, as a pad does: it is selected away before any reduction, because 0·NaN is NaN. Everything
+to the right of `p.grad` is post-processing.
+
+Some algorithms reach to the left of it, through three seams:
+
+    pre_clip_scale  s of the optimizer: s∘g_i is clipped, summed, noised, and divided by s again (scale-then-privatise)
+    query_points    from a filter: g_i = Σ_j c_j·∇f_i(θ + d_j), clipped as one gradient (DiSK)
+    count           of unclipped examples, noised: the clip rule moves the clip norm by it, the plan pays (adaptive)
+
+and what they need to know of the step flows right, as `step_info`, all of it public or privatised.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dpopt.grad_sample.engine import GradSampler, LossFn
+from dpopt.grad_sample.model_check import check_model
+from dpopt.grad_sample.norms import Gradients
+from dpopt.grad_sample.per_sample import PerSampleGradients
+from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.privacy.clipping import Adaptive, ClipRule
+from dpopt.privacy.noise import add_noise
+from dpopt.privacy.plan import PrivacyPlan
+from dpopt.privacy.sampling import PoissonBatch
+
+Point = tuple[float, dict[nn.Parameter, Tensor] | None]  # weight c and displacement d; None for no displacement
+
+
+class PrivateGradient:
+    """Turns Poisson batches into privatised gradients in `p.grad`.
+
+    Args:
+        model: every trainable parameter must have a per-example gradient (no BatchNorm, no active dropout).
+        loss_fn: (outputs (K, …), targets (K, …)) → the mean loss, a scalar; `torch.nn.functional.cross_entropy`, say.
+        plan: the noise, q, N and the number of steps.
+        clip: the clip rule. None is the non-private control: no clipping, allowed only with a plan without noise.
+        start: number of steps already taken (a resumed run).
+        engine: how per-example gradients are taken, a performance setting: a policy of `GradSampler` (`auto`, `store`,
+            `recompute`, `gram`, `vmap`), or an Engine made for this model.
+        precision: `fp32`, or `bf16` for autocast in the forward.
+        diagnostics: keep raw statistics of private data in `statistics` (training loss, clipped fraction,
+            signal-to-noise, realised batch size). They are not covered by ε.
+        pre_clip_scale: parameter → a positive tensor of its shape, or None for 1, made of privatised gradients only;
+            `dpopt.optim.AdamSTP.pre_clip_scale`, say.
+        query_points: () → weights and displacements of the points at which gradients are taken, made of privatised
+            gradients only; `dpopt.filters.Kalman.query_points`, say.
+
+    Attributes:
+        step_info: of the last step, for optimizers and schedules: `noise_std`, the standard deviation of the noise in
+            each coordinate of `p.grad` (absent where it is not the same for all), `clip_norm`, and `clip_rate`, the
+            privatised fraction of clipped examples, under a clip rule that counts them.
+
+    Raises:
+        TypeError: for a clip that is no clip rule.
+        ValueError: for a layer whose parameters have no per-example gradient, a model with nothing to train, noise
+            without a clip, or a count that the plan does not pay for.
+    """
+
+    takes_gradients = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        plan: PrivacyPlan,
+        clip: ClipRule | None,
+        start: int = 0,
+        precision: str = "fp32",
+        diagnostics: bool = False,
+        engine: str | GradSampler = "auto",
+        pre_clip_scale: Callable[[Tensor], Tensor | None] | None = None,
+        query_points: Callable[[], list[Point]] | None = None,
+    ) -> None:
+        if clip is None and plan.noise_multiplier > 0:
+            raise ValueError("noise without a clip protects nothing: pass a clip rule, for example clip=Flat(1.0)")
+        if clip is not None and plan.noise_multiplier > 0 and isinstance(clip, Adaptive) != (plan.count_noise > 0):
+            raise ValueError(
+                "an adaptive clip rule releases a count, and the plan must pay for it, and for no other: calibrate the "
+                f"plan with count_noise={plan.batch_size / 20 if isinstance(clip, Adaptive) else 0:g}"
+            )
+        if isinstance(clip, Adaptive) and plan.count_noise and clip.count_noise not in (None, plan.count_noise):
+            raise ValueError(f"count_noise={clip.count_noise} of the clip rule is {plan.count_noise:g} in the plan")
+        if clip is not None and not hasattr(clip, "sensitivity"):
+            raise TypeError(f"clip={clip!r} is no clip rule: pass one of dpopt.clipping, for example Flat(1.0)")
+        check_model(model, private=clip is not None)
+        self.model, self.loss_fn, self.plan, self.clip = model, loss_fn, plan, clip
+        self.step = start
+        self.engine = GradSampler(model, loss_fn, engine, precision=precision) if isinstance(engine, str) else engine
+        self.diagnostics = diagnostics
+        self.pre_clip_scale, self.query_points = pre_clip_scale, query_points
+        self.step_info = self._constants()
+        self.statistics: dict[str, float] = {}
+
+    @property
+    def noise_std(self) -> float:
+        """The standard deviation of the noise in every coordinate of `p.grad`: σ·S/(qN)."""
+        return self._std / self.plan.batch_size
+
+    def _constants(self) -> dict[str, float]:
+        return {} if self.pre_clip_scale is not None or self.query_points is not None else {"noise_std": self.noise_std}
+
+    @property
+    def _std(self) -> float:
+        return 0.0 if self.clip is None else self.plan.gradient_noise_multiplier * self.clip.sensitivity
+
+    def backward(self, batch: PoissonBatch) -> None:
+        """Fill `p.grad` of every trainable parameter with the privatised mean gradient of the batch.
+
+        Raises:
+            TypeError: for anything but a batch of `poisson_batches`.
+            ValueError: when the batch was sampled under another plan, repeats or skips a step, or exceeds the plan.
+        """
+        if not isinstance(batch, PoissonBatch):
+            raise TypeError(f"backward takes a batch of dpopt.poisson_batches, not a {type(batch).__name__}")
+        if batch.plan is not self.plan and (batch.plan != self.plan or batch.plan.key != self.plan.key):
+            raise ValueError("the batch was sampled under another plan: pass the same plan to poisson_batches")
+        if batch.step != self.step:
+            raise ValueError(
+                f"this is the batch of step {batch.step} where step {self.step} is due: a batch is used exactly once, "
+                "in order; after a resume pass the same start= to poisson_batches and PrivateGradient"
+            )
+        if self.step >= self.plan.steps:
+            raise ValueError(f"the plan's {self.plan.steps:,} steps are spent: calibrate a plan with more steps")
+        key = self.plan.key
+        if key.secure and self.step < key.released[0]:
+            raise ValueError(
+                "the noise of this step was already used for another model or an earlier try, and using it twice would "
+                "cancel it: calibrate a new plan for every training"
+            )
+        key.released[0] = self.step + 1
+        self._fill(batch)
+        self.step += 1
+
+    def update_param_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write `step_info` into the parameter groups that have an option of that name.
+
+        Raises:
+            ValueError: when an optimizer wants the noise of a gradient whose coordinates have different noise.
+        """
+        for group in optimizer.param_groups:
+            if "noise_std" in group and "noise_std" not in self.step_info:
+                raise ValueError(
+                    f"{type(optimizer).__name__} corrects for noise that is the same in every coordinate and step, "
+                    "which a scale, a filter or a zeroth-order estimate is not: choose another optimizer"
+                )
+            group.update({name: value for name, value in self.step_info.items() if name in group})
+
+    def _fill(self, batch: PoissonBatch) -> None:
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        reference = next(iter(parameters.values()))
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+        total = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=dtype, device=reference.device)
+        sums = _split_up(total, parameters)
+        scale = self._scale(parameters, total) if self.pre_clip_scale is not None and self.clip is not None else None
+        by_name = None if scale is None else _split_up(scale, parameters)
+        points: list[Point] = self.query_points() if self.query_points is not None else [(1.0, None)]
+        raw = RawStatistics()
+        with displaced(points[0][1] if len(points) == 1 else None):
+            for inputs, targets, mask in batch:
+                inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
+                targets, mask = targets.to(reference.device), mask.to(reference.device)
+                if self.clip is None:
+                    self._add_plain(sums, inputs[mask], targets[mask], points, raw)
+                    continue
+                size = len(inputs) if len(points) == 1 else self._explicit(total)
+                for x, y, present in zip(inputs.split(size), targets.split(size), mask.split(size), strict=True):
+                    self._add_clipped(sums, self._per_sample_gradients(x, y, by_name, points), present, raw)
+        self.step_info = self._constants()
+        if scale is not None:
+            total.mul_(scale)
+        if self.diagnostics:
+            self.statistics = raw.summary(sums, self._std)
+        # The noise of this logical step, once, on the sum.
+        add_noise(total, self._std, self.plan.batch_size, self.plan.key, self.step)
+        if scale is not None:
+            total.div_(scale)
+        self._observe(raw)
+        for name, parameter in parameters.items():
+            grad = sums[name].to(parameter.dtype)
+            # Some fused optimizers want the strides of the parameter.
+            parameter.grad = grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
+
+    def _explicit(self, total: Tensor) -> int:
+        """Number of examples whose gradients at two points, and their combination, fit into memory."""
+        memory = 1 << 30 if self.engine.memory is None else self.engine.memory
+        return max(1, memory // (3 * total.element_size() * len(total)))
+
+    def _scale(self, parameters: dict[str, nn.Parameter], total: Tensor) -> Tensor:
+        """The optimizer's scale of all parameters, as long as the sum; 1 where it has none."""
+        assert self.pre_clip_scale is not None
+        parts = []
+        for name, p in parameters.items():
+            part = self.pre_clip_scale(p)
+            part = torch.ones_like(p) if part is None else part
+            if part.shape != p.shape or not bool(((part > 0) & part.isfinite()).all()):
+                raise ValueError(f"the scale of {name} must have its shape and be positive and finite")
+            parts.append(part.detach().flatten().to(total))
+        return torch.cat(parts)
+
+    def _observe(self, raw: "RawStatistics") -> None:
+        """Noise the count of an adaptive clip rule, and let it move the clip norm."""
+        if self.clip is None:
+            return
+        self.step_info["clip_norm"] = self.clip.sensitivity
+        if not isinstance(self.clip, Adaptive):
+            return
+        std = self.plan.count_noise if self.plan.noise_multiplier > 0 else 0.0
+        noise = std * float(self.plan.key.normal(1, "count", self.step))
+        self.clip.observe(raw.unclipped + noise, self.plan.batch_size)
+        self.step_info["clip_rate"] = self.clip.clip_rate
+
+    def _per_sample_gradients(
+        self, inputs: Tensor, targets: Tensor, scale: Gradients | None, points: list[Point]
+    ) -> PerSampleGradients:
+        """The per-example gradients of a micro-batch, combined over points."""
+        if not self.engine.validated:
+            validate_against_autograd(self.engine, inputs, targets)
+        if len(points) == 1:
+            return self.engine(inputs, targets, scale)
+        combined: Gradients = {}
+        for weight, displacement in points:
+            with displaced(displacement):
+                found, losses = self.engine.gradients(inputs, targets)
+            for name, gradient in found.items():
+                gradient = gradient * weight
+                combined[name] = combined[name] + gradient if name in combined else gradient
+        per_sample = PerSampleGradients(len(inputs), scale)
+        per_sample.store(None, combined)
+        return per_sample.finish(losses)
+
+    def _add_clipped(self, sums: Gradients, per_sample: PerSampleGradients, mask: Tensor, raw: "RawStatistics") -> None:
+        assert self.clip is not None
+        weights = clip_weights(self.clip, per_sample, mask)
+        per_sample.add_weighted_sum(sums, weights)
+        if isinstance(self.clip, Adaptive):
+            raw.unclipped += self.clip.count(per_sample.norms, mask)
+        if self.diagnostics:
+            valid = mask & per_sample.norms.isfinite()
+            clipped = weights.view(len(weights), -1).amin(1)[valid] < 1 - 1e-6
+            raw.add(per_sample.losses[valid], clipped, int(mask.sum()))
+
+    def _add_plain(
+        self, sums: Gradients, inputs: Tensor, targets: Tensor, points: list[Point], raw: "RawStatistics"
+    ) -> None:
+        """The non-private control: the ordinary batched gradient of the summed losses."""
+        if len(inputs) == 0:
+            return
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        count, views = inputs.shape[:2]
+        for weight, displacement in points:
+            with displaced(displacement if len(points) > 1 else None):
+                with self.engine.autocast():
+                    loss = self.loss_fn(self.model(inputs.flatten(0, 1)), targets.repeat_interleave(views, 0))
+                gradients = torch.autograd.grad(weight * loss * count, parameters, materialize_grads=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total += gradient
+        if self.diagnostics:
+            raw.add(loss.detach().expand(count), torch.zeros(count, dtype=torch.bool), count)
+
+
+def clip_weights(clip: ClipRule, per_sample: PerSampleGradients, mask: Tensor) -> Tensor:
+    """Weights of the examples' gradients, (B,), or of their layers, (B, L): 0 for pads and for what is not finite.
+
+    Args:
+        clip: the rule.
+        per_sample: the gradients.
+        mask: (B,), False for pads.
+    """
+    valid = mask & per_sample.norms.isfinite()
+    if getattr(clip, "by_layer", False):
+        return torch.where(valid[:, None], clip.weight(per_sample.layer_norms), 0.0)
+    return torch.where(valid, clip.weight(per_sample.norms), 0.0)
+
+
+def _split_up(total: Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:
+    parts = total.split([p.numel() for p in parameters.values()])
+    return {n: part.view(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}
+
+
+@contextmanager
+def displaced(displacement: dict[nn.Parameter, Tensor] | None) -> Iterator[None]:
+    """Parameters displaced for a while; afterwards they are what they were, to the bit."""
+    before = {p: p.detach().clone() for p in displacement or {}}
+    try:
+        with torch.no_grad():
+            for p, difference in (displacement or {}).items():
+                p.add_(difference)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in before.items():
+                p.copy_(old)
+
+
+class RawStatistics:
+    """Sums of private statistics over the micro-batches of one step; kept only for diagnostics."""
+
+    def __init__(self) -> None:
+        self.loss, self.clipped, self.count, self.valid = 0.0, 0.0, 0, 0
+        self.unclipped = 0.0  # the centred count of an adaptive clip rule
+
+    def add(self, losses: Tensor, clipped: Tensor, count: int) -> None:
+        self.loss += float(losses.double().sum())
+        self.clipped += float(clipped.sum())
+        self.count += count
+        self.valid += len(losses)
+
+    def summary(self, sums: dict[str, Tensor], noise_std: float) -> dict[str, float]:
+        dimension = sum(total.numel() for total in sums.values())
+        signal = sum(float(total.double().square().sum()) for total in sums.values()) ** 0.5
+        return {
+            "private/train_loss": self.loss / max(self.valid, 1),
+            "private/clipped_fraction": self.clipped / max(self.valid, 1),
+            "private/signal_to_noise": signal / (noise_std * dimension**0.5) if noise_std else float("inf"),
+            "private/batch_size": float(self.count),
+        }

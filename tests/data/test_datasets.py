@@ -1,0 +1,147 @@
+"""Data sets by name, on the data that is shipped or made here."""
+
+import pytest
+import torch
+from PIL import Image
+
+from dpopt import data
+
+
+def load(spec, tmp_path, workers=0):
+    return spec.load(tmp_path, torch.device("cpu"), workers)
+
+
+def test_digits(tmp_path):
+    spec = data.digits()
+    train, test = load(spec, tmp_path)
+    assert (len(train), len(test)) == (spec.train_size, 360) and len(test) / 1797 >= 0.2
+    inputs, targets = next(train.plain(2000))
+    assert inputs.shape == (1437, *spec.shape) and set(targets.tolist()) == set(range(10))
+    assert abs(float(inputs.mean())) < 0.1 and abs(float(inputs.std()) - 1) < 0.1
+    together = torch.cat([train.inputs, test.inputs]).flatten(1)
+    assert len({tuple(row.tolist()) for row in together}) == 1797  # the split repeats nothing
+
+
+@pytest.mark.cifar10
+def test_cifar10(cifar_dir):
+    spec = data.cifar10()
+    train, test = load(spec, cifar_dir)
+    assert (len(train), len(test)) == (spec.train_size, 10_000)
+    inputs, targets = next(train.plain(5000))
+    assert inputs.shape == (5000, *spec.shape) and targets.max() == 9
+    assert inputs.mean((0, 2, 3)).abs().max() < 0.05 and (inputs.std((0, 2, 3)) - 1).abs().max() < 0.05
+    assert train.crop == 4 and train.flip and not (test.crop or test.flip)
+
+
+@pytest.mark.parametrize("spec", [data.cifar10(), data.cifar100(), data.fashion_mnist()], ids=lambda s: s.name)
+def test_missing_files_are_explained(spec, tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def refuse(self):
+        raise OSError("no network")
+
+    for name in ("CIFAR10", "FashionMNIST"):
+        monkeypatch.setattr(getattr(torchvision.datasets, name), "download", refuse)
+    with pytest.raises(FileNotFoundError, match="put its files there, or set data_dir"):
+        load(spec, tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load(spec, tmp_path / "not" / "there")
+    assert not (tmp_path / "not" / "there").exists() and not any(p.suffix == ".lock" for p in tmp_path.iterdir())
+
+
+def test_fashion_mnist_from_files(tmp_path):
+    """Four tiny files in the original format stand for the real ones."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 6), ("t10k", 4)):
+        images = torch.arange(count * 28 * 28).remainder(256).to(torch.uint8)
+        header = b"\x00\x00\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(images.tolist()))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01" + count.to_bytes(4, "big") + bytes(count))
+    train, test = load(data.fashion_mnist(augment=True), tmp_path)
+    assert len(train) == 6 and len(test) == 4 and next(train.plain(6))[0].shape == (6, 1, 28, 28)
+    assert train.crop == 2 and test.crop == 0
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 6), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "pets" / part / name / f"{index}.jpg")
+    return tmp_path
+
+
+def test_image_folders(folder):
+    spec = data.imagenet("pets", image_size=32, train_size=12, classes=2)
+    train, test = load(spec, folder, workers=1)
+    inputs, targets = next(test.plain(4))
+    assert inputs.shape == (4, 3, 32, 32) and targets.tolist() == [0, 0, 1, 1] and len(train) == 12
+    assert train.fingerprint() != test.fingerprint()
+    with pytest.raises(ValueError, match=r"set dataset.train_size=12 dataset.classes=2"):
+        load(data.imagenet("pets", train_size=13, classes=2), folder)
+    with pytest.raises(FileNotFoundError, match="set data_dir"):
+        load(data.imagenet("birds"), folder)
+
+
+def test_training_on_an_image_folder(cli, folder):
+    """Every row of the table from file to result: workers, views, transforms, NF-ResNet-50."""
+    done = cli(
+        *("dataset=imagenet", "dataset.folder=pets", "dataset.image_size=32", "dataset.train_size=12"),
+        *("dataset.classes=2", "model=nf_resnet50", "batch_size=3", "steps=2", "views=2", "delta=1e-2", "logger=csv"),
+        *(f"data_dir={folder}", "workers=1", "micro_batch=2", "eval_every=2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(folder.glob("runs/imagenet-nf_resnet50-*/result.json"))) == 1
+
+
+def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
+    """From pictures made here; the second load reads the file, and each example is normalised by itself."""
+    from dpopt.data.sources import TensorSource
+
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    parts = [
+        TensorSource(pictures[i], torch.arange(len(pictures[i])), (0.5,) * 3, (0.2,) * 3)
+        for i in (slice(8), slice(8, 12))
+    ]
+    loads = []
+    spec = data.DataSpec("cifar10", 8, 10, (3, 32, 32), lambda *_: loads.append(1) or tuple(parts))
+    monkeypatch.setattr(data, "cifar10", lambda augment: spec)
+    features = data.cifar10_scattering()
+    assert features.shape == (243, 8, 8) and features.train_size == 50_000
+    for _ in range(2):
+        train, test = load(features, tmp_path)
+        assert len(loads) == 1 and len(train) == 8 and len(test) == 4
+        inputs, targets = next(train.plain(8))
+        assert inputs.shape == (8, *features.shape) and targets.tolist() == list(range(8))
+        groups = inputs.float().unflatten(1, (27, 9)).flatten(2)
+        assert groups.mean(2).abs().max() < 2e-3 and (groups.std(2) - 1).abs().max() < 0.1  # GroupNorm's ε is felt
+
+
+def test_features_of_pictures_that_cannot_be_had_say_so(tmp_path, monkeypatch):
+    """And do not wait for ever for a lock that they hold themselves."""
+    from threading import Thread
+
+    import torchvision
+
+    def refuse(**_):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", refuse)
+    errors = []
+
+    def try_it():
+        try:
+            load(data.cifar10_scattering(), tmp_path / "new")
+        except FileNotFoundError as error:
+            errors.append(str(error))
+
+    thread = Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert len(errors) == 1 and "could not be downloaded (no network)" in errors[0], "hangs, or fails otherwise"
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,95 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from dpopt import models
+from dpopt.grad_sample.engine import per_example_gradients
+from dpopt.grad_sample.model_check import check_model
+from dpopt.models.layers import StandardizedConv2d
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "make, classes, expected",
+    [
+        (models.wrn_16_4, 10, 2_753_818),
+        (models.wrn_40_4, 10, 8_961_306),
+        (models.nf_resnet50, 1000, 25_503_928),
+        (models.cnn, 10, 21_578),
+        (models.linear, 10, 7_850),
+    ],
+)
+def test_parameter_counts(make, classes, expected):
+    assert count(make(num_classes=classes)) == expected
+
+
+@pytest.mark.parametrize("size, expected", [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)])
+def test_deit_parameter_counts(size, expected):
+    """Touvron et al. give 5 M, 22 M and 86 M."""
+    assert count(getattr(models, f"deit_{size}")(pretrained=False)) == expected
+
+
+def test_standardised_convolution_by_hand():
+    conv = StandardizedConv2d(2, 3, 3)
+    with torch.no_grad():
+        conv.gain.copy_(torch.tensor([1.0, 2.0, -1.0]))
+    weight = conv.standardized_weight()
+    flat = conv.weight.flatten(1)
+    centred = flat - flat.mean(1, keepdim=True)
+    expected = centred / (centred.square().sum(1, keepdim=True)).sqrt() * conv.gain[:, None]
+    torch.testing.assert_close(weight.flatten(1), expected)
+    with torch.no_grad():
+        conv.weight.fill_(0.3)  # no variance: the clamp keeps it finite
+    assert (conv.standardized_weight() == 0).all()
+
+
+def test_nf_resnet_keeps_unit_variance_at_the_start():
+    torch.manual_seed(0)
+    model = models.nf_resnet50(num_classes=10).eval()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(float(inputs[0].std()) * module.beta))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 128, 128))
+    assert len(seen) == 16 and all(0.3 < value < 2.5 for value in seen)
+
+
+def test_every_model_is_admitted():
+    for name in models.__all__:
+        options = {"pretrained": False} if name.startswith("deit") else {}
+        check_model(getattr(models, name)(num_classes=5, in_channels=3, **options), private=True)
+
+
+def test_head_only_has_gradients_for_the_head_alone():
+    model = models.deit_tiny(num_classes=4, pretrained=False, image_size=32, train="head")
+    gradients, _ = per_example_gradients(model, F.cross_entropy, torch.randn(3, 1, 3, 32, 32), torch.tensor([0, 1, 2]))
+    assert set(gradients) == {"head.weight", "head.bias"} and gradients["head.weight"].shape == (3, 4, 192)
+    assert (model.head.weight == 0).all()
+
+
+def test_weights_from_a_local_file(tmp_path):
+    source = models.deit_tiny(num_classes=1000, pretrained=False, image_size=32, zero_head=False)
+    path = tmp_path / "deit.safetensors"
+    save_file(source.state_dict(), path)
+    model = models.deit_tiny(num_classes=4, image_size=32, weights=str(path))
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)
+    assert model.head.weight.shape == (4, 192)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        models.deit_tiny(weights=str(tmp_path / "none.pt"))
+    with pytest.raises(ValueError, match="train=none must be"):
+        models.deit_tiny(pretrained=False, train="none")
+
+
+def test_weights_that_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"model.weights=PATH, or train from scratch"):
+        models.deit_tiny(num_classes=4)
+
+
+def test_bad_depth():
+    with pytest.raises(ValueError, match="6n"):
+        models.wrn.WideResNet(17, 4)
