@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## train DP-MicroAdam on digits at ε = 8 and show the result
-	$(PY) run.py +experiment=quickstart
+	$(PY) run.py experiment=quickstart
 
 test: $(READY)  ## run the tests, a process per core (no network, no GPU needed)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dpopt.privacy.plan import PrivacyPlan
     from dpopt.privacy.private_gradient import PrivateGradient
     from dpopt.privacy.sampling import poisson_batches
-    from dpopt.store import load
+    from dpopt.training.build import load
 
 __version__ = "0.1.0"
 __all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "filters", "load", "models", "optim"]
@@ -30,13 +30,14 @@ _HOME = {
     "PrivacyPlan": "dpopt.privacy.plan:PrivacyPlan",
     "PrivateGradient": "dpopt.privacy.private_gradient:PrivateGradient",
     "poisson_batches": "dpopt.privacy.sampling:poisson_batches",
-    "load": "dpopt.store:load",
+    "load": "dpopt.training.build:load",
     "clipping": "dpopt.privacy.clipping",
     "data": "dpopt.data",
     "filters": "dpopt.filters",
     "models": "dpopt.models",
     "optim": "dpopt.optim",
     "schedules": "dpopt.optim.schedules",
+    "tracking": "dpopt.runs.tracking",
 }
 
 

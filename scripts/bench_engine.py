@@ -25,12 +25,12 @@ from bench_optim import hardware, versions
 from torch import nn
 
 from dpopt import models
-from dpopt.estimate import peak_memory_bytes, reset_peak_memory
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.models.layers import StandardizedConv2d
-from dpopt.prepare import keep_freed_memory
 from dpopt.privacy.clipping import Flat
+from dpopt.training.build import keep_freed_memory
+from dpopt.training.cost import peak_memory_bytes, reset_peak_memory
 
 PLAIN = "not private"
 VARIANTS = {

@@ -23,12 +23,12 @@ import timm
 import torch
 import torchvision
 
-from dpopt.estimate import optimizer_state_bytes
 from dpopt.models import wrn_16_4
 from dpopt.optim import MicroAdam
 from dpopt.privacy.noise import add_noise
 from dpopt.rng import RandomKey
-from dpopt.store import git_commit
+from dpopt.runs.provenance import git_commit
+from dpopt.training.cost import optimizer_state_bytes
 
 BASELINE = "AdamW (fused)"
 # Bytes moved per fp32 parameter and step where it is known: gradient and parameter read, parameter written, state read

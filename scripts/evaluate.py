@@ -10,9 +10,10 @@ import torch
 import yaml
 
 import dpopt
-from dpopt.config import Config, build
+from dpopt.config.components import build
+from dpopt.config.schema import Config
 from dpopt.data.sources import as_source
-from dpopt.train import evaluate
+from dpopt.training.trainer import evaluate
 
 
 def main(run_dir: str, data_dir: str | None = None) -> None:

@@ -25,7 +25,7 @@ from matplotlib.ticker import NullFormatter
 from tables import COLUMNS, ROOT, SCALES, Job, interval, stem, why_kept
 
 import dpopt
-from dpopt.config import target_name
+from dpopt.config.components import target_name
 
 # Okabe and Ito's colours, told apart with any colour vision; lines also differ in their marker.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]

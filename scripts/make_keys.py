@@ -7,7 +7,8 @@ import inspect
 import re
 from pathlib import Path
 
-from dpopt.config import NOT_IDENTITY, Config
+from dpopt.config.schema import Config
+from dpopt.runs.identity import NOT_IDENTITY
 
 ROOT = Path(__file__).resolve().parents[1]
 INTRODUCTION = """\

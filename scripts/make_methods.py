@@ -10,8 +10,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from dpopt.config import build, from_hydra
-from dpopt.estimate import optimizer_state_bytes
+from dpopt.config.components import build
+from dpopt.config.overrides import from_hydra
+from dpopt.training.cost import optimizer_state_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 1_000_000

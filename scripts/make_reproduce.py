@@ -23,7 +23,7 @@ every row, to see that everything runs. This page is made by `python scripts/mak
 
 - `make plan-NAME SCALE=full` prints what a table would cost on this machine: runs, time, memory. Nothing is trained.
 - `make table-NAME JOBS=4` runs four processes at once; where there are several GPUs they take turns. One preset alone
-  is `python run.py +experiment=table_cifar10`; in parallel, add `hydra/launcher=joblib hydra.launcher.n_jobs=4`; on a
+  is `python run.py experiment=table_cifar10`; in parallel, add `hydra/launcher=joblib hydra.launcher.n_jobs=4`; on a
   SLURM cluster, `hydra/launcher=submitit_slurm hydra.launcher.partition=NAME hydra.launcher.gpus_per_node=1`
   (`pip install -e .[sweeps]`).
 - A run that fails does not stop the others; the table shows its error. `Ctrl-C` loses at most the steps since the last
@@ -37,7 +37,7 @@ A table of your own is a preset that sweeps, `conf/experiment/table_mine.yaml`, 
 title: Mine
 setting: What a reader must know.
 column: privacy
-scales: [smoke, full]            # the last one is the presets as they stand; the others lay conf/scale/ over them
+scales: [smoke, full]            # the last one is the presets as they stand; the others lay conf/size/ over them
 hours: {full: {one GPU: "3"}}    # what to expect, by hardware
 tables:
   - title: Accuracy

@@ -24,9 +24,10 @@ from typing import Any
 import tables
 from tables import COLUMNS, ROOT, SCALES, Job, interval, stem, why_kept
 
-from dpopt import store
-from dpopt.config import build, target_name
-from dpopt.sweep import cost
+from dpopt.config.components import build, target_name
+from dpopt.runs import provenance
+from dpopt.runs.identity import content_key
+from dpopt.runs.sweep import cost
 
 RECORDED = ("test_accuracy", "test_loss", "epsilon", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
 Cells = dict[tuple[str, str], list[Job]]
@@ -244,7 +245,7 @@ def foot(runs: list[dict[str, Any]]) -> str:
     if not done:
         return f"None of {len(once)} runs has been made."
     hours = sum(run["wall_seconds"] for run in done) / 3600
-    commits = sorted({store.short_commit(run["git_commit"]) for run in done})
+    commits = sorted({provenance.short_commit(run["git_commit"]) for run in done})
     where = ", ".join(sorted({run["device"] for run in done}))
     versions = ", ".join(sorted({run["versions"] for run in done}))
     made = f"{len(done)} of {len(once)} runs, {hours:.1f} process hours"
@@ -253,7 +254,7 @@ def foot(runs: list[dict[str, Any]]) -> str:
 
 def plan(name: str, scale: str) -> str:
     """What the runs of a table would cost here: every row planned once, without data."""
-    from dpopt.train import run
+    from dpopt.training.run import run
 
     about = tables.read(name)
     found: dict[str, dict[str, Any]] = {}
@@ -263,7 +264,7 @@ def plan(name: str, scale: str) -> str:
             config = replace(job.config, seed=0, dry_run=True)
             if config.epsilon and math.isfinite(config.epsilon):
                 config = replace(config, epsilon=8.0)
-            key = store.content(config)
+            key = content_key(config)
             if key not in plans:
                 plans[key] = run(config)
             found[str(job.directory())] = plans[key] | {"status": job.result()["status"]}

@@ -18,10 +18,13 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from dpopt import store
-from dpopt.config import Config, build
-from dpopt.prepare import load_data, make_device
-from dpopt.train import run
+from dpopt.config.components import build
+from dpopt.config.schema import Config
+from dpopt.runs import directory as run_files
+from dpopt.runs import provenance
+from dpopt.runs.identity import locate
+from dpopt.training.build import load_data, make_device
+from dpopt.training.run import run
 
 
 def verdict(before: dict[str, Any], after: dict[str, Any], same_weights: bool, test_size: int) -> tuple[bool, str]:
@@ -46,7 +49,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a run directory with a result.json")
     parser.add_argument("--output", type=Path, help="where to train; by default a folder that is removed afterwards")
     arguments = parser.parse_args()
-    before = store.finished(arguments.run)
+    before = run_files.finished(arguments.run)
     if before is None:
         print(f"{arguments.run} holds no finished run: name a directory with a result.json", file=sys.stderr)
         return 1
@@ -61,16 +64,16 @@ def main() -> int:
             time_limit=None,
             fresh=False,
         )
-        if arguments.output and store.finished(store.locate(config)):
+        if arguments.output and run_files.finished(locate(config)):
             print(f"{arguments.output} holds this run, finished: name another folder", file=sys.stderr)
             return 1
         after = run(config)
-        weights = [load_file(path / store.WEIGHTS) for path in (arguments.run, store.locate(config))]
+        weights = [load_file(path / run_files.WEIGHTS) for path in (arguments.run, locate(config))]
     same = all(weights[0][name].equal(tensor) for name, tensor in weights[1].items())
     spec = build("dataset", config.dataset)()
     test_size = len(load_data(config, spec, make_device("cpu"))[1])
     good, text = verdict(before, after, same, test_size)
-    commits = {store.short_commit(result["git_commit"]) for result in (before, after)}
+    commits = {provenance.short_commit(result["git_commit"]) for result in (before, after)}
     print(f"{arguments.run}: {text} (commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))})")
     return 0 if good else 1
 

@@ -1,8 +1,8 @@
 """Tables as data: which runs a table stands for, and what has come of them. Read by every script that shows results.
 
 experiments/NAME.yaml says which presets make the rows of a table; the runs are those that the presets stand for
-(`hydra.mode: MULTIRUN` in conf/experiment/), so what a table shows and what `python run.py +experiment=PRESET` runs
-cannot differ. A scale is an overlay, conf/scale/SCALE.yaml, on the same presets.
+(`hydra.mode: MULTIRUN` in conf/experiment/), so what a table shows and what `python run.py experiment=PRESET` runs
+cannot differ. A scale is an overlay, conf/size/SCALE.yaml, on the same presets.
 """
 
 import csv
@@ -22,8 +22,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy.stats import t as student
 
-from dpopt import store
-from dpopt.config import Config, from_hydra
+from dpopt.config.overrides import from_hydra
+from dpopt.config.schema import Config
+from dpopt.runs import directory as run_files
+from dpopt.runs.identity import content_key, finished_runs, run_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = ("smoke", "cpu", "full")
@@ -47,21 +49,21 @@ class Job:
     def directory(self) -> Path:
         """Where the run is, or will be."""
         root = ROOT / self.config.output_dir
-        directory = root / store.run_name(self.config)
-        return directory if directory.exists() else _finished(root).get(store.content(self.config), directory)
+        directory = root / run_name(self.config)
+        return directory if directory.exists() else _finished(root).get(content_key(self.config), directory)
 
     def result(self) -> dict[str, Any]:
         """Its result; `status` says when there is none: failed (with `error`), unfinished, or not run."""
         directory = self.directory()
-        if done := store.finished(directory):
+        if done := run_files.finished(directory):
             return done
-        if error := store.failure(self.config, directory):
+        if error := run_files.failure(self.config, directory):
             return {"status": "failed", "error": error}
         return {"status": "unfinished" if directory.exists() else "not run"}
 
     def series(self) -> list[dict[str, float]]:
         """metrics.csv, row by row."""
-        path = self.directory() / store.METRICS
+        path = self.directory() / run_files.METRICS
         if not path.exists():
             return []
         with path.open(newline="") as file:
@@ -110,12 +112,12 @@ def overlay(about: dict[str, Any], scale: str) -> list[str]:
     if scale not in about["scales"]:
         why = about.get("why", {}).get(scale, "its presets are for other scales")
         raise ValueError(f"{about['title']}: not at scale {scale}, {why}; it has {', '.join(about['scales'])}")
-    return [] if scale == about["scales"][-1] else [f"+scale={scale}"]
+    return [] if scale == about["scales"][-1] else [f"size={scale}"]
 
 
 def overrides_of(about: dict[str, Any], entry: dict[str, Any], row: dict[str, Any], scale: str) -> tuple[str, ...]:
     """The words after `python run.py` that make the runs of a row, or of several rows that a preset sweeps."""
-    words = [f"+experiment={row['preset']}", *overlay(about, scale)]
+    words = [f"experiment={row['preset']}", *overlay(about, scale)]
     for part in (entry, row):
         words += part.get("overrides", []) + part.get("at", {}).get(scale, [])
     return tuple(words)
@@ -183,9 +185,9 @@ def commands(name: str, scale: str) -> list[str]:
         for row in rows_at(entry, scale):
             words = overrides_of(about, entry, row, scale)
             found = expand(words, about["column"])
-            if {store.run_name(job.config) for job in found} <= seen:
+            if {run_name(job.config) for job in found} <= seen:
                 continue  # made by the commands of an earlier row
-            seen |= {store.run_name(job.config) for job in found}
+            seen |= {run_name(job.config) for job in found}
             line = shlex.join([sys.executable, "run.py", *(word for word in words if not word.startswith("seed="))])
             for seed in dict.fromkeys(job.config.seed for job in found):
                 runs = [job for job in found if job.config.seed == seed]
@@ -196,7 +198,7 @@ def commands(name: str, scale: str) -> list[str]:
 
 @cache
 def _finished(root: Path) -> dict[str, Path]:
-    return store.by_content(root) if root.is_dir() else {}
+    return finished_runs(root) if root.is_dir() else {}
 
 
 def interval(values: list[float]) -> tuple[float, float]:

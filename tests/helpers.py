@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 import dpopt
-from dpopt.config import Config, from_hydra
+from dpopt.config.overrides import from_hydra
+from dpopt.config.schema import Config
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.privacy.accounting import compute_epsilon

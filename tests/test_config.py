@@ -13,17 +13,10 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import dpopt
-from dpopt.config import (
-    COMPONENTS,
-    NOT_IDENTITY,
-    Config,
-    beyond,
-    build,
-    check_components,
-    check_words,
-    identity,
-    run_name,
-)
+from dpopt.config.components import build, check_components
+from dpopt.config.overrides import check_overrides
+from dpopt.config.schema import COMPONENTS, Config
+from dpopt.runs.identity import NOT_IDENTITY, identity, nondefault_components, run_name
 
 GROUPS = sorted(p.relative_to(CONF).with_suffix("") for g in COMPONENTS for p in (CONF / g).glob("*.yaml"))
 PRESETS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
@@ -78,15 +71,15 @@ def test_every_component_mirrors_its_call(path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_opens_with_its_command(name):
     lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
-    assert lines[0] == "# @package _global_" and lines[1].startswith(f"# python run.py +experiment={name}")
+    assert lines[0] == "# @package _global_" and lines[1].startswith(f"# python run.py experiment={name}")
     settings = "\n".join(lines).partition("\nhydra:")[0]
     assert not re.search(r"^epsilon:", settings, re.M)  # a preset chooses a budget with `override /privacy`
-    check_components(configure(f"+experiment={name}"))
+    check_components(configure(f"experiment={name}"))
 
 
 @pytest.mark.parametrize("name", ["", *SINGLE])
 def test_budgets_behave_under_every_preset(name):
-    preset = [f"+experiment={name}"] if name else []
+    preset = [f"experiment={name}"] if name else []
     assert configure(*preset, "privacy=eps3").epsilon == 3
     assert configure(*preset, "epsilon=1").epsilon == 1
     assert not configure(*preset, "privacy=none").private
@@ -144,7 +137,7 @@ def test_the_table_of_changes_is_complete():
 @pytest.mark.parametrize("key", CHANGED)
 @pytest.mark.parametrize("preset", SINGLE)
 def test_what_makes_a_run(key, preset):
-    base, changed = configure(f"+experiment={preset}"), configure(f"+experiment={preset}", *CHANGED[key])
+    base, changed = configure(f"experiment={preset}"), configure(f"experiment={preset}", *CHANGED[key])
     assert getattr(base, key) != getattr(changed, key)
     assert (run_name(base) == run_name(changed)) == (key in NOT_IDENTITY)
 
@@ -164,7 +157,7 @@ def test_names_are_safe_file_names():
 
 
 def test_identity_survives_yaml():
-    config = configure("+experiment=quickstart")
+    config = configure("experiment=quickstart")
     again = Config(**OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(asdict(config)))))
     assert identity(again) == identity(config) == identity(asdict(config))
 
@@ -196,10 +189,10 @@ def test_bad_configurations(overrides, message):
 
 
 def test_keys_that_are_not_there_are_told_before_hydra_sees_them():
-    check_words(
+    check_overrides(
         [
             "-m",
-            "+experiment=quickstart",
+            "experiment=quickstart",
             "epsilon=8",
             "optimizer.lr=1",
             "hydra/launcher=joblib",
@@ -213,20 +206,20 @@ def test_keys_that_are_not_there_are_told_before_hydra_sees_them():
         ("xyzzy=1", "is no key "),
     ):
         with pytest.raises(ValueError, match=message):
-            check_words(["+experiment=quickstart", word])
+            check_overrides(["experiment=quickstart", word])
 
 
 def test_names_say_what_is_not_standard():
-    config = configure("+experiment=quickstart")
-    other = configure("+experiment=quickstart", "clipping=adaptive", "filter=kalman", "schedule=cosine")
+    config = configure("experiment=quickstart")
+    other = configure("experiment=quickstart", "clipping=adaptive", "filter=kalman", "schedule=cosine")
     assert run_name(config).startswith("digits-cnn-microadam-eps8-seed0-")
     assert run_name(other).startswith("digits-cnn-microadam-adaptive-kalman-cosineannealinglr-eps8-")
-    assert beyond(configure("+experiment=quickstart", "privacy=none", "clipping=adaptive")) == []
-    assert beyond(configure("+experiment=quickstart", "estimator=zeroth_order")) == ["zerothorder"]
+    assert nondefault_components(configure("experiment=quickstart", "privacy=none", "clipping=adaptive")) == []
+    assert nondefault_components(configure("experiment=quickstart", "estimator=zeroth_order")) == ["zerothorder"]
 
 
 def test_a_new_torch_optimizer_is_one_yaml(tmp_path):
-    config = configure("+experiment=quickstart")
+    config = configure("experiment=quickstart")
     check_components(replace(config, optimizer={"_target_": "torch.optim.RMSprop", "lr": 0.01, "alpha": 0.9}))
 
 
@@ -248,7 +241,7 @@ def test_no_file_is_forgotten():
 
 
 def test_values_by_epsilon():
-    from dpopt.config import by_epsilon
+    from dpopt.config.overrides import by_epsilon
 
     rates = {1: 2, 8: 4}
     assert [by_epsilon(e, rates) for e in (0.1, 1, 2.8, 2.9, 8, 50, None, float("inf"))] == [2, 2, 2, 4, 4, 4, 4, 4]

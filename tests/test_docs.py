@@ -13,7 +13,7 @@ from helpers import ROOT
 from torch import nn
 
 import dpopt
-from dpopt.config import Config
+from dpopt.config.schema import Config
 from dpopt.grad_sample import rules
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
@@ -56,7 +56,7 @@ def test_add_an_optimizer(cli, tmp_path):
         (folder / f"{name}.yaml").write_text(text)
     (tmp_path / "lion.py").write_text(blocks(page, "python")[0])
     names = "optimizer=dp_rmsprop,dp_lion"
-    command = ("--config-dir", str(tmp_path / "conf"), "-m", "+experiment=quickstart", names, "steps=40")
+    command = ("--config-dir", str(tmp_path / "conf"), "-m", "experiment=quickstart", names, "steps=40")
     done = cli(*command, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     for name in ("rmsprop", "lion"):

@@ -9,14 +9,15 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from dpopt import store
-from dpopt.train import run
+from dpopt.training.run import run
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_figures
 import make_reproduce
 import make_tables
 import tables
+
+from dpopt.runs.identity import run_name
 
 NAMES = tables.names()
 
@@ -49,7 +50,7 @@ def test_every_table_is_complete_at_every_scale(name):
         text, tex, runs = make_tables.page(name, scale)
         cells = {(run["table"], run["row"], run["column"], run["seed"]) for run in runs}
         assert len(cells) == len(runs) > 0 and (scale != "smoke" or {run["seed"] for run in runs} == {0})
-        assert "toprule" in tex and "Runs: `python run.py +experiment=" in text
+        assert "toprule" in tex and "Runs: `python run.py experiment=" in text
 
 
 def test_published_figures_belong_to_rows():
@@ -63,8 +64,8 @@ def test_published_figures_belong_to_rows():
 
 
 TUNED = {
-    "digits_tuning": ("+experiment=table_digits_optimizers",),
-    "cifar10_tuning": ("+experiment=table_cifar10", "+scale=cpu"),
+    "digits_tuning": ("experiment=table_digits_optimizers",),
+    "cifar10_tuning": ("experiment=table_cifar10", "size=cpu"),
 }
 
 
@@ -81,7 +82,7 @@ def test_tuned_learning_rates_are_the_best_of_their_table(name):
         optimizer, _, variant = table.partition(", ")
         if variant and not variant.startswith("batch"):
             continue  # a row that names its rate
-        words = ("+experiment=table_cifar10_large", "+scale=cpu") if variant else TUNED[name]
+        words = ("experiment=table_cifar10_large", "size=cpu") if variant else TUNED[name]
         (job,) = tables.expand((*words, f"optimizer={optimizer}", f"privacy={column}", "seed=0"), "privacy")
         means = {rate: sum(found) / len(found) for rate, found in rates.items()}
         assert means[float(job.config.optimizer["lr"])] > max(means.values()) - 1e-9, (table, column)
@@ -132,7 +133,7 @@ PRESETS = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*_*.yaml") if 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_runs_at_the_smallest_scale(preset, tmp_path):
     """The first and the last of its rows, two steps of each."""
-    jobs = tables.expand((f"+experiment={preset}", "+scale=smoke", f"output_dir={tmp_path}"), "privacy")
+    jobs = tables.expand((f"experiment={preset}", "size=smoke", f"output_dir={tmp_path}"), "privacy")
     for job in (jobs[0], jobs[-1]):
         result = run(job.config)
         assert result["status"] == "finished" and result["steps"] == 2 and job.score("test_accuracy") is not None
@@ -140,20 +141,20 @@ def test_every_preset_runs_at_the_smallest_scale(preset, tmp_path):
 
 def test_rows_are_what_a_preset_sweeps(tmp_path):
     """DP-PSASC: two optimizers, four s, at a sensitivity of 1."""
-    words = ("+experiment=table_digits_psasc", "seed=0", "privacy=eps1,eps8", f"output_dir={tmp_path}")
+    words = ("experiment=table_digits_psasc", "seed=0", "privacy=eps1,eps8", f"output_dir={tmp_path}")
     found = tables.expand(words, "privacy", "psasc")
-    assert len(found) == 2 * 4 * 2 and len({store.run_name(job.config) for job in found}) == 16
+    assert len(found) == 2 * 4 * 2 and len({run_name(job.config) for job in found}) == 16
     assert {job.column for job in found} == {"eps1", "eps8"} and {job.config.seed for job in found} == {0}
     assert all(job.config.clip_norm == job.config.clipping["s"] for job in found)
     assert found[0].row == "psasc, optimizer=dp_sgd, s=1"
-    names = {job.row for job in tables.expand(("+experiment=table_digits_optimizers", "+scale=smoke"), "privacy")}
+    names = {job.row for job in tables.expand(("experiment=table_digits_optimizers", "size=smoke"), "privacy")}
     assert names == {p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_are_presets_and_none_comes_twice(name, nothing_run):
     lines = tables.commands(name, tables.read(name)["scales"][0])
-    assert len(lines) == len(set(lines)) and all("run.py +experiment=" in line for line in lines)
+    assert len(lines) == len(set(lines)) and all("run.py experiment=" in line for line in lines)
     assert bool(lines) == bool(tables.read(name)["tables"])
 
 
@@ -175,7 +176,7 @@ def test_every_command_survives_the_shells_on_its_way(tmp_path, nothing_run):
 def test_commands_make_the_missing_runs_of_the_scale_and_no_others(monkeypatch, nothing_run):
     found = [shlex.split(line.split(" >>")[0])[2:] for line in tables.commands("cifar10", "cpu")]
     presets = ("table_cifar10", "table_cifar10", "table_cifar10_controls", "table_cifar10_large")  # window 1: once more
-    wanted = sorted((f"+experiment={preset}", f"seed={seed}") for preset in presets for seed in range(3))
+    wanted = sorted((f"experiment={preset}", f"seed={seed}") for preset in presets for seed in range(3))
     assert sorted((words[0], words[-1]) for words in found) == wanted
 
     def done(job):
@@ -183,7 +184,7 @@ def test_commands_make_the_missing_runs_of_the_scale_and_no_others(monkeypatch, 
 
     monkeypatch.setattr(tables.Job, "result", done)
     (line,) = tables.commands("cifar10", "cpu")
-    assert "+experiment=table_cifar10 " in line and "seed=2 " in line
+    assert "experiment=table_cifar10 " in line and "seed=2 " in line
 
 
 def test_the_page_of_reproduction_is_up_to_date():

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from helpers import ROOT, configure
 
 import dpopt
-import dpopt.train
+import dpopt.training.run
 
 # The quickstart, shrunk to a few seconds. Small noise is dear to account for, hence ε = 1.
 SHORT = (
-    "+experiment=quickstart",
+    "experiment=quickstart",
     "steps=6",
     "batch_size=64",
     "eval_every=2",
@@ -94,7 +94,7 @@ def test_bad_input_is_refused_before_a_directory_is_made(tmp_path, arguments, wo
     if arguments == ["device=cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises((ValueError, OSError)) as caught:
-        dpopt.train.run(configure(*SHORT, f"output_dir={tmp_path}/runs", *arguments))
+        dpopt.training.run.run(configure(*SHORT, f"output_dir={tmp_path}/runs", *arguments))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
@@ -247,7 +247,7 @@ def test_kill_and_resume_is_bit_exact(cli, killed, tmp_path, options):
 
 def test_a_warm_up_arrives(tmp_path):
     warm_up = ("schedule=linear", "schedule.start_factor=0.01", "schedule.end_factor=1", "schedule.total_iters=3")
-    dpopt.train.run(
+    dpopt.training.run.run(
         configure(*SHORT, "optimizer=dp_sgd", "optimizer.lr=1", *warm_up, f"output_dir={tmp_path}/runs", "eval_every=1")
     )
     rates = [float(row["optimizer/lr"]) for row in rows(only_run(tmp_path))]

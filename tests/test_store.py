@@ -9,20 +9,25 @@ from helpers import configure
 from safetensors.torch import load_file
 
 import dpopt
-from dpopt import checkpoint, files, store, train
-from dpopt.config import Config, run_name
+from dpopt import files
+from dpopt.config.schema import Config
 from dpopt.data.sources import TensorSource
+from dpopt.runs import directory as run_files
+from dpopt.runs import provenance
+from dpopt.runs.identity import locate, run_name
+from dpopt.training import checkpoint, trainer
+from dpopt.training.run import run
 
 
 @pytest.fixture
 def config(tmp_path) -> Config:
     short = dict(steps=3, batch_size=64, eval_every=3, epsilon=1.0, output_dir=str(tmp_path / "runs"))
-    return replace(configure("+experiment=quickstart"), **short)
+    return replace(configure("experiment=quickstart"), **short)
 
 
 def test_load_gives_the_exported_average(config, tmp_path):
-    train.run(config)
-    directory = store.locate(config)
+    run(config)
+    directory = locate(config)
     model = dpopt.load(directory)
     content = torch.load(directory / "checkpoint.pt", weights_only=True)["parts"]
     for name, tensor in model.state_dict().items():
@@ -35,92 +40,98 @@ def test_load_gives_the_exported_average(config, tmp_path):
 
 def test_results_survive_a_new_configuration_key(config):
     """A run stored before a key existed is found again, as long as the key keeps its default."""
-    train.run(config)
-    old = store.locate(config)
+    run(config)
+    old = locate(config)
     result = json.loads((old / "result.json").read_text())
     del result["config"]["accountant"]
     (old / "result.json").write_text(json.dumps(result))
     moved = old.rename(old.with_name("digits-cnn-microadam-eps1-seed0-0123456789"))
-    assert store.locate(config) == moved and store.finished(moved)
-    assert store.locate(replace(config, accountant="rdp")).name == run_name(replace(config, accountant="rdp"))
-    assert store.locate(replace(config, seed=1)) != moved
+    assert locate(config) == moved and run_files.finished(moved)
+    assert locate(replace(config, accountant="rdp")).name == run_name(replace(config, accountant="rdp"))
+    assert locate(replace(config, seed=1)) != moved
 
 
 def test_the_secret_key(tmp_path):
-    key = store.secret_key(tmp_path)
-    assert key.secure and store.secret_key(tmp_path) == key
+    key = run_files.secret_key(tmp_path)
+    assert key.secure and run_files.secret_key(tmp_path) == key
     assert (tmp_path / "secret.key").stat().st_mode & 0o777 == 0o600
-    store.erase_key(tmp_path)
-    assert not (tmp_path / "secret.key").exists() and store.secret_key(tmp_path) != key
+    run_files.erase_key(tmp_path)
+    assert not (tmp_path / "secret.key").exists() and run_files.secret_key(tmp_path) != key
     for damaged in (b"short", bytes(32)):
         (tmp_path / "secret.key").write_bytes(damaged)
         with pytest.raises(ValueError, match="fresh=true"):
-            store.secret_key(tmp_path)
+            run_files.secret_key(tmp_path)
     (tmp_path / "secret.key").unlink()
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"is lost.*fresh=true"):  # a run that has begun gets no second key
-        store.secret_key(tmp_path)
+        run_files.secret_key(tmp_path)
 
 
 def test_the_secret_key_goes_nowhere(config, monkeypatch):
     config = replace(config, secure_rng=True)
     keys = []
-    real = store.secret_key
-    monkeypatch.setattr(store, "secret_key", lambda directory: keys.append(real(directory)) or keys[-1])
-    train.run(config)
+    real = run_files.secret_key
+    monkeypatch.setattr(run_files, "secret_key", lambda directory: keys.append(real(directory)) or keys[-1])
+    run(config)
     material = keys[0].material
-    for path in store.locate(config).iterdir():
+    for path in locate(config).iterdir():
         content = path.read_bytes()
         assert material not in content and material.hex().encode() not in content
-    assert "operating system" in (store.locate(config) / "privacy_card.md").read_text()
+    assert "operating system" in (locate(config) / "privacy_card.md").read_text()
 
 
 def test_runs_of_a_sweep_share_no_noise(config, monkeypatch):
     keys = []
-    real = train.poisson_batches
-    monkeypatch.setattr(train, "poisson_batches", lambda data, plan, *a: keys.append(plan.key) or real(data, plan, *a))
+    real = trainer.poisson_batches
+    monkeypatch.setattr(
+        trainer, "poisson_batches", lambda data, plan, *a: keys.append(plan.key) or real(data, plan, *a)
+    )
     for changed in (config, replace(config, clip_norm=2.0), replace(config, tag="x"), replace(config, seed=1)):
-        train.run(changed)
+        run(changed)
     fingerprint = TensorSource.fingerprint  # another data set under the same configuration
     monkeypatch.setattr(TensorSource, "fingerprint", lambda self: fingerprint(self) + "'")
-    train.run(replace(config, fresh=True))
+    run(replace(config, fresh=True))
     secret = replace(config, secure_rng=True)
-    monkeypatch.setattr(store, "erase_key", lambda directory: None)  # the same secret, and two data sets
-    train.run(secret)
+    monkeypatch.setattr(run_files, "erase_key", lambda directory: None)  # the same secret, and two data sets
+    run(secret)
     monkeypatch.setattr(TensorSource, "fingerprint", fingerprint)
     for name in ("result.json", "checkpoint.pt"):
-        (store.locate(secret) / name).unlink()
-    train.run(secret)
+        (locate(secret) / name).unlink()
+    run(secret)
     assert len(keys) == 7 and len({key.material for key in keys}) == 7
 
 
 def test_a_run_in_progress_claims_no_less_than_its_plan(config):
     """A card of a stopped run would state too little as soon as the run goes on."""
-    train.run(replace(config, time_limit=0.0))
-    directory = store.locate(config)
+    run(replace(config, time_limit=0.0))
+    directory = locate(config)
     assert "after 1 of 3" in (directory / "privacy_card.md").read_text() and (directory / "result.json").exists()
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            train, "poisson_batches", lambda *a: seen.append((directory / "privacy_card.md").read_text()) or 1 / 0
+            trainer, "poisson_batches", lambda *a: seen.append((directory / "privacy_card.md").read_text()) or 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
-            train.run(config)
+            run(config)
     assert "after 3 of 3" in seen[0] and not (directory / "result.json").exists()
 
 
 def test_diagnostics_once_recorded_stay_on_the_card(config):
-    train.run(replace(config, time_limit=0.0, diagnostics=True, eval_every=1))
-    train.run(replace(config, eval_every=1))
-    directory = store.locate(replace(config, eval_every=1))
+    run(replace(config, time_limit=0.0, diagnostics=True, eval_every=1))
+    run(replace(config, eval_every=1))
+    directory = locate(replace(config, eval_every=1))
     assert "private/train_loss" in (directory / "metrics.csv").read_text()
     assert "all that is named `private/…`" in (directory / "privacy_card.md").read_text()
 
 
 def test_one_process_at_a_time(tmp_path):
-    with store.claim(tmp_path), pytest.raises(ValueError, match="another process is training"), store.claim(tmp_path):
+    with (
+        run_files.lock(tmp_path),
+        pytest.raises(ValueError, match="another process is training"),
+        run_files.lock(tmp_path),
+    ):
         pass
-    with store.claim(tmp_path):
+    with run_files.lock(tmp_path):
         pass
 
 
@@ -135,15 +146,15 @@ def test_a_failure_is_recorded_without_a_result(config, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("out of something")
 
-    monkeypatch.setattr(train, "evaluate", fail)
+    monkeypatch.setattr(trainer, "evaluate", fail)
     with pytest.raises(RuntimeError):
-        train.run(config)
-    directory = store.locate(config)
+        run(config)
+    directory = locate(config)
     assert (directory / "error.txt").read_text() == "RuntimeError: out of something\n"
     assert not (directory / "result.json").exists()
     monkeypatch.undo()
-    train.run(config)
-    assert not (directory / "error.txt").exists() and store.finished(directory)
+    run(config)
+    assert not (directory / "error.txt").exists() and run_files.finished(directory)
 
 
 def test_checkpoints(tmp_path):
@@ -166,16 +177,16 @@ def test_checkpoints(tmp_path):
 
 
 def test_config_files_are_complete(config):
-    train.run(config)
+    run(config)
     import yaml
 
-    stored = Config(**yaml.safe_load((store.locate(config) / "config.yaml").read_text()))
+    stored = Config(**yaml.safe_load((locate(config) / "config.yaml").read_text()))
     assert asdict(stored) == asdict(config)
 
 
 def test_the_commit_is_that_of_the_code_that_was_loaded(monkeypatch):
     """A checkout that moves on during a sweep does not change what its runs record."""
-    before = store.git_commit()
-    monkeypatch.setattr(store.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
-    assert store.git_commit() == before
-    assert store.short_commit("0123456789abcdef-dirty") == "0123456789ab-dirty"
+    before = provenance.git_commit()
+    monkeypatch.setattr(provenance.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
+    assert provenance.git_commit() == before
+    assert provenance.short_commit("0123456789abcdef-dirty") == "0123456789ab-dirty"

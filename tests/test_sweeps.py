@@ -7,15 +7,15 @@ import sys
 import pytest
 from helpers import ROOT
 
-from dpopt import store
-
 sys.path.insert(0, str(ROOT / "scripts"))
 import rerun
+
+from dpopt.runs import directory as run_files
 
 
 def test_a_table_survives_an_interruption_and_a_failing_cell(tmp_path):
     """Two cells, then more: the finished ones keep their files; one that cannot run is named with its error."""
-    words = [sys.executable, "run.py", "+experiment=table_digits_psasc_flat", "+scale=smoke", f"output_dir={tmp_path}"]
+    words = [sys.executable, "run.py", "experiment=table_digits_psasc_flat", "size=smoke", f"output_dir={tmp_path}"]
 
     def sweep(*more):
         return subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True)
@@ -32,13 +32,13 @@ def test_a_table_survives_an_interruption_and_a_failing_cell(tmp_path):
 
 
 def test_a_rerun_agrees_and_says_when_it_does_not(tmp_path):
-    words = ["+experiment=quickstart", "steps=3", "eval_every=3", "optimizer=dp_sgd", f"output_dir={tmp_path}"]
+    words = ["experiment=quickstart", "steps=3", "eval_every=3", "optimizer=dp_sgd", f"output_dir={tmp_path}"]
     subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, check=True, capture_output=True)
     (directory,) = [path.parent for path in tmp_path.glob("*/result.json")]
     command = [sys.executable, "scripts/rerun.py", str(directory)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "agrees bit by bit" in done.stdout, done.stdout + done.stderr
-    result = json.loads((directory / store.RESULT).read_text())
+    result = json.loads((directory / run_files.RESULT).read_text())
     far = result | {"test_accuracy": min(1.0, result["test_accuracy"] + 0.5)}
     assert rerun.verdict(far, result, False, 360)[0] is False
     assert "accounting has changed" in rerun.verdict(result, result | {"epsilon": 9.0}, False, 360)[1]
@@ -54,8 +54,8 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeyp
     import torch
     from hydra import compose, initialize_config_dir
 
-    from dpopt.prepare import make_device
-    from dpopt.sweep import cost, side_by_side
+    from dpopt.runs.sweep import cost, side_by_side
+    from dpopt.training.build import make_device
 
     plans = [{"status": "planned", "seconds": 5400, "memory_bytes": 2e9}, {"status": "finished", "seconds": 60}]
     plans.append({"status": "planned", "seconds": 5400, "memory_bytes": 3e9})
@@ -76,7 +76,7 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeyp
         "b=22   failed: no such thing",
         "b=3     25.00%   ε = 8        3 s",
     ]
-    words = ["-m", "+experiment=quickstart", "seed=0,1", "dry_run=true", f"output_dir={tmp_path}"]
+    words = ["-m", "experiment=quickstart", "seed=0,1", "dry_run=true", f"output_dir={tmp_path}"]
     done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
     assert "sweep: 2 runs, 0 of them finished · about" in done.stdout, done.stdout + done.stderr
 
@@ -87,14 +87,14 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeyp
         assert make_device("auto") == torch.device("cuda", index)
     monkeypatch.delenv("DPOPT_JOB")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        hydra = compose("config", ["+experiment=quickstart", "hydra.job.num=3"], return_hydra_config=True)
+        hydra = compose("config", ["experiment=quickstart", "hydra.job.num=3"], return_hydra_config=True)
     assert str(hydra.hydra.job.env_set.DPOPT_JOB) == "3"
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_sweeps_run_in_parallel_by_one_override(launcher, tmp_path):
     workers = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-    words = ["-m", "+experiment=quickstart", "+scale=smoke", "seed=0,1", "dataset=digits", f"output_dir={tmp_path}"]
+    words = ["-m", "experiment=quickstart", "size=smoke", "seed=0,1", "dataset=digits", f"output_dir={tmp_path}"]
     command = [sys.executable, "run.py", *words, f"hydra/launcher={launcher}", *workers]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

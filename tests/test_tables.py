@@ -9,12 +9,14 @@ from dataclasses import asdict, replace
 import pytest
 from helpers import ROOT
 
-from dpopt import store
-
 sys.path.insert(0, str(ROOT / "scripts"))
 import make_figures
 import make_tables
 import tables
+
+from dpopt.runs import directory as run_files
+from dpopt.runs.identity import locate
+from dpopt.training.run import note_failure
 
 
 def test_a_published_figure_is_compared_only_where_the_setting_is_the_same():
@@ -32,14 +34,14 @@ def test_a_published_figure_is_compared_only_where_the_setting_is_the_same():
 
 
 def finish(job, **result):
-    directory = store.locate(job.config)
+    directory = locate(job.config)
     directory.mkdir(exist_ok=True)
     result = {"status": "finished", "config": asdict(job.config), **result}
-    (directory / store.RESULT).write_text(json.dumps(result))
+    (directory / run_files.RESULT).write_text(json.dumps(result))
 
 
 def fake(tmp_path, seeds="0,1,2"):
-    words = ("+experiment=table_digits_psasc_flat", f"seed={seeds}", "privacy=eps1,eps8", f"output_dir={tmp_path}")
+    words = ("experiment=table_digits_psasc_flat", f"seed={seeds}", "privacy=eps1,eps8", f"output_dir={tmp_path}")
     return tables.expand(words, "privacy")
 
 
@@ -52,7 +54,7 @@ def test_cells_say_what_is_missing(tmp_path):
         if score is not None:
             finish(job, test_accuracy=score)
         elif (job.row, job.column) == ("dp_psasc_momentum", "eps8"):
-            store.note_failure(job.config, ValueError("the data set is not there\nor damaged"))
+            note_failure(job.config, ValueError("the data set is not there\nor damaged"))
     rows, columns, cells = make_tables.arrange(found)
     with pytest.raises(ValueError, match="two runs are row dp_sgd, eps1, seed 0: give a row a label"):
         make_tables.arrange([*found, found[0]])
@@ -94,12 +96,12 @@ def test_a_loss_that_is_not_finite_is_a_cell_like_any_other(tmp_path):
 def test_a_failure_is_forgotten_once_the_run_begins(tmp_path):
     tables._finished.cache_clear()
     job = fake(tmp_path, "0")[0]
-    store.note_failure(job.config, ValueError("no data"))
+    note_failure(job.config, ValueError("no data"))
     assert job.result() == {"status": "failed", "error": "no data"}
-    store.locate(job.config).mkdir()
+    locate(job.config).mkdir()
     assert job.result() == {"status": "unfinished"}
     dry = replace(fake(tmp_path, "1")[0], config=replace(job.config, seed=7, dry_run=True))
-    store.note_failure(dry.config, ValueError("no data"))
+    note_failure(dry.config, ValueError("no data"))
     assert dry.result() == {"status": "not run"}
 
 
@@ -161,10 +163,10 @@ def test_finished_runs_stay_finished_when_keys_are_added(tmp_path):
     config = replace(job.config, ema=None)  # ema's default
     directory = tmp_path / "older"
     directory.mkdir()
-    (directory / store.RESULT).write_text(json.dumps({"status": "finished", "test_accuracy": 0.5, "config": old}))
-    assert store.locate(config) == directory and replace(job, config=config).directory() == directory
+    (directory / run_files.RESULT).write_text(json.dumps({"status": "finished", "test_accuracy": 0.5, "config": old}))
+    assert locate(config) == directory and replace(job, config=config).directory() == directory
     for other in (replace(config, ema=0.5), replace(config, optimizer={**config.optimizer, "weight_decay": 0.1})):
-        assert store.locate(other) != directory
+        assert locate(other) != directory
 
 
 def test_delta_above_one_over_n_is_flagged():
@@ -185,17 +187,17 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     for job in found:
         finish(job, test_accuracy=0.5 + 0.01 * job.config.seed, optimizer_state_bytes=80, trainable_parameters=10)
         lines = [["step", "test/accuracy", "privacy/epsilon"], *([s, 0.1 * s, s / 2] for s in range(1, 6))]
-        with (job.directory() / store.METRICS).open("w", newline="") as file:
+        with (job.directory() / run_files.METRICS).open("w", newline="") as file:
             csv.writer(file).writerows(lines)
-    (found[-1].directory() / store.RESULT).unlink()  # interrupted: not in the curves
-    with (found[-1].directory() / store.METRICS).open("a") as file:
+    (found[-1].directory() / run_files.RESULT).unlink()  # interrupted: not in the curves
+    with (found[-1].directory() / run_files.METRICS).open("a") as file:
         file.write("6,0.9,3\n")
     assert make_figures.by_epsilon(axis, found, {})
     one, other = (make_figures.plt.subplots()[1] for _ in range(2))
     assert make_figures.curves(one, found, {"column": "eps8"})
     assert [list(line.get_xdata()) for line in one.lines] == [[1, 2, 3, 4, 5]] * 2 and one.child_axes
     lines[1][-1] = 0.7  # another ε at the same step
-    with (found[0].directory() / store.METRICS).open("w", newline="") as file:
+    with (found[0].directory() / run_files.METRICS).open("w", newline="") as file:
         csv.writer(file).writerows(lines)
     assert make_figures.curves(other, found, {"column": found[0].column}) and not other.child_axes
     assert make_figures.bars(axis, found, {})

@@ -8,9 +8,9 @@ import sys
 import pytest
 from helpers import ROOT
 
-from dpopt.tracking import CsvOnly, Metrics
+from dpopt.runs.tracking import CsvOnly, Metrics
 
-SHORT = ("+experiment=quickstart", "steps=4", "batch_size=64", "eval_every=2", "epsilon=1")
+SHORT = ("experiment=quickstart", "steps=4", "batch_size=64", "eval_every=2", "epsilon=1")
 
 
 class Broken:

@@ -12,11 +12,15 @@ class StepMetrics:
     Args:
         optimizer: any; its first moment is read from `exp_avg`, `momentum_buffer` or a method `first_moment(p)`, and a
             method `step_metrics()`, called before the step, may return a function that adds figures after it.
+
+    Attributes:
+        lr: learning rate of the step, of the first parameter group.
     """
 
     @torch.no_grad()
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.lr = float(optimizer.param_groups[0]["lr"])
         self.own = optimizer.step_metrics() if hasattr(optimizer, "step_metrics") else dict
         self.before = [
             (p, p.detach().clone(), _first_moment(optimizer, p), group["lr"])

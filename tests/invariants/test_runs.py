@@ -13,14 +13,14 @@ from helpers import assert_caught, make_plan, rekeyed, released_noise, small_dat
 from torch import nn
 
 import dpopt
-from dpopt.card import privacy_card
-from dpopt.config import Config
+from dpopt.config.schema import Config
 from dpopt.privacy import accounting, private_gradient, sampling
 from dpopt.privacy.accounting import compute_epsilon
 from dpopt.privacy.clipping import Flat
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
+from dpopt.runs.privacy_card import privacy_card
 
 REAL_SAMPLE = sampling.sample_indices
 
@@ -162,7 +162,7 @@ def check_the_card_says_it_all():
 
 
 def card_without_the_unaccounted(patch):
-    patch.setattr("dpopt.card._UNACCOUNTED", "")
+    patch.setattr("dpopt.runs.privacy_card._UNACCOUNTED", "")
 
 
 def card_of_the_planned_epsilon(patch):

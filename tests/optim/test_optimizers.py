@@ -16,7 +16,9 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 import dpopt
-from dpopt.config import Config, build, from_hydra
+from dpopt.config.components import build
+from dpopt.config.overrides import from_hydra
+from dpopt.config.schema import Config
 from dpopt.privacy.private_gradient import PrivateGradient
 
 NAMES = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))

@@ -186,7 +186,7 @@ def test_a_training_is_the_same(cli, tmp_path):
     """Digits, 100 steps: the same losses, to the last digit."""
     found = []
     for one in ["torch", *(kernels for kernels, have in HAVE.items() if have)]:
-        arguments = ("+experiment=quickstart", "steps=100", "eval_every=20", f"optimizer.kernels={one}")
+        arguments = ("experiment=quickstart", "steps=100", "eval_every=20", f"optimizer.kernels={one}")
         done = cli(*arguments, f"output_dir={tmp_path / one}", timeout=900)
         assert done.returncode == 0, done.stderr
         with next((tmp_path / one).glob("*/metrics.csv")).open() as file:

@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-HOLDOUT = "private/holdout_accuracy"  # in result.json, where there is one
+from dpopt.runs.result import HOLDOUT
 
 
 class Summary(Callback):

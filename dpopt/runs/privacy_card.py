@@ -2,8 +2,8 @@
 
 import math
 
-from dpopt.config import Config, beyond, target_name
 from dpopt.privacy.plan import PrivacyPlan
+from dpopt.runs.description import RunDescription
 
 _UNACCOUNTED = """\
 - the choice of hyper-parameters: every other run on the same data spends privacy of its own;
@@ -12,30 +12,29 @@ _UNACCOUNTED = """\
 
 
 def privacy_card(
-    config: Config, plan: PrivacyPlan, sensitivity: float | None, steps: int | None, name: str, diagnostics: bool
+    about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, steps: int | None, diagnostics: bool
 ) -> str:
     """The card, as Markdown.
 
     Args:
-        config: the run's configuration.
+        about: names and settings of the run.
         plan: its plan.
         sensitivity: what the clip rule guarantees; None for a run without clipping.
         steps: steps taken; None while the run goes on.
-        name: the run's name.
         diagnostics: whether raw statistics of the training data were recorded at any time of the run.
     """
-    lines = [f"# Privacy card: {name}", ""]
+    lines = [f"# Privacy card: {about.name}", ""]
     taken = plan.steps if steps is None else steps  # the most that may have been released while it goes on
     spent = plan.epsilon_at(taken)
     when = f"{taken:,} of {plan.steps:,} planned steps"
     when = f"after {when}" if steps is not None else f"at the most, after {when}: the run is in progress, or was killed"
-    if not config.private:
+    if not about.private:
         lines += ["**This run is not private.** No clipping, no noise (`privacy=none`): the non-private control."]
     elif math.isinf(spent):
         lines += [
             "**This run is not private.** Gradients were clipped, but no noise was added: ε = ∞.",
             "",
-            f"Clip rule: {config.clipping['_target_']}, sensitivity {sensitivity:g}{_moving(plan)}.",
+            f"Clip rule: {about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}.",
         ]
     else:
         against = plan.delta * plan.dataset_size
@@ -46,34 +45,34 @@ def privacy_card(
             "",
             "| | |",
             "|---|---|",
-            f"| method | {_method(config)} |",
+            f"| method | {_method(about)} |",
             "| privacy unit | one training example with its label (all its augmented views together) |",
             "| neighbouring data sets | one example added or removed |",
             f"| N | {plan.dataset_size:,}, taken as public |",
             f"| δ against 1/N | {plan.delta:g} = {against:.2g} · 1/N{warning} |",
             f"| sampler | Poisson, q = {plan.sample_rate:.6g} (expected batch {plan.batch_size:,}) |",
-            f"| clip rule | {config.clipping['_target_']}, sensitivity {sensitivity:g}{_moving(plan)} |",
+            f"| clip rule | {about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)} |",
             f"| noise multiplier σ | {plan.noise_multiplier:.6g}{_shares(plan)} |",
             f"| accountant | {plan.accountant}; by pld {plan.epsilon_at(taken, 'pld'):.4g}, "
             f"by rdp {plan.epsilon_at(taken, 'rdp'):.4g} |",
-            f"| randomness | {_randomness(config)} |",
+            f"| randomness | {_randomness(about)} |",
         ]
     lines += ["", "## Not accounted", "", _UNACCOUNTED]
-    if config.private and diagnostics:
+    if about.private and diagnostics:
         lines += [
             "- **all that is named `private/…`** in metrics.csv, result.json and the tracker: raw statistics of the "
             "training data (training loss, clipped fraction, signal-to-noise, realised batch size, accuracy on "
             "held-out training data), recorded because `diagnostics=true`. Do not publish them.",
         ]
-    elif config.holdout:
+    elif about.holdout:
         lines += ["- held-out training examples were not trained on; no metric on them was recorded."]
     return "\n".join(lines) + "\n"
 
 
-def _method(config: Config) -> str:
-    parts = [f"`{target_name(config.optimizer)}`", *(f"`{name}`" for name in beyond(config))]
-    parts += [f"a weight average of {config.ema:g}"] if config.ema is not None else []
-    return f"{', '.join(parts)}, training `{target_name(config.model)}` on `{target_name(config.dataset)}`"
+def _method(about: RunDescription) -> str:
+    parts = [f"`{about.optimizer}`", *(f"`{name}`" for name in about.others)]
+    parts += [f"a weight average of {about.ema:g}"] if about.ema is not None else []
+    return f"{', '.join(parts)}, training `{about.model}` on `{about.dataset}`"
 
 
 def _moving(plan: PrivacyPlan) -> str:
@@ -89,10 +88,10 @@ def _shares(plan: PrivacyPlan) -> str:
     )
 
 
-def _randomness(config: Config) -> str:
-    if config.secure_rng:
+def _randomness(about: RunDescription) -> str:
+    if about.secure_rng:
         return "secret: 256 bits from the operating system, expanded by AES-256, erased at the end"
     return (
-        f"research randomness: expanded from seed {config.seed}. Whoever knows the seed and this configuration can "
+        f"research randomness: expanded from seed {about.seed}. Whoever knows the seed and this configuration can "
         "recompute sampling and noise; release a model only from a run with `secure_rng=true`"
     )

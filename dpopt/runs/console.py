@@ -10,15 +10,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dpopt.config import Config, component_defaults, target_name
-from dpopt.estimate import Estimate
 from dpopt.grad_sample.engine import GradSampler
-from dpopt.prepare import takes_gradients
 from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
 from dpopt.privacy.plan import PrivacyPlan
-from dpopt.store import short_commit
-from dpopt.sweep import HOLDOUT, duration, size
+from dpopt.runs.description import RunDescription
+from dpopt.runs.provenance import short_commit
+from dpopt.runs.result import HOLDOUT, Estimate
+from dpopt.runs.sweep import duration, size
 
 _HOUR = 3600
 _SILENCE = 60  # seconds after which a log file gets a line although nothing was evaluated
@@ -31,84 +30,73 @@ def console() -> Console:
 
 
 def plan_panel(
-    name: str,
-    config: Config,
-    plan: PrivacyPlan,
-    clip: ClipRule | None,
-    guess: Estimate,
-    engine: GradSampler,
-    device: str,
+    about: RunDescription, plan: PrivacyPlan, clip: ClipRule | None, guess: Estimate, engine: GradSampler
 ) -> None:
     """Print the plan; warn when it is long."""
+    device = next(engine.model.parameters()).device.type
+    views = f", {about.views} views" if about.views > 1 else ""
     rows = [
-        ("data", f"{target_name(config.dataset)}, N = {plan.dataset_size:,} (public)"),
+        ("data", f"{about.dataset}, N = {plan.dataset_size:,} (public)"),
         (
             "sampling",
             f"Poisson, q = {plan.sample_rate:.6g}, batch {plan.batch_size:,}, {plan.steps:,} steps"
-            f" = {plan.steps * plan.sample_rate:.4g} epochs" + _views(config),
+            f" = {plan.steps * plan.sample_rate:.4g} epochs{views}",
         ),
-        ("privacy", _privacy(config, plan, clip)),
-    ]
-    if clip is not None and plan.noise_multiplier > 0:
-        mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
-        others = [a for a in ("pld", "rdp") if a != plan.accountant]
-        told = [f"{a} ε = {plan.epsilon_at(plan.steps, a):.4g}" for a in (plan.accountant, *others)]
-        told[0] += " (this one counts)"
-        count = f", count ± {plan.count_noise:g}" if plan.count_noise else ""
-        rule = f"S = {clip.sensitivity:g} ({target_name(config.clipping)} clip)"
-        rows += [
-            ("noise", f"σ = {plan.noise_multiplier:.4f}, {rule}{count}"),
-            ("accounting", " · ".join([*told, f"Gaussian DP μ = {mu:.3g} (approximate)"])),
-        ]
-    state = "unknown"
-    if guess.optimizer_state_bytes is not None:
-        each = guess.optimizer_state_bytes / guess.parameters
-        state = f"{size(guess.optimizer_state_bytes)} = {each:.2f} B/parameter (Adam: {size(guess.adam_state_bytes)})"
-    memory = "unknown"
-    if guess.memory_bytes is not None:
-        memory = f"about {size(guess.memory_bytes)} beside code and data"
-    rows += [
+        ("privacy", _privacy(about, plan, clip)),
+        *(_noise_rows(about, plan, clip) if clip is not None and plan.noise_multiplier > 0 else []),
+        ("model", f"{about.model}, {guess.parameters:,} trainable parameters, {about.precision} on {device}"),
+        ("optimizer", f"{about.optimizer_call}, state {_state(guess)}"),
+        *([("filter", about.filter_call)] if about.filter_call else []),
+        *([("schedule", about.schedule_call)] if about.schedule_call else []),
+        *([("evaluated", f"the average of the weights, decay {about.ema:g}")] if about.ema is not None else []),
+        ("gradients", _gradients(about, engine, guess.micro_batch)),
         (
-            "model",
-            f"{target_name(config.model)}, {guess.parameters:,} trainable parameters, {config.precision} on {device}",
+            "peak memory",
+            "unknown" if guess.memory_bytes is None else f"about {size(guess.memory_bytes)} beside code and data",
         ),
-        ("optimizer", f"{_call(config.optimizer, 'lr')}, state {state}"),
-        *([("filter", _call(config.filter))] if config.filter else []),
-        *([("schedule", _call(config.schedule))] if target_name(config.schedule) != "constantlr" else []),
-        *([("evaluated", f"the average of the weights, decay {config.ema:g}")] if config.ema is not None else []),
-        ("gradients", _gradients(config, engine, guess.micro_batch)),
-        ("peak memory", memory),
         ("time", _time(guess.seconds)),
     ]
-    title = f"{'plan' if config.dry_run else 'run'} · {name}"
-    console().print(_panel(title, rows, "cyan"))
+    console().print(_panel(f"{'plan' if about.dry_run else 'run'} · {about.name}", rows, "cyan"))
     if guess.seconds is not None and guess.seconds > _HOUR and device == "cpu":
         console().print(
             "[yellow]This plan takes more than an hour on this machine. For a first look: "
-            "python run.py +experiment=quickstart[/yellow]"
+            "python run.py experiment=quickstart[/yellow]"
         )
 
 
-def _call(node: dict[str, Any], *always: str) -> str:
-    """A component's name and those of its arguments that are not its defaults."""
-    defaults = component_defaults(node)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in node.items() if name != "_target_"}
-    told = [f"{name} = {v}" for name, v in values.items() if name in always or v != defaults.get(name)]
-    return ", ".join([target_name(node), *told])
+def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> list[tuple[str, str]]:
+    """Noise and accounting of a run that has noise."""
+    mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
+    others = [a for a in ("pld", "rdp") if a != plan.accountant]
+    told = [f"{a} ε = {plan.epsilon_at(plan.steps, a):.4g}" for a in (plan.accountant, *others)]
+    told[0] += " (this one counts)"
+    count = f", count ± {plan.count_noise:g}" if plan.count_noise else ""
+    rule = f"S = {clip.sensitivity:g} ({about.clip} clip)"
+    return [
+        ("noise", f"σ = {plan.noise_multiplier:.4f}, {rule}{count}"),
+        ("accounting", " · ".join([*told, f"Gaussian DP μ = {mu:.3g} (approximate)"])),
+    ]
 
 
-def _gradients(config: Config, engine: GradSampler, micro_batch: int) -> str:
+def _state(guess: Estimate) -> str:
+    if guess.optimizer_state_bytes is None:
+        return "unknown"
+    each = guess.optimizer_state_bytes / guess.parameters
+    return f"{size(guess.optimizer_state_bytes)} = {each:.2f} B/parameter (Adam: {size(guess.adam_state_bytes)})"
+
+
+def _gradients(about: RunDescription, engine: GradSampler, micro_batch: int) -> str:
     """How they are taken, and which layers no rule covers."""
     size = f"micro-batches of {micro_batch:,}"
-    if not config.private:
+    if not about.private:
         return f"of whole {size}"
-    if not takes_gradients(config):
+    if not about.per_sample:
         return f"none: two losses per example, {size}"
     how = "by vmap" if engine.policy == "vmap" else f"by per-layer rules ({engine.policy})"
     if engine.policy != "vmap" and engine.fallbacks:
         more = len(engine.fallbacks) - 3
         how += f", {', '.join(engine.fallbacks[:3])}{f' and {more} more' if more > 0 else ''} by vmap"
-    return f"per example {how}, {size}{', compiled' if config.compile else ''}"
+    return f"per example {how}, {size}{', compiled' if about.compiled else ''}"
 
 
 def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
@@ -227,19 +215,15 @@ def _panel(title: str, rows: list[tuple[str, str]], colour: str) -> Panel:
     return Panel(grid, title=Text(title), title_align="left", border_style=colour, expand=False)
 
 
-def _privacy(config: Config, plan: PrivacyPlan, clip: ClipRule | None) -> str:
+def _privacy(about: RunDescription, plan: PrivacyPlan, clip: ClipRule | None) -> str:
     if clip is None:
         return "none: no clipping, no noise"
     if plan.noise_multiplier == 0:
         return f"none: clipping to {clip.sensitivity:g} without noise, ε = ∞"
-    secret = "secret randomness" if config.secure_rng else f"research randomness (seed {config.seed})"
+    secret = "secret randomness" if about.secure_rng else f"research randomness (seed {about.seed})"
     against = plan.delta * plan.dataset_size
     weak = "" if against < 1 else " (not below 1/N: a guarantee in name only)"
     return f"ε = {plan.epsilon:.4g}, δ = {plan.delta:g} = {against:.2g}/N{weak}, {secret}"
-
-
-def _views(config: Config) -> str:
-    return f", {config.views} views" if config.views > 1 else ""
 
 
 def _time(seconds: float | None) -> str:

@@ -1,0 +1,1 @@
+"""The `dpopt` command: a verb per file."""

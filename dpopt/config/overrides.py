@@ -1,0 +1,69 @@
+"""Hydra's side of the configuration: check overrides, resolve values, turn a composition into a `Config`."""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from dpopt.config.schema import COMPONENTS, CONF, Config
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def by_epsilon(epsilon: float | None, values: Mapping[Any, Any], private: bool = True) -> Any:
+    """`${by_epsilon:${epsilon},{1: a, 8: b}}` in a YAML: the value at the nearest ε, in ratio; for none, the last.
+
+    `${by_epsilon:${epsilon},{1: a, 8: b, inf: c, none: d},${private}}` has values for the controls, too.
+    """
+    if not private and "none" in values:
+        return values["none"]
+    if epsilon is not None and float(epsilon) == math.inf and math.inf in values:
+        return values[math.inf]
+    known = sorted(key for key in values if key not in ("none", math.inf))
+    if epsilon is None or not 0 < float(epsilon) < math.inf:  # nonsense is refused elsewhere, in words
+        return values[known[-1]]
+    return values[min(known, key=lambda other: abs(math.log(other / float(epsilon))))]
+
+
+OmegaConf.register_new_resolver("by_epsilon", by_epsilon, replace=True)
+
+
+def check_overrides(words: Sequence[str]) -> None:
+    """Check the keys of overrides such as `epsilon=8` before Hydra reads them.
+
+    Raises:
+        ValueError: for one that is neither a key of the root nor a group, with what may have been meant.
+    """
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    known = {f.name for f in fields(Config)} | set(groups) | {"hydra"}
+    for word in words:
+        key, equals, _ = word.partition("=")
+        root = re.split(r"[./@]", key)[0]
+        if not equals or not root.isidentifier() or root in known:
+            continue
+        inside = [
+            g for g in COMPONENTS if any(re.search(rf"^{root}:", p.read_text(), re.M) for p in CONF.glob(f"{g}/*"))
+        ]
+        meant = [f"{group}.{root}" for group in inside] or difflib.get_close_matches(root, known, 1)
+        hint = f": did you mean {' or '.join(meant)}?" if meant else ""
+        raise ValueError(f"{root} is no key{hint} (python run.py --help lists all of them)")
+
+
+def from_hydra(cfg: DictConfig) -> Config:
+    """Turn Hydra's composition into a checked Config.
+
+    Raises:
+        ValueError: for a key that is no field of Config, or values that contradict each other.
+    """
+    known = {f.name for f in fields(Config)}
+    unknown = [str(key) for key in cfg if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]}: the keys are {', '.join(sorted(known))}")
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,1 @@
+"""A run on disk and on screen: identity, directory, result, privacy card, tracking, console."""

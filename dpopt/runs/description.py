@@ -1,0 +1,52 @@
+"""How panel and card name a run: its components in words, and the settings that stand next to the plan."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """Names and settings of a run, for people.
+
+    Attributes:
+        name: of the run.
+        private: False for the non-private control.
+        dataset: name of the dataset.
+        model: name of the model.
+        optimizer: name of the optimizer.
+        optimizer_call: the optimizer with its learning rate and what is not a default.
+        clip: name of the clip rule.
+        clip_target: the clip rule's import path.
+        others: names of components that are not the standard ones.
+        filter_call: the filter with what is not a default; empty for none.
+        schedule_call: the schedule likewise; empty for a constant rate.
+        per_sample: whether the estimator takes per-sample gradients, not just losses.
+        ema: decay of the weight average, None for none.
+        views: augmented views per example.
+        holdout: fraction of the training set that is not trained on.
+        precision: `fp32`, `bf16` or `fp64`.
+        compiled: whether gradients are compiled.
+        seed: of the configuration.
+        secure_rng: whether randomness is secret.
+        dry_run: whether only the plan is printed.
+    """
+
+    name: str
+    private: bool
+    dataset: str
+    model: str
+    optimizer: str
+    optimizer_call: str
+    clip: str
+    clip_target: str
+    others: tuple[str, ...]
+    filter_call: str
+    schedule_call: str
+    per_sample: bool
+    ema: float | None
+    views: int
+    holdout: float
+    precision: str
+    compiled: bool
+    seed: int
+    secure_rng: bool
+    dry_run: bool

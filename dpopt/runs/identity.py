@@ -1,0 +1,174 @@
+"""What makes a run: its identity, the name that follows, and the directory that belongs to it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+from dpopt import files
+from dpopt.config.components import call_words, component_defaults, locate_target, safe_name, target_name
+from dpopt.config.schema import COMPONENTS, Config
+from dpopt.runs.description import RunDescription
+from dpopt.runs.directory import RESULT
+
+# What may change without making another run: where things are, what is watched, how fast it goes.
+NOT_IDENTITY = {
+    *("dry_run", "fresh", "logger", "diagnostics", "output_dir", "data_dir", "time_limit", "checkpoint_every"),
+    *("device", "workers", "micro_batch", "memory", "engine", "compile"),
+}
+# The keys of the first release are in every run's identity. A key that came later is in it only where it differs from
+# its default, so that it renames no run. Do not add to this list.
+_ALWAYS = {
+    "": {
+        *("dataset", "model", "optimizer", "clipping", "estimator", "filter", "schedule", "private", "epsilon"),
+        *("noise_multiplier", "steps", "epochs", "delta", "accountant", "clip_norm", "secure_rng", "batch_size"),
+        *("views", "holdout", "ema", "precision", "seed", "tag", "eval_every"),
+    },
+    "dataset": {"augment", "classes", "folder", "groups", "image_size", "train_size"},
+    "model": {
+        *("groups", "pretrained", "skip_gain", "small_images", "train", "weights", "widths", "zero_head"),
+    },
+    "optimizer": {
+        *("betas", "bits", "bucket", "dense_size", "density", "eps", "eps_root", "eps_scale", "error_feedback"),
+        *("floor", "lr", "momentum", "plain_steps", "rounding", "scope", "weight_decay", "window"),
+    },
+    "clipping": {"bounds", "clip_norm", "count_noise", "gamma", "lr", "quantile", "r", "s"},
+    "estimator": {"smoothing"},
+    "filter": {"gamma", "kappa"},
+    "schedule": {
+        *("T_max", "bounds", "end_factor", "eta_min", "factor", "rate", "start_factor", "target", "total_iters"),
+    },
+}
+_STANDARD = ("flat", "privategradient", "constantlr", "none")
+
+
+def identity(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """Reduce a configuration to what can change the result, numbers as floats."""
+    values = asdict(config) if isinstance(config, Config) else config
+    kept = {key: value for key, value in values.items() if key not in NOT_IDENTITY}
+    kept = _without_new_defaults(kept, _ALWAYS[""], _root_defaults())
+    for group in COMPONENTS:
+        if group in kept:
+            node = {key: value for key, value in kept[group].items() if (group, key) != ("optimizer", "kernels")}
+            always = {"_target_", *_ALWAYS.get(group, ())}
+            kept[group] = _without_new_defaults(node, always, component_defaults(node))
+    return {key: _canonical(value) for key, value in kept.items()}
+
+
+def _without_new_defaults(values: Mapping[str, Any], always: set[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in values.items()
+        if key in always or key not in defaults or _canonical(value) != _canonical(defaults[key])
+    }
+
+
+def _root_defaults() -> dict[str, Any]:
+    plain = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
+    return plain | {f.name: f.default_factory() for f in fields(Config) if f.default_factory is not MISSING}
+
+
+def run_name(config: Config) -> str:
+    """A readable stem and a hash of `identity`; free of `=`, `,` and spaces."""
+    digest = hashlib.blake2b(json.dumps(identity(config), sort_keys=True).encode(), digest_size=5).hexdigest()
+    if not config.private:
+        budget = "nonprivate"
+    elif config.epsilon is not None:
+        budget = f"eps{config.epsilon:g}"
+    else:
+        budget = f"sigma{config.noise_multiplier:g}"
+    parts = [
+        *(target_name(getattr(config, name)) for name in ("dataset", "model", "optimizer")),
+        *nondefault_components(config),
+        budget,
+    ]
+    tag = [safe_name(config.tag)] if config.tag else []
+    return "-".join([*parts, f"seed{config.seed}", *tag, digest])
+
+
+def nondefault_components(config: Config) -> list[str]:
+    """Names of the components that are not the standard ones: another clip rule, estimator or schedule, a filter."""
+    names = [target_name(config.clipping)] if config.private else []
+    names += [target_name(node) for node in (config.estimator, config.filter, config.schedule)]
+    return [name for name in names if name not in _STANDARD]
+
+
+def describe(config: Config) -> RunDescription:
+    """Name a run's components and settings for panel and card."""
+    schedule = call_words(config.schedule)
+    return RunDescription(
+        name=run_name(config),
+        private=config.private,
+        dataset=target_name(config.dataset),
+        model=target_name(config.model),
+        optimizer=target_name(config.optimizer),
+        optimizer_call=call_words(config.optimizer, "lr"),
+        clip=target_name(config.clipping),
+        clip_target=str(config.clipping.get("_target_")),
+        others=tuple(nondefault_components(config)),
+        filter_call=call_words(config.filter) if config.filter else "",
+        schedule_call=schedule if target_name(config.schedule) != "constantlr" else "",
+        per_sample=bool(locate_target("estimator", config.estimator).takes_gradients),  # type: ignore[attr-defined]
+        ema=config.ema,
+        views=config.views,
+        holdout=config.holdout,
+        precision=config.precision,
+        compiled=config.compile,
+        seed=config.seed,
+        secure_rng=config.secure_rng,
+        dry_run=config.dry_run,
+    )
+
+
+def content_key(config: Config | dict[str, Any]) -> str:
+    """Serialize what makes a run; keys that it lacks, at the root or in a component, take today's default."""
+    stored = asdict(config) if isinstance(config, Config) else config
+    values = _root_defaults() | stored
+    for group in COMPONENTS:
+        values[group] = component_defaults(values[group]) | values[group]
+    return json.dumps(identity(values), sort_keys=True)
+
+
+def locate(config: Config) -> Path:
+    """Find the run's directory: by name or, if it is finished and the configuration has new keys since, by content.
+
+    Raises:
+        ValueError: when `output_dir` is not a directory.
+    """
+    root = Path(config.output_dir)
+    for part in (root, *root.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise ValueError(f"output_dir={root} cannot be made, because {part} is a file: choose another")
+            break
+    directory = root / run_name(config)
+    if not directory.exists() and root.is_dir():
+        return finished_runs(root).get(content_key(config), directory)
+    return directory
+
+
+def finished_runs(root: Path) -> dict[str, Path]:
+    """Index the finished runs in a folder by their content key."""
+    found = {}
+    for path in root.glob(f"*/{RESULT}"):
+        result = files.read_json(path)
+        if result.get("status") == "finished" and result.get("config"):
+            found[content_key(result["config"])] = path.parent
+    return found
+
+
+def failure_note(config: Config) -> Path:
+    """Name the file that says why a run without a directory could not begin."""
+    return Path(config.output_dir).absolute() / ".sweeps" / f"{run_name(config)}.txt"
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    return repr(float(value))

@@ -1,0 +1,259 @@
+"""Build what a run is made of from its configuration: the only place where components are built.
+
+Each function refuses, in one sentence, what could not be trained as asked, before a run directory is made.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dpopt.config.components import accepted, build
+from dpopt.config.schema import Config
+from dpopt.data.datasets import DataSpec
+from dpopt.data.sources import Source, as_source
+from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.model_check import check_model
+from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.optim.schedules import ClipRate
+from dpopt.privacy.clipping import Adaptive, ClipRule
+from dpopt.privacy.plan import PrivacyPlan
+from dpopt.privacy.private_gradient import PrivateGradient
+from dpopt.rng import RandomKey
+from dpopt.runs.directory import CONFIG, WEIGHTS
+from dpopt.tasks.classification import Classification
+from dpopt.training.cost import fit_micro_batch
+
+
+@dataclass
+class Components:
+    """Everything that a run is made of, but its data and its directory.
+
+    Attributes:
+        config: where it comes from.
+        task: loss, metrics and checks.
+        device: where the model lies.
+        model: on its device.
+        clip: the clip rule; None for the non-private control.
+        plan: the privacy plan, not yet under the run's key.
+        engine: takes per-sample gradients; validated if the run is private.
+        micro_batch: examples whose gradients are held at once.
+        make_optimizer: parameters → optimizer.
+        optimizer: of the trainable parameters.
+        schedule: of the learning rate.
+        filter: between `p.grad` and the optimizer; None for none.
+    """
+
+    config: Config
+    task: Classification
+    device: torch.device
+    model: nn.Module
+    clip: ClipRule | None
+    plan: PrivacyPlan
+    engine: GradSampler
+    micro_batch: int
+    make_optimizer: Callable[..., torch.optim.Optimizer]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    filter: Any
+
+    @property
+    def example(self) -> tuple[Tensor, Tensor]:
+        """An input (K, …) and its target, to measure with."""
+        return self.task.example(self.config.views, next(self.model.parameters()))
+
+    def private_gradient(self, plan: PrivacyPlan, start: int = 0) -> PrivateGradient:
+        """Make the way from batches to `p.grad`, wired to the optimizer's scale and the filter.
+
+        Raises:
+            ValueError: for components that do not go together.
+        """
+        config, scale = self.config, getattr(self.optimizer, "pre_clip_scale", None)
+        make = build("estimator", config.estimator)
+        per_sample = bool(make.func.takes_gradients)  # type: ignore[attr-defined]
+        if config.compile and (self.filter or scale is not None or not per_sample):
+            raise ValueError("compile=true does not go with a scale, a filter or estimator=zeroth_order: drop it")
+        made: PrivateGradient = make(
+            self.model,
+            self.task.loss_fn,
+            plan,
+            self.clip,
+            start=start,
+            engine=self.engine,
+            diagnostics=config.diagnostics,
+            pre_clip_scale=scale,
+            query_points=self.filter.query_points if self.filter else None,
+        )
+        return made
+
+    def tracker(self) -> Any:
+        """Make the tracker that watches the run."""
+        return build("logger", self.config.logger)()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training, test and held-out examples."""
+
+    train: Source
+    test: Source
+    held_out: Source | None
+
+
+def build_components(config: Config) -> Components:
+    """Build a run's components; a dry run builds its model without pretrained weights.
+
+    Raises:
+        ValueError: for a configuration that cannot be trained as asked.
+    """
+    device = make_device(config.device)
+    spec: DataSpec = build("dataset", config.dataset)()
+    task = Classification(spec)
+    clip = build("clipping", config.clipping)() if config.private else None
+    plan = make_plan(config, spec, clip)
+    model = build_model(config, task, offline=config.dry_run).to(device)
+    check_model(model, private=config.private)
+    task.check(model)
+    make_optimizer = build("optimizer", config.optimizer)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(trainable)
+    schedule = make_schedule(config, optimizer, plan, clip)
+    engine = GradSampler(model, task.loss_fn, config.engine, precision=config.precision, compiled=config.compile)
+    filtered = build("filter", config.filter)(trainable) if config.filter else None
+    components = Components(
+        config, task, device, model, clip, plan, engine, 0, make_optimizer, optimizer, schedule, filtered
+    )
+    components.micro_batch = _prepare_engine(components)
+    components.private_gradient(plan).update_param_groups(optimizer)  # or refused, before there is a run directory
+    return components
+
+
+def _prepare_engine(components: Components) -> int:
+    """Validate the engine of a private run; return the size of a micro-batch."""
+    config, engine = components.config, components.engine
+    inputs, target = components.example
+    estimator = build("estimator", config.estimator).func  # type: ignore[attr-defined]
+    if config.private and estimator.takes_gradients:
+        validate_against_autograd(engine, inputs[None], target[None])
+    budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
+    # A batch of many micro-batches wastes little on padding the last one.
+    most = min(config.batch_size, max(64, config.batch_size // 8))
+    size, engine.memory = fit_micro_batch(engine, inputs, budget, most)
+    return size if config.micro_batch == "auto" else int(config.micro_batch)
+
+
+def build_model(config: Config, task: Classification, offline: bool) -> nn.Module:
+    """Build the model for a task, initialized by the seed; `offline` leaves pretrained weights out."""
+    make = build("model", config.model)
+    options = task.model_arguments() | ({"pretrained": False, "weights": None} if offline else {})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RandomKey.from_seed(config.seed).seed("init"))
+        model: nn.Module = make(**{name: options[name] for name in accepted(make, options)})
+    return model.double() if config.precision == "fp64" else model
+
+
+def load_data(components: Components) -> Data:
+    """Load training and test data; the hold-out is split off by the seed.
+
+    Raises:
+        ValueError: when there are not as many examples as announced; OSError for missing files.
+    """
+    config, spec, device = components.config, components.task.spec, components.device
+    loaded = spec.load(Path(config.data_dir).expanduser(), device, config.workers)
+    train, test = (as_source(part, device, config.workers) for part in loaded)
+    if len(train) != spec.train_size:
+        raise ValueError(f"{spec.name} has {len(train):,} training examples, not {spec.train_size:,} as announced")
+    if not len(test):
+        raise ValueError(f"{spec.name} has no test examples: give it at least one")
+    held = round(config.holdout * len(train))
+    if not held:
+        return Data(train, test, None)
+    order = torch.argsort(RandomKey.from_seed(config.seed).uniform(len(train), "split"))
+    return Data(train.subset(order[held:].sort().values), test, train.subset(order[:held].sort().values))
+
+
+def load(run_dir: str | Path) -> nn.Module:
+    """Load the trained model of a run directory (the weight average, where one was kept), on the CPU, in eval mode.
+
+    Raises:
+        ValueError: when the run has not produced a model.
+    """
+    from safetensors.torch import load_file
+
+    directory = Path(run_dir)
+    if not (directory / WEIGHTS).exists():
+        raise ValueError(f"{directory} holds no {WEIGHTS}: run the experiment to its end first")
+    config = Config(**yaml.safe_load((directory / CONFIG).read_text()))
+    model = build_model(config, Classification(build("dataset", config.dataset)()), offline=True)
+    model.load_state_dict(load_file(directory / WEIGHTS))
+    return model.eval()
+
+
+def make_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one, and where there are several they take turns by job."""
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("DPOPT_JOB", "0")) % torch.cuda.device_count())
+    try:
+        return torch.empty(1, device=torch.device(name)).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has several words for it
+        raise ValueError(f"device={name} cannot be used here: use device=cpu or auto") from error
+
+
+def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyPlan:
+    """The privacy plan of a configuration; without privacy, the same plan with σ = 0.
+
+    An adaptive clip rule that leaves the noise of its count open gets a twentieth of the batch size.
+    """
+    size = spec.train_size - round(config.holdout * spec.train_size)
+    budget = {"epsilon": config.epsilon, "noise_multiplier": config.noise_multiplier}
+    return PrivacyPlan.calibrate(
+        **(budget if config.private else {"epsilon": float("inf")}),
+        steps=config.steps,
+        epochs=config.epochs,
+        delta=config.delta,
+        dataset_size=size,
+        batch_size=config.batch_size,
+        accountant=config.accountant,
+        count_noise=(clip.count_noise or config.batch_size / 20) if isinstance(clip, Adaptive) else 0.0,
+    )
+
+
+def make_schedule(
+    config: Config, optimizer: torch.optim.Optimizer, plan: PrivacyPlan, clip: ClipRule | None
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule; a length that the configuration leaves null is the number of steps."""
+    lengths = {name: plan.steps for name in ("T_max", "total_iters", "total_steps")}
+    node = {k: lengths.get(k, v) if v is None else v for k, v in config.schedule.items()}
+    schedule: torch.optim.lr_scheduler.LRScheduler = build("schedule", node)(optimizer)
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ValueError(
+            "schedule=ReduceLROnPlateau follows a metric of private data: use a schedule of the step alone"
+        )
+    if isinstance(schedule, ClipRate) and clip is not None:
+        if not isinstance(clip, Adaptive):
+            raise ValueError(
+                "schedule=clip_rate follows a privatised clip rate: choose clipping=adaptive, which has one"
+            )
+        if abs(1 - clip.quantile - schedule.target) > 1e-6:
+            raise ValueError(
+                f"clipping.quantile={clip.quantile:g} clips {1 - clip.quantile:.4g} of the examples; aiming at another "
+                f"rate, the learning rate would run to its bound: set schedule.target={1 - clip.quantile:.4g}"
+            )
+    return schedule
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that a run may take by itself: not of what is free, so that a resumed run does as the first one did."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30

@@ -1,0 +1,83 @@
+"""One run, from its configuration to its result.
+
+Everything that can be refused is refused before the run directory is made.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from dpopt import files
+from dpopt.config.components import check_components
+from dpopt.config.schema import Config
+from dpopt.runs import console, directory
+from dpopt.runs.identity import describe, failure_note, locate
+from dpopt.runs.provenance import git_commit
+from dpopt.runs.result import Estimate
+from dpopt.training.build import Components, build_components, load_data
+from dpopt.training.cost import estimate_cost, keep_freed_memory
+from dpopt.training.trainer import Trainer
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train the configured run, resume it, or print its result if it has finished.
+
+    Returns:
+        The result, as in result.json; for a dry run, the estimated `seconds` and `memory_bytes`, and as `status`
+        "planned", or "finished" where there is a result.
+
+    Raises:
+        ValueError: for a configuration that cannot be trained as asked; OSError for missing files.
+    """
+    commit = git_commit()  # before anything that takes long
+    check_components(config)
+    path = locate(config)
+    done = directory.finished(path)
+    if done and not config.fresh and not config.dry_run:
+        console.already_finished(done, str(path), commit)
+        return done
+
+    keep_freed_memory()
+    components = build_components(config)
+    about = describe(config)
+    data = None if config.dry_run else load_data(components)
+    guess = _estimate(components)
+    if data is None:
+        console.plan_panel(about, components.plan, components.clip, guess, components.engine)
+        return {"status": "finished" if done else "planned", **asdict(guess)}
+
+    with directory.lock(path):
+        try:
+            if (done := directory.finished(path)) and not config.fresh:  # by another process, in the meantime
+                console.already_finished(done, str(path), commit)
+                return done
+            if config.fresh:
+                directory.clear(path)
+            (path / directory.ERROR).unlink(missing_ok=True)
+            console.plan_panel(about, components.plan, components.clip, guess, components.engine)
+            result = Trainer(components, data, path).fit().to_json()
+        except Exception as error:
+            files.write_atomic(path / directory.ERROR, f"{type(error).__name__}: {error}\n")
+            raise
+    console.result_panel(result, str(path), config.fresh)
+    if result["status"] == "interrupted":
+        raise KeyboardInterrupt  # the user wants the whole sweep to stop
+    return result
+
+
+def _estimate(components: Components) -> Estimate:
+    gradients = 1 if components.filter is None else components.filter.cost
+    return estimate_cost(
+        components.engine,
+        components.make_optimizer,
+        components.plan,
+        components.example,
+        components.micro_batch,
+        components.config.ema is not None,
+        gradients,
+    )
+
+
+def note_failure(config: Config, error: Exception) -> None:
+    """Record why a run could not begin, for the table of its sweep; a dry run records nothing."""
+    if not config.dry_run:
+        directory.note_failure(failure_note(config), error)

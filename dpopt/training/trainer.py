@@ -1,0 +1,301 @@
+"""The one class that trains: a step, an evaluation, a checkpoint, and the loop that runs them.
+
+The directory of a run always holds a state from which the same command continues, or the finished result.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dpopt import files
+from dpopt.data.sources import Source
+from dpopt.optim.step_metrics import StepMetrics
+from dpopt.privacy.clipping import Adaptive
+from dpopt.privacy.sampling import PoissonBatch, poisson_batches
+from dpopt.rng import RandomKey
+from dpopt.runs import directory as run_files
+from dpopt.runs.console import Progress
+from dpopt.runs.identity import describe, identity
+from dpopt.runs.privacy_card import privacy_card
+from dpopt.runs.provenance import device_name, git_commit, versions
+from dpopt.runs.result import HOLDOUT, Result
+from dpopt.runs.tracking import Metrics, warn
+from dpopt.training import checkpoint
+from dpopt.training.build import Components, Data
+from dpopt.training.cost import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
+
+
+class Trainer:
+    """Trains a run's components on its data, inside its directory.
+
+    Args:
+        components: built by `build_components`.
+        data: loaded by `load_data`.
+        directory: of the run, locked by this process.
+
+    Raises:
+        ValueError: when the directory holds a checkpoint of another run, or a damaged one.
+    """
+
+    def __init__(self, components: Components, data: Data, directory: Path) -> None:
+        self.config, self.data, self.directory = components.config, data, directory
+        self.components, self.about = components, describe(components.config)
+        self.model, self.task, self.device = components.model, components.task, components.device
+        self.optimizer, self.schedule, self.filter = components.optimizer, components.schedule, components.filter
+        self.ema = _weight_average(self.model, self.config.ema)
+        self.evaluated = self.model if self.ema is None else self.ema.module  # and exported
+        self._sensitivity = None if components.clip is None else components.clip.sensitivity  # at the start
+        self.step = 0
+        self.commit = git_commit()
+        # Kept in the checkpoint, to go on with.
+        self.progress: dict[str, Any] = {
+            "wall_seconds": 0.0,
+            "metrics_rows": 0,
+            "git_commit": self.commit,
+            "diagnostics": False,
+        }
+        fingerprint = data.train.fingerprint()
+        self._facts = {
+            "name": directory.name,
+            "configuration": identity(self.config),
+            "plan": components.plan.to_dict(),
+            "data_set": fingerprint,
+        }
+        self._restore()
+        self.progress["diagnostics"] |= self.config.diagnostics  # once recorded, the card must say so for good
+        secure = self.config.secure_rng
+        secret = run_files.secret_key(directory) if secure else RandomKey.from_seed(self.config.seed)
+        self.plan = replace(components.plan, key=secret.derive(directory.name, fingerprint))
+        self.private = components.private_gradient(self.plan, start=self.step)
+        self._first_step, self._training_seconds = self.step, 0.0
+
+    def train_step(self, batch: PoissonBatch) -> StepMetrics | None:
+        """Take one step; return what measures it, if this step is logged."""
+        began = time.perf_counter()
+        self.private.backward(batch)  # p.grad = (clipped sum + noise) / qN
+        self.private.update_param_groups(self.optimizer)  # noise_std, clip_norm, clip_rate
+        if self.filter is not None:
+            self.filter.apply()
+        logged = batch.step + 1 == self.plan.steps or (batch.step + 1) % self.config.eval_every == 0
+        metrics = StepMetrics(self.optimizer) if logged else None
+        self.optimizer.step()
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.step += 1
+        self._training_seconds += time.perf_counter() - began
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the model on the test set and, with diagnostics, on the hold-out."""
+        found = evaluate(self.evaluated, self.task, self.data.test, self.config.precision, "test/")
+        if self.config.diagnostics and self.data.held_out is not None:
+            found |= evaluate(self.evaluated, self.task, self.data.held_out, self.config.precision, "private/holdout_")
+        return found
+
+    def save(self, metrics: Metrics) -> None:
+        """Write a checkpoint, from which the same command continues."""
+        self.progress.update(wall_seconds=self._wall_seconds(), metrics_rows=metrics.sync())
+        path = self.directory / run_files.CHECKPOINT
+        checkpoint.save(path, self.step, self._facts, self._stateful(), self.progress)
+
+    def fit(self) -> Result:
+        """Train to the end of the plan, or until a signal or the time limit; return the result."""
+        metrics = self._begin()
+        values: dict[str, float] = {}
+        status = "finished"
+        with _stop_signals() as stop, Progress(self.plan, self.step) as live:
+            try:
+                views, micro_batch = self.config.views, self.components.micro_batch
+                for batch in poisson_batches(self.data.train, self.plan, self.step, views, micro_batch):
+                    measured = self.train_step(batch)
+                    if measured is not None:
+                        values = self._log(metrics, measured)
+                        live.evaluated(self.step, values)
+                    live.step(self.step)
+                    status = self._status(bool(stop))
+                    if self.step < self.plan.steps:
+                        if self.step % self.config.checkpoint_every == 0 or status != "finished":
+                            self.save(metrics)
+                        if status != "finished":
+                            break
+                status = "finished" if self.step == self.plan.steps else status
+                self.save(metrics)
+            finally:
+                metrics.close()
+        if "test/accuracy" not in values or status != "finished":
+            values |= self.evaluate()
+        return self._finish(status, values)
+
+    def _restore(self) -> None:
+        path = self.directory / run_files.CHECKPOINT
+        if path.exists():
+            self.step, self.progress = checkpoint.load(path, self._facts, self._stateful())
+            if self.progress["git_commit"] != self.commit:
+                warn(f"this run began at commit {self.progress['git_commit']}, the code is at {self.commit} now")
+
+    def _stateful(self) -> dict[str, Any]:
+        """Name the parts whose state a resumed run needs."""
+        clip = self.components.clip
+        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        parts |= {"ema": self.ema} if self.ema else {}
+        parts |= {"filter": self.filter} if self.filter else {}
+        parts |= {"clip": clip} if isinstance(clip, Adaptive) else {}
+        return parts
+
+    def _begin(self) -> Metrics:
+        """Write what must be there before the first step."""
+        self._write_card(None)
+        (self.directory / run_files.RESULT).unlink(missing_ok=True)
+        text = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
+        files.write_atomic(self.directory / run_files.CONFIG, text)
+        path, rows = self.directory / run_files.METRICS, self.progress["metrics_rows"]
+        metrics = Metrics(path, rows, self.components.tracker(), self.directory.name, asdict(self.config))
+        reset_peak_memory(self.device)
+        self._began = time.perf_counter()
+        self._clock = self._began - self.progress["wall_seconds"]
+        return metrics
+
+    def _log(self, metrics: Metrics, measured: StepMetrics) -> dict[str, float]:
+        """Evaluate, and record everything that is known of this step."""
+        wall = self._wall_seconds()
+        values = self.evaluate()
+        values |= {"privacy/epsilon": self.plan.epsilon_at(self.step), "optimizer/lr": measured.lr}
+        values |= measured.measure() | self.private.statistics
+        if isinstance(self.components.clip, Adaptive):
+            values |= {f"privacy/{name}": self.private.step_info[name] for name in ("clip_norm", "clip_rate")}
+        values |= {"memory/optimizer_state_bytes": optimizer_state_bytes(self.optimizer)}
+        values |= {"time/wall_seconds": wall, "time/examples_per_second": self._speed()}
+        metrics.log(self.step, values, {"memory/peak_bytes": peak_memory_bytes(self.device)})
+        return values
+
+    def _status(self, stopped: bool) -> str:
+        """Say why the loop should end, or `finished` while it need not."""
+        if stopped:
+            return "interrupted"
+        limit = self.config.time_limit
+        return "time_limit" if limit is not None and time.perf_counter() - self._began > limit else "finished"
+
+    def _finish(self, status: str, values: dict[str, float]) -> Result:
+        """Write card, result and, for a finished run, the weights; erase the key of a finished run."""
+        result = self._result(status, values)
+        self._write_card(self.step)
+        if status == "finished":
+            weights = self.directory / f".{run_files.WEIGHTS}.tmp"
+            state = self.evaluated.state_dict()
+            save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, weights)
+            mode = (self.directory / run_files.CHECKPOINT).stat().st_mode  # save_file lets nobody else read
+            weights.chmod(mode)
+            files.replace_durably(weights, self.directory / run_files.WEIGHTS)
+            run_files.erase_key(self.directory)
+        files.write_json(self.directory / run_files.RESULT, result.to_json())
+        return result
+
+    def _result(self, status: str, values: dict[str, float]) -> Result:
+        plan, parameters = self.plan.to_dict(), list(self.model.parameters())
+        metrics = {"test_accuracy": values["test/accuracy"], "test_loss": values["test/loss"]}
+        metrics |= {HOLDOUT: values[HOLDOUT]} if HOLDOUT in values else {}
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        return Result(
+            status=status,
+            run=self.directory.name,
+            metrics=metrics,
+            epsilon=self.plan.epsilon_at(self.step),
+            epsilon_rdp=self.plan.epsilon_at(self.step, "rdp"),
+            accountant=plan.pop("accountant"),
+            steps=self.step,
+            planned_steps=plan.pop("steps"),
+            plan=plan,
+            parameters=sum(p.numel() for p in parameters),
+            trainable_parameters=trainable,
+            optimizer_state_bytes=optimizer_state_bytes(self.optimizer),
+            adam_state_bytes=8 * trainable,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            examples_per_second=self._speed(),
+            wall_seconds=self._wall_seconds(),
+            seed=self.config.seed,
+            git_commit=self.commit,
+            versions=versions(),
+            device=device_name(self.device),
+            config=asdict(self.config),
+        )
+
+    def _write_card(self, steps: int | None) -> None:
+        text = privacy_card(self.about, self.plan, self._sensitivity, steps, self.progress["diagnostics"])
+        files.write_atomic(self.directory / run_files.CARD, text)
+
+    def _wall_seconds(self) -> float:
+        """Seconds since the run began, those of earlier processes included."""
+        return time.perf_counter() - self._clock
+
+    def _speed(self) -> float:
+        """Expected examples per second of training steps."""
+        examples = (self.step - self._first_step) * self.plan.batch_size
+        return examples / self._training_seconds if self._training_seconds else 0.0
+
+
+def _weight_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Any, source: Source, precision: str = "fp32", prefix: str = ""
+) -> dict[str, float]:
+    """Average the task's metrics over all examples, in eval mode.
+
+    Args:
+        model: what is evaluated.
+        task: with `metric_sums`.
+        source: the examples.
+        precision: `bf16` for autocast.
+        prefix: of the names of the metrics.
+
+    Returns:
+        `{prefix}accuracy` in [0, 1] and `{prefix}loss` in nats, for classification.
+    """
+    was_training = model.training
+    model.eval()
+    reference = next(model.parameters())
+    autocast = torch.autocast(reference.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    sums: dict[str, float] = {}
+    count = 0
+    for inputs, targets in source.plain(512):
+        with autocast:
+            outputs = model(inputs.to(reference.dtype))
+        for name, value in task.metric_sums(outputs, targets).items():
+            sums[name] = sums.get(name, 0.0) + value
+        count += len(targets)
+    model.train(was_training)
+    return {f"{prefix}{name}": value / max(count, 1) for name, value in sums.items()}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, to stop after the current step; a second signal stops immediately."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
