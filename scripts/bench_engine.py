@@ -68,44 +68,58 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 GPU_VIEWS = {"wrn_16_4": 2048, "wrn_16_4_ws": 2048, "nf_resnet50": 512, "deit_tiny": 512, "cnn": 8192}
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Autocast to bf16 on a GPU, none on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    """One step from (B, K, …) inputs to the clipped sum of a variant's own making."""
-    examples, views = x.shape[:2]
-    flat, labels = x.flatten(0, 1), y.repeat_interleave(views)
-    clip, how = Flat(1.0), VARIANTS[variant]
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda")
-
+    """Make one step from (B, K, …) inputs to the clipped sum, by a variant."""
+    how = VARIANTS[variant]
     if how is None:
+        return plain_step(model, x, y)
+    return opacus_step(how, model, x, y) if how in ("hooks", "ghost") else private_step(how, model, x, y)
 
-        def step() -> None:
-            model.zero_grad()
-            with autocast():
-                loss = F.cross_entropy(model(flat), labels)
-            loss.backward()
 
-        return step
-    if how not in ("hooks", "ghost"):
-        precision = "bf16" if x.device.type == "cuda" else "fp32"
-        policy, compiled = how.split()[-1], how.startswith("compiled")
-        memory = 0 if how.startswith("least") else None
-        engine = GradSampler(model, F.cross_entropy, policy, memory, precision, compiled)
-        validate_against_autograd(engine, x, y)
-        sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+def plain_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    """Make an ordinary forward and backward pass."""
+    flat, labels = x.flatten(0, 1), y.repeat_interleave(x.shape[1])
 
-        def private() -> None:
-            for total in sums.values():
-                total.zero_()
-            per_sample = engine(x, y)
-            per_sample.add_weighted_sum(sums, clip.weight(per_sample.norms))
+    def step() -> None:
+        model.zero_grad()
+        with autocast(x.device):
+            loss = F.cross_entropy(model(flat), labels)
+        loss.backward()
 
-        return private
-    # Opacus knows no views: each counts as an example.
+    return step
+
+
+def private_step(how: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    """Make dpopt's per-sample gradients and their clipped sum."""
+    clip = Flat(1.0)
+    precision = "bf16" if x.device.type == "cuda" else "fp32"
+    policy, compiled = how.split()[-1], how.startswith("compiled")
+    memory = 0 if how.startswith("least") else None
+    engine = GradSampler(model, F.cross_entropy, policy, memory, precision, compiled)
+    validate_against_autograd(engine, x, y)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    def private() -> None:
+        for total in sums.values():
+            total.zero_()
+        per_sample = engine(x, y)
+        per_sample.add_weighted_sum(sums, clip.weight(per_sample.norms))
+
+    return private
+
+
+def opacus_step(how: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    """Make Opacus's, by hooks or in two passes; it knows no views: each counts as an example."""
     from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
+    examples, flat, labels = len(x), x.flatten(0, 1), y.repeat_interleave(x.shape[1])
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
     noise = dict(noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=examples)
     if how == "hooks":
@@ -114,7 +128,7 @@ def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) 
 
         def hooks() -> None:
             optimizer.zero_grad()
-            with autocast():
+            with autocast(x.device):
                 loss = F.cross_entropy(wrapped(flat), labels)
             loss.backward()
             optimizer.clip_and_accumulate()
@@ -126,7 +140,7 @@ def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) 
 
     def two_passes() -> None:
         fast.zero_grad()
-        with autocast():
+        with autocast(x.device):
             loss = criterion(ghost(flat), labels)
         loss.backward()
 

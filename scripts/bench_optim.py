@@ -169,6 +169,17 @@ def bench(name: str, device: torch.device, rounds: int, fill: int = 10) -> list[
     pairs += [("normal_, added", "paper, per tensor")]
     calls |= {f"{noise} + {label}": both(calls[noise], optimizers[label].step) for noise, label in pairs}
     times = measure(calls, device, rounds)
+    return rows_of(name, times, optimizers, count, device)
+
+
+def rows_of(
+    name: str,
+    times: dict[str, list[float]],
+    optimizers: dict[str, torch.optim.Optimizer],
+    count: int,
+    device: torch.device,
+) -> list[dict]:
+    """Summarize the times of every variant, with the ratio to what it is compared with."""
     rows = []
     for label, milliseconds in times.items():
         base = f"normal_ + {BASELINE}" if " + " in label else BASELINE if label in optimizers else "normal_"

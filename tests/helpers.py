@@ -70,13 +70,11 @@ def loop_oracle(model: nn.Module, loss_fn, inputs: torch.Tensor, targets: torch.
     return total
 
 
-def train(
-    plan, model, data, optimizer, micro_batch=16, views=1, clip=None, start=0, stop=None, loss_fn=F.cross_entropy
-):
-    """The library's loop; returns the flattened parameters after every step."""
-    private = dpopt.PrivateGradient(model, loss_fn, plan, clip=clip or dpopt.clipping.Flat(1.0), start=start)
+def train(plan, model, data, optimizer, stop=None, clip=None, start=0, **batches):
+    """The library's loop, `batches` in micro-batches of 16; returns the flattened parameters after every step."""
+    private = dpopt.PrivateGradient(model, F.cross_entropy, plan, clip=clip or dpopt.clipping.Flat(1.0), start=start)
     trajectory = []
-    for batch in dpopt.poisson_batches(data, plan, start=start, views=views, micro_batch=micro_batch):
+    for batch in dpopt.poisson_batches(data, plan, start=start, **{"micro_batch": 16, **batches}):
         if batch.step == stop:
             break
         private.backward(batch)

@@ -9,16 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    assert_caught,
-    flat_loss,
-    loop_oracle,
-    make_plan,
-    released_noise,
-    small_data,
-    small_model,
-    train,
-)
+from helpers import assert_caught, flat_loss, loop_oracle, make_plan, released_noise, small_data, small_model, train
 from scipy import stats
 from torch import nn
 
@@ -286,7 +277,9 @@ def check_micro_batches_change_nothing():
     def final(size):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double()
-        return train(make_plan(steps=8), model, source, torch.optim.Adam(model.parameters()), size, views=2)[-1]
+        return train(
+            make_plan(steps=8), model, source, torch.optim.Adam(model.parameters()), micro_batch=size, views=2
+        )[-1]
 
     reference = final(64)
     for size in (1, 5):

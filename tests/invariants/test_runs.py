@@ -20,6 +20,7 @@ from dpopt.privacy.clipping import Flat
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
+from dpopt.runs.identity import describe
 from dpopt.runs.privacy_card import privacy_card
 
 REAL_SAMPLE = sampling.sample_indices
@@ -129,9 +130,9 @@ def unprobed(patch):
 def check_the_card_says_it_all():
     config = Config(clipping={"_target_": "dpopt.clipping.Flat", "clip_norm": 0.5}, epsilon=8.0, steps=20)
     plan = make_plan(sigma=1.3, delta=1e-3)
-    going = privacy_card(config, plan, 0.5, None, "name", True)
+    going = privacy_card(describe(config), plan, 0.5, None, True)
     assert f"ε = {plan.epsilon:.4g}" in going and "the run is in progress" in going
-    card = privacy_card(config, plan, 0.5, 7, "name", True)
+    card = privacy_card(describe(config), plan, 0.5, 7, True)
     assert "in progress" not in card and "| method | `" in card
     for words in (
         f"ε = {compute_epsilon(1.3, 0.25, 7, 1e-3):.4g}, δ = 0.001",
@@ -151,12 +152,12 @@ def check_the_card_says_it_all():
         "diagnostics=true",
     ):
         assert words in card, words
-    above = privacy_card(config, replace(plan, delta=0.5), 0.5, 20, "name", False)
+    above = privacy_card(describe(config), replace(plan, delta=0.5), 0.5, 20, False)
     assert "not below 1/N" in above and "not below 1/N" not in card
     config = replace(config, secure_rng=True)
-    assert "operating system" in privacy_card(config, plan, 0.5, 20, "name", False)
-    none = privacy_card(Config(private=False, steps=20), replace(plan, noise_multiplier=0.0), None, 20, "x", False)
-    clipped = privacy_card(config, replace(plan, noise_multiplier=0.0), 0.5, 20, "x", False)
+    assert "operating system" in privacy_card(describe(config), plan, 0.5, 20, False)
+    none = privacy_card(describe(Config(private=False, steps=20)), replace(plan, noise_multiplier=0.0), None, 20, False)
+    clipped = privacy_card(describe(config), replace(plan, noise_multiplier=0.0), 0.5, 20, False)
     for text in (none, clipped):
         assert "is not private" in text and "differential privacy for" not in text
 

@@ -45,7 +45,8 @@ def sgd(x, gradients, noise, lr):
     return x
 
 
-def adam(x, gradients, noise, lr, b1=0.9, b2=0.999, eps=1e-8, decay=0.0, corrected=False, floor=0.0):
+def adam(x, gradients, noise, lr, decay=0.0, corrected=False, floor=0.0):
+    b1, b2, eps = 0.9, 0.999, 1e-8
     m, v, phi = np.zeros_like(x), np.zeros_like(x), 0.0
     for t, (g, s) in enumerate(zip(gradients, noise, strict=True), start=1):
         m, v, phi = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2, b2 * phi + (1 - b2) * s**2
@@ -80,7 +81,8 @@ def averaged_sgd(x, gradients, noise, lr, momentum, plain_steps):
     return x
 
 
-def micro_adam(x, gradients, noise, lr, density, window, b1=0.9, b2=0.999, eps=1e-8):
+def micro_adam(x, gradients, noise, lr, density, window):
+    b1, b2, eps = 0.9, 0.999, 1e-8
     k, e, rows = math.ceil(density * x.size), np.zeros(x.size), []
     for t, g in enumerate(gradients, start=1):
         a = g.ravel() + e

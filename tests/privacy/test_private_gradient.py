@@ -154,7 +154,7 @@ def test_micro_batch_size_changes_nothing(kind, views):
     def trajectory(size):
         model = small_model()
         make = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam)[kind]
-        return train(make_plan(), model, small_data(), make(model.parameters(), lr=0.1), size, views)
+        return train(make_plan(), model, small_data(), make(model.parameters(), lr=0.1), micro_batch=size, views=views)
 
     reference = trajectory(256)
     for size in (1, 16, 64):

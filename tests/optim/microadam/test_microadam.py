@@ -15,9 +15,9 @@ from dpopt.optim.microadam.reference import topk_positions
 PAPER = dict(bits=32, scope="tensor", dense_size=0)
 
 
-def transcription(theta, gradients, lr, betas, eps, decay, density, window, feedback=True):
+def transcription(theta, gradients, lr, betas, eps, decay, sparsity, feedback=True):
     """2405.15593 / 2511.20509, one tensor, dense vectors throughout; nothing of dpopt."""
-    theta, size = theta.copy(), theta.size
+    theta, size, (density, window) = theta.copy(), theta.size, sparsity
     k = math.ceil(density * size)
     error, history, out = np.zeros(size), [], []
     for t, gradient in enumerate(gradients, start=1):
@@ -55,7 +55,7 @@ def test_equals_the_transcription(shape, feedback, decay):
     generator = np.random.default_rng(0)
     start, gradients = generator.normal(size=shape), generator.normal(size=(50, *shape))
     arguments = dict(lr=0.01, betas=(0.9, 0.999), eps=1e-8)
-    expected = transcription(start, gradients, **arguments, decay=decay, density=0.1, window=10, feedback=feedback)
+    expected = transcription(start, gradients, **arguments, decay=decay, sparsity=(0.1, 10), feedback=feedback)
     parameter = nn.Parameter(torch.tensor(start))
     optimizer = MicroAdam([parameter], **arguments, **PAPER, weight_decay=decay, density=0.1, error_feedback=feedback)
     for gradient, e in zip(gradients, expected, strict=True):
