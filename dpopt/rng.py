@@ -1,11 +1,15 @@
-"""Keyed random streams: every draw is a pure function of (key, labels), so resuming needs the step number only.
+"""Keyed random streams: every draw is a pure function of (key, labels, position).
 
-The words of a stream are the AES-256 keystream in counter mode under the key SHAKE-256(key ‖ labels): a cryptographic
-generator, and on processors with AES instructions a faster one than Philox or Mersenne Twister. What decides how far
-the draws can be trusted is therefore the key alone: derived from a seed it gives reproducible research randomness
-(whoever knows the seed knows the noise); taken from the operating system it gives secret randomness that still replays
-after a crash. Uniforms have 53 bits. Gaussians are Box–Muller transforms of pairs of 32-bit uniforms in float32, at
-most 6.8 standard deviations from zero, where one draw in 10¹¹ would be beyond.
+The words of a stream are the ChaCha20 keystream (Bernstein, 2008) under the key SHAKE-256(key ‖ labels), with a 64-bit
+block counter from 0: a cryptographic generator of 32-bit additions, rotations and XORs, which a GPU runs as well as a
+CPU, and whose block n is found without the blocks before it. How far the draws can be trusted is therefore decided by
+the key alone. A key from the operating system gives secret randomness that still replays after a crash. A key derived
+from a seed gives reproducible research randomness: whoever knows the seed knows the noise.
+
+Uniform draws have 53 bits. Gaussian draws are Box–Muller transforms, in chunks of 131,072 draws: the first half of a
+chunk's words belongs to radii, the second to angles; pair j gives draws j and 65,536 + j of the chunk. In float32 a
+pair takes two words of 32 bits, 40 bits for the radius and 24 for the angle (at most 7.5 standard deviations, one
+draw in 10¹³ would be beyond); in float64 two words of 64 bits, 53 for each.
 """
 
 import hashlib
@@ -13,21 +17,32 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-_CHUNK = 1 << 17  # Gaussians at a time: they stay in the cache of one core
+CHUNK = 1 << 17  # Gaussian draws that are made together: they stay in the cache of one core
+_HALF = CHUNK // 2
+_BLOCK = 64  # bytes of a ChaCha20 block
+_ALIGN = 1024  # pairs are made in multiples of so many, so that vector and remainder loops agree from call to call
 
 
 @dataclass(frozen=True)
 class RandomKey:
-    """A 256-bit key from which named streams are drawn; `secure` says whether it came from the operating system."""
+    """A 256-bit key from which named streams are drawn.
+
+    Attributes:
+        material: the key.
+        secure: whether it came from the operating system. Such a key cannot be copied or pickled: two copies would draw
+            the same noise, and the difference of two releases would be free of it.
+        released: number of steps whose noise is out, shared by everything that uses this key.
+    """
 
     material: bytes = field(repr=False)
     secure: bool = False
-    released: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)  # steps whose noise is out
+    released: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
 
     @classmethod
     def from_seed(cls, seed: int, *context: str) -> "RandomKey":
@@ -40,44 +55,163 @@ class RandomKey:
         return cls(secrets.token_bytes(32), secure=True)
 
     def derive(self, *context: str) -> "RandomKey":
-        """A key of its own for this context."""
+        """Derive a key for this context."""
         return RandomKey(hashlib.shake_256(self.material + "\0".join(context).encode()).digest(32), self.secure)
 
+    def for_workers(self, label: str) -> "RandomKey":
+        """Derive a key that worker processes may receive: it draws what `label` names and no noise."""
+        return RandomKey(self.derive("workers", label).material)
+
+    def __reduce__(self) -> Any:
+        if self.secure:
+            self._refuse()
+        return RandomKey, (self.material, self.secure, self.released)
+
+    def __copy__(self) -> "RandomKey":
+        return self._refuse() if self.secure else RandomKey(self.material, self.secure, self.released)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RandomKey":
+        return self._refuse() if self.secure else RandomKey(self.material, self.secure, list(self.released))
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(
+            "a secret key cannot be copied or pickled, because two trainings would then share their noise: make a plan "
+            "in each process with PrivacyPlan.calibrate"
+        )
+
+    def keystream(self, start: int, size: int, *labels: str | int) -> bytes:
+        """Return `size` bytes of the stream named by `labels` from block `start` of 64 bytes on."""
+        out = bytearray(size + _BLOCK)
+        _Stream(self, labels).read_into(start, memoryview(out), size)
+        return bytes(out[:size])
+
     def words(self, count: int, *labels: str | int) -> np.ndarray:
-        """`count` uniform 64-bit words of the stream named by `labels`, as uint64 of shape (count,)."""
-        return np.frombuffer(self._keystream(*labels).update(bytes(8 * count)), dtype="<u8")
+        """Draw `count` uniform 64-bit words, as uint64 of shape (count,)."""
+        return np.frombuffer(self.keystream(0, 8 * count, *labels), dtype="<u8")
 
     def seed(self, *labels: str | int) -> int:
-        """A 63-bit seed for somebody else's generator (model initialisation, torchvision's transforms)."""
+        """Draw a 63-bit seed for another generator (model initialization, torchvision's transforms)."""
         return int(self.words(1, *labels)[0] >> 1)
 
     def uniform(self, count: int, *labels: str | int) -> torch.Tensor:
-        """Uniform draws in [0, 1) with 53 bits, float64 of shape (count,)."""
+        """Draw uniforms in [0, 1) with 53 bits, float64 of shape (count,)."""
         return torch.from_numpy((self.words(count, *labels) >> np.uint64(11)) * 2.0**-53)
 
-    def gaussians(self, count: int, *labels: str | int) -> Iterator[torch.Tensor]:
-        """Standard Gaussian draws in consecutive pieces, `count` in all, float32.
+    def gaussians(
+        self, count: int, *labels: str | int, start: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Iterator[torch.Tensor]:
+        """Yield standard Gaussian draws `start`, …, `start + count − 1` of a stream in consecutive pieces.
 
-        A piece is overwritten by the next. Draw i depends on the stream and on i, not on `count`.
+        A piece is overwritten by the next. Draw i depends on the stream, the dtype and i, not on `start` or `count`.
+
+        Args:
+            count: number of draws.
+            labels: of the stream.
+            start: number of the first draw.
+            dtype: float32 or float64; the two are independent streams.
         """
-        stream, zeros = self._keystream(*labels), bytes(4 * _CHUNK)
-        raw = np.empty(4 * _CHUNK + 16, np.uint8)  # the cipher asks for room for one block more
-        words = torch.from_numpy(raw[: 4 * _CHUNK].view(np.uint32))
-        half = _CHUNK // 2
-        radius, angle, out = torch.empty(half), torch.empty(half), torch.empty(_CHUNK)
-        for start in range(0, count, _CHUNK):
-            stream.update_into(zeros, raw.data)
-            # In float32 the largest words would round to a uniform of 1, and give no noise at all.
-            radius.copy_(words[:half]).add_(0.5).mul_(2.0**-32 * (1 - 2.0**-24)).log_().mul_(-2).sqrt_()
-            angle.copy_(words[half:].view(torch.int32)).add_(0.5).mul_(math.pi * 2.0**-31)  # in [−π, π], and not 0
-            torch.cos(angle, out=out[:half]).mul_(radius)
-            torch.sin(angle, out=out[half:]).mul_(radius)
-            yield out[: count - start]
+        make = _Float64Pairs if dtype == torch.float64 else _Float32Pairs
+        pairs = make(_Stream(self, (*labels, str(dtype))))
+        end = start + count
+        for chunk in range(start // CHUNK, -(-end // CHUNK)):
+            low, high = max(start - chunk * CHUNK, 0), min(end - chunk * CHUNK, CHUNK)
+            yield pairs.draws(chunk, low, high)
 
-    def normal(self, count: int, *labels: str | int) -> torch.Tensor:
-        """Standard Gaussian draws, float32 of shape (count,)."""
-        return torch.cat([torch.empty(0), *(piece.clone() for piece in self.gaussians(count, *labels))])
+    def normal(
+        self, count: int, *labels: str | int, start: int = 0, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Draw standard Gaussians `start`, …, `start + count − 1` of a stream, of shape (count,)."""
+        pieces = self.gaussians(count, *labels, start=start, dtype=dtype)
+        return torch.cat([torch.empty(0, dtype=dtype), *(piece.clone() for piece in pieces)])
 
-    def _keystream(self, *labels: str | int) -> CipherContext:
-        key = hashlib.shake_256(self.material + "\0".join(map(str, labels)).encode()).digest(32)
-        return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+def stream_key(key: RandomKey, *labels: str | int) -> bytes:
+    """Return the 256-bit ChaCha20 key of a stream."""
+    return hashlib.shake_256(key.material + "\0".join(map(str, labels)).encode()).digest(32)
+
+
+class _Stream:
+    """The ChaCha20 keystream of a key and labels, read from any block on."""
+
+    def __init__(self, key: RandomKey, labels: tuple[str | int, ...]) -> None:
+        self.key = stream_key(key, *labels)
+        self.zeros = bytes(1 << 16)
+
+    def read_into(self, start: int, out: memoryview, size: int) -> None:
+        """Write `size` bytes from block `start` on into `out`, which has room for a block more."""
+        place = 0
+        while place < size:
+            # OpenSSL counts blocks in 32 bits; the upper half of our 64-bit counter is the word after it.
+            counter = start + place // _BLOCK
+            left = ((1 << 32) - counter % (1 << 32)) * _BLOCK
+            part = min(size - place, left, len(self.zeros))
+            if place == 0 or counter % (1 << 32) == 0:
+                nonce = counter.to_bytes(8, "little") + bytes(8)
+                cipher = Cipher(algorithms.ChaCha20(self.key, nonce), None).encryptor()
+            cipher.update_into(memoryview(self.zeros)[:part], out[place : place + part + _BLOCK])
+            place += part
+
+
+class _Float32Pairs:
+    """Gaussian draws of a chunk in float32, from words of 32 bits."""
+
+    width, dtype, integers = 4, torch.float32, torch.int32
+    radius_bits, angle_unit = 40, math.pi * 2.0**-23
+
+    def __init__(self, stream: _Stream) -> None:
+        self.stream = stream
+        size = self.width * _HALF + _BLOCK
+        self.raw = [np.empty(size, np.uint8) for _ in range(2)]
+        kind = np.int32 if self.width == 4 else np.int64
+        self.first, self.second = (torch.from_numpy(r[: self.width * _HALF].view(kind)) for r in self.raw)
+        self.work = torch.empty(_HALF, dtype=self.integers)
+        self.radius, self.angle = (torch.empty(_HALF, dtype=self.dtype) for _ in range(2))
+        self.out = torch.empty(CHUNK, dtype=self.dtype)
+        # Added to what has been scaled: half a unit of the radius's uniform, and of the angle.
+        self.half_radius = torch.tensor(0.5 * 2.0**-self.radius_bits, dtype=self.dtype)
+        self.half_angle = torch.tensor(0.5 * self.angle_unit, dtype=self.dtype)
+
+    def draws(self, chunk: int, low: int, high: int) -> torch.Tensor:
+        """Return draws [low, high) of a chunk."""
+        first, last = (0, _HALF) if low < _HALF < high else (low % _HALF, (high - 1) % _HALF + 1)
+        first, last = first // _ALIGN * _ALIGN, min(_HALF, -(-last // _ALIGN) * _ALIGN)
+        at, bytes_of = slice(first, last), self.width * (last - first)
+        for raw, half in zip(self.raw, (0, 1), strict=True):
+            block = (self.width * (chunk * CHUNK + half * _HALF + first)) // _BLOCK
+            self.stream.read_into(block, memoryview(raw)[self.width * first :], bytes_of)
+        radius, angle = self.transform(at)
+        if low < _HALF:
+            torch.cos(angle, out=self.out[at]).mul_(radius)
+        if high > _HALF:
+            torch.sin(angle, out=self.out[_HALF + first : _HALF + last]).mul_(radius)
+        return self.out[low:high]
+
+    def transform(self, at: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn words into radii, 40 bits, and angles in [−π, π], 24 bits and never 0."""
+        first, second, work = self.first[at], self.second[at], self.work[at]
+        radius, angle = self.radius[at], self.angle[at]
+        radius.copy_(first.view(torch.uint32))
+        torch.bitwise_and(second, 255, out=work)
+        radius.add_(angle.copy_(work), alpha=2.0**-8)
+        # The largest words would round to a uniform of 1, and to no noise at all.
+        torch.add(self.half_radius, radius, alpha=2.0**-32 * (1 - 2.0**-23), out=radius)
+        radius.log_().mul_(-2).sqrt_()
+        torch.bitwise_right_shift(second, 8, out=work)
+        return radius, torch.add(self.half_angle, angle.copy_(work), alpha=self.angle_unit, out=angle)
+
+
+class _Float64Pairs(_Float32Pairs):
+    """Gaussian draws of a chunk in float64, from words of 64 bits."""
+
+    width, dtype, integers = 8, torch.float64, torch.int64
+    radius_bits, angle_unit = 53, math.pi * 2.0**-52
+
+    def transform(self, at: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn words into radii and angles in [−π, π] of 53 bits each."""
+        first, second, work = self.first[at], self.second[at], self.work[at]
+        radius, angle = self.radius[at], self.angle[at]
+        torch.bitwise_right_shift(first, 11, out=work).bitwise_and_((1 << 53) - 1)
+        torch.add(self.half_radius, radius.copy_(work), alpha=2.0**-53 * (1 - 2.0**-52), out=radius)
+        radius.log_().mul_(-2).sqrt_()
+        torch.bitwise_right_shift(second, 11, out=work)
+        return radius, torch.add(self.half_angle, angle.copy_(work), alpha=self.angle_unit, out=angle)

@@ -27,10 +27,11 @@ class AdamBC(PerTensorOptimizer):
         betas: decay of the first and second moment.
         floor: of the corrected second moment, in squared units of the gradient: a step is at most lr·m̂/√floor.
         weight_decay: decoupled.
-        noise_std: standard deviation of the noise in each coordinate of the gradient.
+        noise_std: standard deviation of the noise in each coordinate of the gradient; 0 for none. It must be known
+            before a step: `PrivateGradient.update_param_groups` writes it.
 
     Raises:
-        ValueError: for an option outside its range.
+        ValueError: for an option outside its range, or a step without `noise_std`.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class AdamBC(PerTensorOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         floor: float = 1e-6,
         weight_decay: float = 0.0,
-        noise_std: float = 0.0,
+        noise_std: float | None = None,
     ) -> None:
         check_options(lr=(lr, 0, 1e6), floor=(floor, 1e-30, 1e6), weight_decay=(weight_decay, 0, 1e6))
         check_options(**{f"betas[{i}]": (beta, 0, BELOW_ONE) for i, beta in enumerate(betas)})
@@ -48,6 +49,11 @@ class AdamBC(PerTensorOptimizer):
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         lr, betas = group["lr"], group["betas"]
+        if group["noise_std"] is None:
+            raise ValueError(
+                "AdamBC does not know the noise that it corrects for: call private.update_param_groups(optimizer) "
+                "after private.backward(batch), or pass noise_std"
+            )
         m, v = first_and_second_moment(g, state, betas)
         state["noise"] = betas[1] * state.get("noise", 0.0) + (1 - betas[1]) * group["noise_std"] ** 2
         noise = state["noise"] / (1 - betas[1] ** state["step"])

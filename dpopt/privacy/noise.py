@@ -1,44 +1,85 @@
-"""The noise of a step: drawn, added and divided by qN in one pass over the summed gradients.
+"""The noise of a step: drawn, added, rounded to a public grid and divided by qN in one pass over the summed gradients.
 
 Drawing Gaussian noise costs more than most optimizers' steps, so it is drawn in pieces that stay in the cache, or in
 registers on a GPU, and each piece is added where it belongs at once. It depends on key, step and position in the vector
-of all parameters only. On a GPU the generator is Philox under a 64-bit seed derived from the key; a key from the
-operating system keeps to the cryptographic generator, on the CPU.
+of all parameters only. A float32 sum gets float32 noise, a float64 sum float64 noise.
+
+Floating-point noise has gaps: a value that the noise cannot reach from a sum gives the sum away (Mironov, 2012). Sum
+plus noise is therefore rounded, after the noise, to a grid of about std·2⁻¹², on which every point can be reached from
+every sum in thousands of ways. Rounding what is private already is post-processing: it costs no privacy.
 """
 
 import functools
 import importlib.util
+import math
 import warnings
 
+import torch
 from torch import Tensor
 
 from dpopt.rng import RandomKey
 
+# How randomness is drawn and released. Raised when the same key would give other draws or another release:
+# 1 AES words, float32 noise, released as it is; 2 ChaCha20 words, noise in the dtype of the sum, released on a grid.
+NOISE_VERSION = 2
+_GRID_BITS = 12
 
-def add_noise(total: Tensor, std: float, divisor: float, key: RandomKey, step: int) -> Tensor:
-    """(total + std·z)/divisor with standard Gaussian z, in place.
+
+def release_grid(std: float) -> float:
+    """Return the spacing of what is released under noise of this standard deviation: a power of two ≤ std·2⁻¹²."""
+    return 2.0 ** (math.floor(math.log2(std)) - _GRID_BITS)
+
+
+def add_noise(total: Tensor, std: float, divisor: float, key: RandomKey, step: int, start: int = 0) -> Tensor:
+    """Replace `total` by round(total + std·z)/divisor with standard Gaussian z, in place.
 
     Args:
-        total: (d,), float32 or float64.
-        std: standard deviation of the noise; 0 adds none.
+        total: (d,), float32 or float64: the whole vector of parameters, or a shard of it.
+        std: standard deviation of the noise; 0 adds none and rounds nothing.
         divisor: q·N.
+        key: of the run.
+        step: number of the logical step.
+        start: position of the shard in the whole vector.
+
+    Raises:
+        ValueError: for a sum in another dtype.
+    """
+    if std == 0:
+        return total.div_(divisor)
+    if total.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the sum of gradients is {total.dtype}, whose noise would be coarse: sum in float32 or float64"
+        )
+    grid = release_grid(std)
+    if total.is_cuda and total.dtype == torch.float32:
+        if importlib.util.find_spec("triton") is not None:
+            from dpopt.privacy.noise_triton import add_noise_kernel
+
+            return add_noise_kernel(total, std, divisor, grid, key, step, start)
+        _warn_once()
+    begin = 0
+    for piece in key.gaussians(len(total), "noise", step, start=start, dtype=total.dtype):
+        target = total[begin : begin + len(piece)]
+        # The grid is a power of two: dividing by it first changes no bit of the sum.
+        target.mul_(1 / grid).add_(piece.to(total.device), alpha=std / grid).round_().mul_(grid / divisor)
+        begin += len(piece)
+    return total
+
+
+def add_count_noise(count: float, std: float, key: RandomKey, step: int) -> float:
+    """Add Gaussian noise to a count and round the result to its grid, in float64.
+
+    Args:
+        count: raw, hence private.
+        std: standard deviation of the noise; 0 adds none.
         key: of the run.
         step: number of the logical step.
     """
     if std == 0:
-        return total.div_(divisor)
-    if total.is_cuda and not key.secure:
-        if importlib.util.find_spec("triton") is not None:
-            from dpopt.privacy.noise_triton import add_noise_kernel
-
-            return add_noise_kernel(total, std, divisor, key.seed("noise", step))
-        _warn_once()
-    start = 0
-    for piece in key.gaussians(len(total), "noise", step):
-        target = total[start : start + len(piece)]
-        target.add_(piece.to(total.device, total.dtype), alpha=std).div_(divisor)
-        start += len(piece)
-    return total
+        return count
+    grid = release_grid(std)
+    noise = float(key.normal(1, "count", step, dtype=torch.float64))
+    return round(count / grid + noise * (std / grid)) * grid
 
 
 @functools.cache

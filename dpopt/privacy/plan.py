@@ -29,6 +29,7 @@ class PrivacyPlan:
         count_noise: σ_b, of the count that a clip rule releases beside the gradients (`dpopt.clipping.Adaptive`); 0
             where there is none. Both together cost what σ says.
         key: the key of sampling, augmentation and noise; secret, from the operating system, unless a seed is given.
+        allow_large_delta: accept a δ of 1/N or more, which permits publishing an example outright.
     """
 
     noise_multiplier: float
@@ -39,6 +40,7 @@ class PrivacyPlan:
     accountant: str = "pld"
     count_noise: float = 0.0
     key: RandomKey = field(default_factory=RandomKey.from_os, repr=False, compare=False)
+    allow_large_delta: bool = field(default=False, compare=False)
 
     relation: ClassVar[str] = "add_or_remove_one"
     sampler: ClassVar[str] = "poisson"
@@ -57,10 +59,19 @@ class PrivacyPlan:
             )
         if self.accountant not in accounting.ACCOUNTANTS:
             raise ValueError(f"accountant={self.accountant} must be one of {', '.join(accounting.ACCOUNTANTS)}")
+        if self.noise_multiplier > 0:
+            self._check_delta()
         if self.count_noise and not 2 * self.count_noise > self.noise_multiplier:
             raise ValueError(
                 f"count_noise={self.count_noise:g} must be above half of the noise multiplier, "
                 f"{self.noise_multiplier:.4g}, or the count alone would cost more than the plan: raise it"
+            )
+
+    def _check_delta(self) -> None:
+        if self.delta * self.dataset_size >= 1 and not self.allow_large_delta:
+            raise ValueError(
+                f"delta={self.delta:g} is not below 1/dataset_size = {1 / self.dataset_size:.3g}, so it permits "
+                "publishing an example outright: lower delta, or set allow_large_delta=true to reproduce a paper"
             )
 
     @classmethod
@@ -77,6 +88,7 @@ class PrivacyPlan:
         accountant: str = "pld",
         count_noise: float = 0.0,
         seed: int | None = None,
+        allow_large_delta: bool = False,
     ) -> "PrivacyPlan":
         """Make the plan from two of (ε, σ, T) and derive the third.
 
@@ -94,6 +106,7 @@ class PrivacyPlan:
                 differ draw differently, but two trainings under equal plans and seeds share their noise, and the
                 difference of their gradients is not protected: a seed for every training. Without one, draws are keyed
                 by the operating system, and the plan serves one training.
+            allow_large_delta: accept a δ of 1/N or more.
 
         Returns:
             A plan with target·(1 − 1e-4) ≤ ε ≤ target when σ was derived, and ε(T) ≤ target < ε(T + 1) when T was.
@@ -108,7 +121,11 @@ class PrivacyPlan:
             _check("epochs", epochs, 0 < epochs < math.inf, "a positive number")
             steps = max(1, round(epochs * dataset_size / batch_size)) if batch_size > 0 else 1
         # Built first with what is known, so that a bad value is reported before any time goes into calibration.
-        plan = cls(noise_multiplier or 0.0, dataset_size, batch_size, steps or 1, delta, accountant, count_noise)
+        length = 1 if steps is None else steps
+        record = (dataset_size, batch_size, length, delta, accountant, count_noise)
+        plan = cls(noise_multiplier or 0.0, *record, allow_large_delta=allow_large_delta)
+        if epsilon is not None and math.isfinite(epsilon):
+            plan._check_delta()
         if noise_multiplier is None:
             assert epsilon is not None
             if math.isfinite(epsilon):
@@ -149,7 +166,10 @@ class PrivacyPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values, without the key."""
-        values = {name: value for name, value in asdict(replace(self, key=RandomKey(b""))).items() if name != "key"}
+        values = asdict(replace(self, key=RandomKey(b"")))
+        del values["key"]
+        if not values["allow_large_delta"]:  # results of earlier versions do not have it
+            del values["allow_large_delta"]
         return values | {"sample_rate": self.sample_rate, "relation": self.relation, "sampler": self.sampler}
 
 

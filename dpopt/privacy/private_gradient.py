@@ -27,8 +27,9 @@ from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
 from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.clipping import Adaptive, ClipRule
-from dpopt.privacy.noise import add_noise
+from dpopt.privacy.noise import add_count_noise, add_noise
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.sampling import PoissonBatch
 
@@ -103,14 +104,13 @@ class PrivateGradient:
     @property
     def noise_std(self) -> float:
         """The standard deviation of the noise in every coordinate of `p.grad`: σ·S/(qN)."""
-        return self._std / self.plan.batch_size
+        return self._std(self._sensitivity()) / self.plan.batch_size
 
     def _constants(self) -> dict[str, float]:
         return {} if self.pre_clip_scale is not None or self.query_points is not None else {"noise_std": self.noise_std}
 
-    @property
-    def _std(self) -> float:
-        return 0.0 if self.clip is None else self.plan.gradient_noise_multiplier * self.clip.sensitivity
+    def _std(self, sensitivity: float) -> float:
+        return self.plan.gradient_noise_multiplier * sensitivity
 
     def backward(self, batch: PoissonBatch) -> None:
         """Fill `p.grad` of every trainable parameter with the privatised mean gradient of the batch.
@@ -136,7 +136,6 @@ class PrivateGradient:
                 "the noise of this step was already used for another model or an earlier try, and using it twice would "
                 "cancel it: calibrate a new plan for every training"
             )
-        key.released[0] = self.step + 1
         self._fill(batch)
         self.step += 1
 
@@ -154,7 +153,17 @@ class PrivateGradient:
                 )
             group.update({name: value for name, value in self.step_info.items() if name in group})
 
+    def _release(self, total: Tensor, sensitivity: float) -> None:
+        """Add the noise of this logical step, once, to the sum. From here on the step is spent, whatever fails."""
+        self.plan.key.released[0] = self.step + 1
+        add_noise(total, self._std(sensitivity), self.plan.batch_size, self.plan.key, self.step)
+
+    def _sensitivity(self) -> float:
+        """S of this step, read once: clip and noise must not see two values."""
+        return 0.0 if self.clip is None else float(self.clip.sensitivity)
+
     def _fill(self, batch: PoissonBatch) -> None:
+        sensitivity = self._sensitivity()
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         reference = next(iter(parameters.values()))
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
@@ -173,14 +182,14 @@ class PrivateGradient:
                     continue
                 size = len(inputs) if len(points) == 1 else self._explicit(total)
                 for x, y, present in zip(inputs.split(size), targets.split(size), mask.split(size), strict=True):
-                    self._add_clipped(sums, self._per_sample_gradients(x, y, by_name, points), present, raw)
+                    per_sample = self._per_sample_gradients(x, y, by_name, points)
+                    self._add_clipped(sums, per_sample, present, sensitivity, raw)
         self.step_info = self._constants()
         if scale is not None:
             total.mul_(scale)
         if self.diagnostics:
-            self.statistics = raw.summary(sums, self._std)
-        # The noise of this logical step, once, on the sum.
-        add_noise(total, self._std, self.plan.batch_size, self.plan.key, self.step)
+            self.statistics = raw.summary(sums, self._std(sensitivity))
+        self._release(total, sensitivity)
         if scale is not None:
             total.div_(scale)
         self._observe(raw)
@@ -214,8 +223,8 @@ class PrivateGradient:
         if not isinstance(self.clip, Adaptive):
             return
         std = self.plan.count_noise if self.plan.noise_multiplier > 0 else 0.0
-        noise = std * float(self.plan.key.normal(1, "count", self.step))
-        self.clip.observe(raw.unclipped + noise, self.plan.batch_size)
+        count = add_count_noise(raw.unclipped, std, self.plan.key, self.step)
+        self.clip.observe(count, self.plan.batch_size)
         self.step_info["clip_rate"] = self.clip.clip_rate
 
     def _per_sample_gradients(
@@ -237,14 +246,17 @@ class PrivateGradient:
         per_sample.store(None, combined)
         return per_sample.finish(losses)
 
-    def _add_clipped(self, sums: Gradients, per_sample: PerSampleGradients, mask: Tensor, raw: "RawStatistics") -> None:
+    def _add_clipped(
+        self, sums: Gradients, per_sample: PerSampleGradients, mask: Tensor, sensitivity: float, raw: "RawStatistics"
+    ) -> None:
         assert self.clip is not None
-        weights = clip_weights(self.clip, per_sample, mask)
+        valid = mask & per_sample.norms.isfinite()
+        norms = per_sample.layer_norms if getattr(self.clip, "by_layer", False) else per_sample.norms
+        weights = clip_weights(self.clip, norms, valid, sensitivity)
         per_sample.add_weighted_sum(sums, weights)
         if isinstance(self.clip, Adaptive):
-            raw.unclipped += self.clip.count(per_sample.norms, mask)
+            raw.unclipped += unclipped_count(self.clip, per_sample.norms, mask)
         if self.diagnostics:
-            valid = mask & per_sample.norms.isfinite()
             clipped = weights.view(len(weights), -1).amin(1)[valid] < 1 - 1e-6
             raw.add(per_sample.losses[valid], clipped, int(mask.sum()))
 
@@ -265,20 +277,6 @@ class PrivateGradient:
                 total += gradient
         if self.diagnostics:
             raw.add(loss.detach().expand(count), torch.zeros(count, dtype=torch.bool), count)
-
-
-def clip_weights(clip: ClipRule, per_sample: PerSampleGradients, mask: Tensor) -> Tensor:
-    """Weights of the examples' gradients, (B,), or of their layers, (B, L): 0 for pads and for what is not finite.
-
-    Args:
-        clip: the rule.
-        per_sample: the gradients.
-        mask: (B,), False for pads.
-    """
-    valid = mask & per_sample.norms.isfinite()
-    if getattr(clip, "by_layer", False):
-        return torch.where(valid[:, None], clip.weight(per_sample.layer_norms), 0.0)
-    return torch.where(valid, clip.weight(per_sample.norms), 0.0)
 
 
 def _split_up(total: Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.clipping import Adaptive
-from dpopt.privacy.noise import add_noise
 from dpopt.privacy.private_gradient import PrivateGradient, RawStatistics, displaced
 from dpopt.privacy.sampling import PoissonBatch
 
@@ -52,6 +52,7 @@ class ZerothOrder(PrivateGradient):
 
     @torch.no_grad()
     def _fill(self, batch: PoissonBatch) -> None:
+        sensitivity = self._sensitivity()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         reference = parameters[0]
         draw = self.plan.key.normal(sum(p.numel() for p in parameters), "direction", self.step).to(reference.device)
@@ -70,17 +71,17 @@ class ZerothOrder(PrivateGradient):
             slope = ((sides[0] - sides[1]) / (2 * self.smoothing)).to(dtype)
             norm = slope.abs()
             valid = mask & norm.isfinite()
-            weights = torch.where(valid, self.clip.weight(norm), 0.0) if self.clip is not None else mask.to(dtype)
+            weights = mask.to(dtype) if self.clip is None else clip_weights(self.clip, norm, valid, sensitivity)
             total += (weights * slope.masked_fill(~valid, 0.0)).sum()
             if isinstance(self.clip, Adaptive):
-                raw.unclipped += self.clip.count(norm, mask)
+                raw.unclipped += unclipped_count(self.clip, norm, mask)
             if self.diagnostics:
                 losses = (sides[0] + sides[1]) / 2
                 raw.add(losses[valid], weights[valid] < 1 - 1e-6, int(mask.sum()))
         if self.diagnostics:
-            self.statistics = raw.summary({"slope": total}, self._std)
+            self.statistics = raw.summary({"slope": total}, self._std(sensitivity))
         self.step_info = self._constants()
-        add_noise(total, self._std, self.plan.batch_size, self.plan.key, self.step)
+        self._release(total, sensitivity)
         self._observe(raw)
         for p in parameters:
             p.grad = z[p] * total[0].to(p.dtype)
