@@ -51,6 +51,12 @@ class AdamSTP(torch.optim.Adam):
         check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.eps_scale, self.eps_root = eps_scale, eps_root
+        _await_scaled_gradients(self)
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Take one step; raises ValueError where gradients were not scaled before the clip."""
+        _check_scaled(self)
+        return super().step(closure)
 
     def pre_clip_scale(self, parameter: Tensor) -> Tensor | None:
         """s, of the parameter's shape; None before its first step."""
@@ -72,12 +78,33 @@ class MicroAdamSTP(MicroAdam):
         check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
         super().__init__(params, **options)
         self.eps_scale, self.eps_root = eps_scale, eps_root
+        _await_scaled_gradients(self)
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Take one step; raises ValueError where gradients were not scaled before the clip."""
+        _check_scaled(self)
+        return super().step(closure)
 
     def pre_clip_scale(self, parameter: Tensor) -> Tensor | None:
         """s, of the parameter's shape; None before its first step."""
         if not self.state.get(parameter, {}).get("step"):
             return None
         return scale_of(self.second_moment(parameter), self.eps_scale, self.eps_root).view(parameter.shape)
+
+
+def _await_scaled_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Give the groups an option that `PrivateGradient.update_param_groups` sets once it knows the scale."""
+    for group in optimizer.param_groups:
+        group.setdefault("pre_clip_scaled", None)
+
+
+def _check_scaled(optimizer: torch.optim.Optimizer) -> None:
+    if any(group.get("pre_clip_scaled") is not True for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} steps on gradients that were not scaled before the clip: pass "
+            "pre_clip_scale=optimizer.pre_clip_scale to PrivateGradient, and call "
+            "private.update_param_groups(optimizer) after private.backward(batch)"
+        )
 
 
 def scale_of(v: Tensor, eps_scale: float, eps_root: float) -> Tensor:

@@ -102,10 +102,8 @@ class PrivacyPlan:
             noise_multiplier: σ.
             accountant: `pld` (tightest), `rdp` or `prv`.
             count_noise: σ_b of the count that an adaptive clip rule releases, batch_size/20, say.
-            seed: makes sampling, augmentation and noise reproducible, and known to whoever knows the seed. Plans that
-                differ draw differently, but two trainings under equal plans and seeds share their noise, and the
-                difference of their gradients is not protected: a seed for every training. Without one, draws are keyed
-                by the operating system, and the plan serves one training.
+            seed: makes all draws reproducible, and known to whoever knows the seed. Two trainings under equal plans and
+                seeds share their noise: take a seed per training. Without one the plan serves one training.
             allow_large_delta: accept a δ of 1/N or more.
 
         Returns:

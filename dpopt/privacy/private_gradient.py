@@ -18,6 +18,7 @@ and what they need to know of the step flows right, as `step_info`, all of it pu
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ class PrivateGradient:
     Attributes:
         step_info: of the last step, for optimizers and schedules: `noise_std`, the standard deviation of the noise in
             each coordinate of `p.grad` (absent where it is not the same for all), `clip_norm`, and `clip_rate`, the
-            privatised fraction of clipped examples, under a clip rule that counts them.
+            privatised fraction of clipped examples, under a clip rule that counts them; and `pre_clip_scaled`, whether
+            gradients were scaled before the clip.
 
     Raises:
         TypeError: for a clip that is no clip rule.
@@ -106,8 +108,11 @@ class PrivateGradient:
         """The standard deviation of the noise in every coordinate of `p.grad`: σ·S/(qN)."""
         return self._std(self._sensitivity()) / self.plan.batch_size
 
-    def _constants(self) -> dict[str, float]:
-        return {} if self.pre_clip_scale is not None or self.query_points is not None else {"noise_std": self.noise_std}
+    def _constants(self) -> dict[str, Any]:
+        known: dict[str, Any] = {"pre_clip_scaled": self.pre_clip_scale is not None}
+        if self.pre_clip_scale is None and self.query_points is None:
+            known["noise_std"] = self.noise_std
+        return known
 
     def _std(self, sensitivity: float) -> float:
         return self.plan.gradient_noise_multiplier * sensitivity

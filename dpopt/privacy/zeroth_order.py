@@ -47,7 +47,7 @@ class ZerothOrder(PrivateGradient):
             )
         self.smoothing = smoothing
 
-    def _constants(self) -> dict[str, float]:
+    def _constants(self) -> dict[str, Any]:
         return {}  # the noise lies along z
 
     @torch.no_grad()

@@ -33,7 +33,11 @@ def make(name, parameters, **options):
     """The optimizer of a YAML file, with some of its options changed."""
     node = configure(f"optimizer={name}", "model=linear").optimizer
     assert set(options) <= set(node) | {"noise_std"}
-    return build("optimizer", {**node, **options})(parameters)
+    optimizer = build("optimizer", {**node, **options})(parameters)
+    for group in optimizer.param_groups:  # gradients that nobody has noised or scaled
+        known = {"noise_std": 0.0, "pre_clip_scaled": True}
+        group.update({key: value for key, value in known.items() if key in group and group[key] is None})
+    return optimizer
 
 
 # Transcriptions: (θ, gradients g_1 … g_T, noise of each step) → θ_T
@@ -171,11 +175,12 @@ def test_what_differs_by_noise_or_scale_only_is_adam_without():
     trajectories = []
     for optimizer in (
         partial(torch.optim.Adam, lr=0.01, eps=0.0),
-        partial(dpopt.optim.AdamBC, lr=0.01, floor=1e-30),
+        partial(dpopt.optim.AdamBC, lr=0.01, floor=1e-30, noise_std=0.0),
         partial(dpopt.optim.AdamSTP, lr=0.01, eps=0.0),
     ):
         p = nn.Parameter(torch.linspace(-1, 1, 40, dtype=torch.float64))
         made = optimizer([p])
+        made.param_groups[0].update(pre_clip_scaled=True)
         for t in range(20):
             p.grad = torch.sin(p.detach() * (t + 1)) + 0.1
             made.step()

@@ -72,7 +72,7 @@ def scale_that_is_not_undone(patch):
 
 
 def noise_that_is_not_scaled(patch):
-    patch.setattr(PrivateGradient, "_std", property(lambda self: 0.1))
+    patch.setattr(PrivateGradient, "_std", lambda self, sensitivity: 0.1)
 
 
 def test_scaling():
@@ -122,6 +122,9 @@ def test_scale_then_privatise_by_hand():
     assert optimizer.pre_clip_scale(model.theta) is None
     private.backward(batch_of(plan, x, torch.zeros(1)))
     assert model.theta.grad.tolist() == pytest.approx([0.6, 0.8])
+    with pytest.raises(ValueError, match="not scaled before the clip"):
+        optimizer.step()
+    private.update_param_groups(optimizer)
     optimizer.step()
     assert optimizer.pre_clip_scale(model.theta).tolist() == pytest.approx([2.5, 2.0])
     private.backward(batch_of(plan, x, torch.zeros(1), 1))
@@ -143,6 +146,7 @@ def test_scale_then_privatise_equals_its_equations(kind):
     theta, m, v, s, e, rows = model.theta(), np.zeros(4), np.zeros(4), np.ones(4), np.zeros(4), []
     for t in range(1, 21):
         private.backward(batch_of(plan, x, torch.zeros(6), t - 1))
+        private.update_param_groups(optimizer)
         optimizer.step()
         g = clipped_sum((theta - x.numpy()) * s, 0.7) / s / 6
         if kind == "adam":

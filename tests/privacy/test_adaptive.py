@@ -18,7 +18,7 @@ from dpopt.privacy.private_gradient import PrivateGradient
 
 def check_the_count_is_paid_for():
     """From what is released: noise of gradients over C, and of the count over ½, cost together what the plan says."""
-    plan = PrivacyPlan(2.0, 6400, 32, 600, 1e-3, "rdp", count_noise=1.6, key=make_plan().key)
+    plan = PrivacyPlan(2.0, 6400, 32, 600, 1e-4, "rdp", count_noise=1.6, key=make_plan().key)
     gradients = released_noise(plan, Adaptive(0.5, lr=1e-9))
     moves, clip = [], Adaptive(1.0)
     clip.observe = lambda count, batch_size: moves.append(count)

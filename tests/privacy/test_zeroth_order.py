@@ -43,7 +43,7 @@ def check_zeroth_order_noise():
 
 
 def slope_noise_over_the_smoothing(patch):
-    patch.setattr(ZerothOrder, "_std", property(lambda self: self.plan.noise_multiplier * self.smoothing))
+    patch.setattr(ZerothOrder, "_std", lambda self, sensitivity: self.plan.noise_multiplier * self.smoothing)
 
 
 def test_zeroth_order_noise(monkeypatch):

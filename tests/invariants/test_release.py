@@ -1,0 +1,144 @@
+"""What is released gives away no more than the noise allows: attacks on its floating-point form are at chance.
+
+For each check there are mutants, small wrong versions of the library, under which the attack succeeds.
+"""
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_caught
+
+from dpopt import rng
+from dpopt.privacy import noise
+from dpopt.privacy.noise import add_count_noise, add_noise
+from dpopt.rng import RandomKey
+
+TRIALS = 1000
+
+
+def advantage(detected: dict[bool, list[bool]]) -> float:
+    """Power less false alarms."""
+    return float(np.mean(detected[True]) - np.mean(detected[False]))
+
+
+def is_float32(values: np.ndarray) -> np.ndarray:
+    """Whether values lie within a fiftieth of the spacing of a float32."""
+    nearest = values.astype(np.float32)
+    return np.abs(values - nearest) <= 0.02 * np.spacing(np.abs(nearest)).astype(np.float64)
+
+
+def check_a_float64_sum_stays_hidden(size=16, std=5.0):
+    """The residual of the right guess is what the noise can be, of a wrong one it is not."""
+    found = {}
+    for present in (True, False):
+        total = torch.full((size,), present / 3 / size**0.5, dtype=torch.float64)
+        released = [add_noise(total.clone(), std, 256.0, RandomKey.from_os(), 0).numpy() * 256 for _ in range(TRIALS)]
+        found[present] = [not is_float32(r / std).all() for r in released]
+    assert advantage(found) <= 0.02
+
+
+def reachable(released: np.ndarray, std: float) -> np.ndarray:
+    """Whether some float32 z near released/std gives exactly this float32."""
+    near = (released / std).astype(np.float32)
+    reached = np.zeros(len(released), dtype=bool)
+    for direction in (-np.inf, np.inf):
+        z = near.copy()
+        for _ in range(3):
+            reached |= (np.float32(std) * z).astype(np.float32) == released.astype(np.float32)
+            z = np.nextafter(z, np.float32(direction))
+    return reached
+
+
+def check_a_float32_sum_stays_hidden(size=4000, std=5.0):
+    found = {}
+    for present in (True, False):
+        total = torch.full((size,), present / 3, dtype=torch.float32)
+        released = [add_noise(total.clone(), std, 256.0, RandomKey.from_os(), 0).numpy() * 256 for _ in range(TRIALS)]
+        found[present] = [bool((~reachable(r, std)).any()) for r in released]
+    assert advantage(found) <= 0.02
+
+
+def check_the_count_stays_hidden(std=12.7):
+    """(released − k/2)/σ_b is a float32 for the right k only, if the noise is one."""
+    right = 0
+    for trial in range(TRIALS):
+        count = (trial % 40) / 2
+        released = add_count_noise(count, std, RandomKey.from_os(), 0)
+        guesses = np.arange(-200, 201) / 2
+        z = (released - guesses) / std
+        fitting = guesses[np.abs(z - z.astype(np.float32)) < 1e-14]
+        right += len(fitting) == 1 and fitting[0] == count
+    assert right / TRIALS <= 0.02
+
+
+def check_noise_ignores_the_default_dtype():
+    """Every tensor of the mechanism states its dtype."""
+    before = torch.get_default_dtype()
+    try:
+        for default in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(default)
+            draws = RandomKey.from_seed(0).normal(200_000, "noise", 0)
+            assert draws.dtype == torch.float32 and len(draws.unique()) > 190_000
+            released = add_noise(torch.zeros(200_000, dtype=torch.float32), 1.0, 1.0, RandomKey.from_seed(0), 0)
+            assert released.dtype == torch.float32 and len(released.unique()) > 20_000
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_radii_have_more_than_32_bits():
+    """The smallest words give 7.5 standard deviations; 32 bits would end at 6.7."""
+
+    class Zeros:
+        def read_into(self, start, out, size):
+            out[:size] = bytes(size)
+
+    assert float(rng._Float32Pairs(Zeros()).draws(0, 0, rng.CHUNK).abs().max()) > 7.5
+    assert float(rng._Float64Pairs(Zeros()).draws(0, 0, rng.CHUNK).abs().max()) > 8.6
+
+
+def float32_noise(patch, real=RandomKey.gaussians, normal=RandomKey.normal):
+    def draw(self, count, *labels, start=0, dtype=torch.float32):
+        return (piece.to(dtype) for piece in real(self, count, *labels, start=start))
+
+    patch.setattr(RandomKey, "gaussians", draw)
+    patch.setattr(RandomKey, "normal", lambda self, count, *labels, **_: normal(self, count, *labels).double())
+    unrounded(patch)
+
+
+def unrounded(patch):
+    """As released by earlier versions: no grid."""
+    patch.setattr(noise, "release_grid", lambda std: 2.0**-60)
+    patch.setattr(torch.Tensor, "round_", lambda self: self)
+    patch.setattr(noise, "round", lambda value: value, raising=False)
+
+
+def noise_in_the_default_dtype(patch, real=torch.empty):
+    def empty(*size, dtype=None, **options):
+        return real(*size, dtype=None if dtype == torch.float32 else dtype, **options)
+
+    patch.setattr(torch, "empty", empty)
+
+
+def radii_of_32_bits(patch):
+    patch.setattr(rng._Float32Pairs, "radius_bits", 33)
+    patch.setattr(rng._Float64Pairs, "radius_bits", 33)
+
+
+MUTANTS = {
+    check_a_float64_sum_stays_hidden: [float32_noise],
+    check_a_float32_sum_stays_hidden: [unrounded],
+    check_the_count_stays_hidden: [float32_noise],
+    check_noise_ignores_the_default_dtype: [noise_in_the_default_dtype],
+    check_radii_have_more_than_32_bits: [radii_of_32_bits],
+}
+PAIRS = [(check, mutant) for check, mutants in MUTANTS.items() for mutant in mutants]
+
+
+@pytest.mark.parametrize("check", MUTANTS, ids=lambda f: f.__name__)
+def test_invariant(check):
+    check()
+
+
+@pytest.mark.parametrize("check, mutant", PAIRS, ids=lambda f: f.__name__)
+def test_mutant_is_caught(check, mutant, monkeypatch):
+    assert_caught(check, mutant, monkeypatch)
