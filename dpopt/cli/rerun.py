@@ -66,8 +66,9 @@ def _compare(directory: Path, output: Path | None) -> tuple[bool, str]:
         after = run(config)
         same = _same_weights(directory, locate(config))
     agrees, text = verdict(before, after, same, len(load_test_set(config, make_task(config))))
-    commits = {short_commit(result["git_commit"]) for result in (before, after)}
-    return agrees, f"{directory}: {text} (commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))})"
+    commits = sorted({short_commit(result["git_commit"]) for result in (before, after) if result["git_commit"]})
+    told = f" (commit{'s' * (len(commits) > 1)} {', '.join(commits)})" if commits else ""  # none outside a checkout
+    return agrees, f"{directory}: {text}{told}"
 
 
 def _same_weights(one: Path, two: Path) -> bool:
