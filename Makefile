@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+DPOPT := $(VENV)/bin/dpopt
 READY := $(VENV)/.ready
 
 help:  ## show this list
@@ -16,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## train DP-MicroAdam on digits at ε = 8 and show the result
-	$(PY) run.py experiment=quickstart
+	$(DPOPT) train experiment=quickstart
 
 test: $(READY)  ## run the tests, a process per core (no network, no GPU needed)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4
@@ -51,7 +52,7 @@ plan-%: $(READY)  ## what a table would cost on this machine: runs, time, memory
 	$(TABLES) $* --plan
 
 rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
-	$(PY) scripts/rerun.py $(RUN)
+	$(DPOPT) rerun $(RUN)
 
 .PHONY: help setup demo test lint bench tables rerun
 .DEFAULT_GOAL := help

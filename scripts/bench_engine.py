@@ -29,8 +29,7 @@ from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.clipping import Flat
-from dpopt.training.build import keep_freed_memory
-from dpopt.training.cost import peak_memory_bytes, reset_peak_memory
+from dpopt.training.cost import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 
 PLAIN = "not private"
 VARIANTS = {

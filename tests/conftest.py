@@ -1,5 +1,6 @@
-"""Shared fixtures: a command-line runner, and where CIFAR-10 lies."""
+"""Shared fixtures: the command line in this process and in one of its own, and where CIFAR-10 lies."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,18 +11,46 @@ import pytest
 import torch
 from helpers import ROOT
 
+from dpopt.cli import main
+
 os.environ.setdefault("WANDB_MODE", "offline")
 if not torch.cuda.is_available():  # read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
+def command(tmp_path, monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Call `dpopt VERB ARGUMENTS` in this process, in tmp_path and with its runs below it."""
+
+    def call(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        where = _below(tmp_path, arguments) if verb in ("train", "estimate") else []
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["run.py"])
+        handlers, level = logging.root.handlers[:], logging.root.level  # Hydra sets its own
+        capsys.readouterr()
+        try:
+            code = main([verb, *arguments, *where])
+        except SystemExit as error:  # Hydra's and argparse's
+            code = error.code or 0
+        finally:
+            logging.root.handlers[:], logging.root.level = handlers, level
+        seen = capsys.readouterr()
+        return subprocess.CompletedProcess([verb, *arguments], code, seen.out, seen.err)
+
+    return call
+
+
+def _below(folder: Path, arguments: tuple[str, ...]) -> list[str]:
+    given = any(word.startswith("output_dir=") or word == "-sc" for word in arguments)
+    return [] if given else [f"output_dir={folder}/runs"]
+
+
+@pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python run.py ARGUMENTS` with its runs below tmp_path; returns the completed process."""
+    """Run `python run.py ARGUMENTS` in a process of its own, where the process is the point."""
 
     def run(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-        where = [] if any(a.startswith("output_dir=") for a in arguments) else [f"output_dir={tmp_path}/runs"]
-        command = [sys.executable, str(ROOT / "run.py"), *arguments, *where]
+        command = [sys.executable, str(ROOT / "run.py"), *arguments, *_below(tmp_path, arguments)]
         env = {**os.environ, **environment}
         return subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, timeout=timeout, env=env, stdin=subprocess.DEVNULL

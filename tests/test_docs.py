@@ -23,31 +23,34 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def follow(cli, command: str, tmp_path):
-    arguments = shlex.split(command.replace("\\\n", " "))
+def follow(command, text: str):
+    arguments = shlex.split(text.replace("\\\n", " "))
     assert arguments[:2] == ["python", "run.py"]
-    done = cli(*arguments[2:], PYTHONPATH=str(tmp_path))
+    done = command("train", *arguments[2:])
     assert done.returncode == 0, done.stderr
     return done
 
 
-def test_own_data(cli, tmp_path):
+def test_own_data(command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     library, module = blocks("docs/own_data.md", "python")
     scope = {"dpopt": dpopt, "inputs": torch.randn(500, 3), "targets": torch.zeros(500)}
     exec(library.replace("...", "assert len(list(batch)) >= 1"), scope)
     assert scope["plan"].dataset_size == 500
     (tmp_path / "my_data.py").write_text(module)
-    follow(cli, blocks("docs/own_data.md", "bash")[0], tmp_path)
+    follow(command, blocks("docs/own_data.md", "bash")[0])
     assert list(tmp_path.glob("runs/blobs-cnn-*/result.json"))
 
 
-def test_own_model(cli, tmp_path):
+def test_own_model(command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_model.py").write_text(blocks("docs/own_model.md", "python")[0])
-    follow(cli, blocks("docs/own_model.md", "bash")[0], tmp_path)
+    follow(command, blocks("docs/own_model.md", "bash")[0])
     assert list(tmp_path.glob("runs/digits-digit_mlp-*/result.json"))
 
 
-def test_add_an_optimizer(cli, tmp_path):
+def test_add_an_optimizer(command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     page = "docs/add_an_optimizer.md"
     assert len((ROOT / page).read_text().splitlines()) <= 40
     folder = tmp_path / "conf" / "optimizer"
@@ -56,8 +59,7 @@ def test_add_an_optimizer(cli, tmp_path):
         (folder / f"{name}.yaml").write_text(text)
     (tmp_path / "lion.py").write_text(blocks(page, "python")[0])
     names = "optimizer=dp_rmsprop,dp_lion"
-    command = ("--config-dir", str(tmp_path / "conf"), "-m", "experiment=quickstart", names, "steps=40")
-    done = cli(*command, PYTHONPATH=str(tmp_path))
+    done = command("train", "--config-dir", str(tmp_path / "conf"), "-m", "experiment=quickstart", names, "steps=40")
     assert done.returncode == 0, done.stderr
     for name in ("rmsprop", "lion"):
         result = next(tmp_path.glob(f"runs/digits-cnn-{name}-*/result.json"))

@@ -1,1 +1,64 @@
-"""The `dpopt` command: a verb per file."""
+"""The `dpopt` command: a verb per file.
+
+dpopt train experiment=quickstart
+dpopt --help
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+VERBS = {
+    "train": ("dpopt.cli.train:train", "train a run or a sweep: dpopt train experiment=quickstart"),
+    "estimate": ("dpopt.cli.train:estimate", "print the plan, memory and time of a run or a sweep; train nothing"),
+    "evaluate": ("dpopt.cli.evaluate:evaluate", "evaluate a finished run on its test set: dpopt evaluate runs/NAME"),
+    "rerun": ("dpopt.cli.rerun:rerun", "train a finished run again and compare the results: dpopt rerun runs/NAME"),
+    "table": ("dpopt.cli.table:table", "run a table of experiments/ and write its page, CSV and figures"),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the verb that stands first; return the exit code."""
+    words = sys.argv[1:] if words is None else words
+    first, *rest = words or ["--help"]
+    if first in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if first == "--version":
+        print(f"dpopt {import_module('dpopt').__version__}")
+        return 0
+    if first in ("-sc", "--shell-completion"):
+        from dpopt.cli.completion import complete
+
+        return complete(words, VERBS)
+    if first not in VERBS:
+        print(_unknown(words), file=sys.stderr)
+        return 2
+    module, _, name = VERBS[first][0].partition(":")
+    run: Callable[[Sequence[str]], int] = getattr(import_module(module), name)
+    return run(rest)
+
+
+def overview() -> str:
+    """List the verbs, a line each."""
+    lines = [f"  {verb:9} {meaning}" for verb, (_, meaning) in VERBS.items()]
+    return "\n".join(
+        [
+            "dpopt trains neural networks under differential privacy.",
+            "",
+            "usage: dpopt VERB ...    (dpopt VERB --help says more)",
+            "",
+            *lines,
+            "",
+            'TAB completion in bash: eval "$(dpopt -sc install=bash)"',
+        ]
+    )
+
+
+def _unknown(words: Sequence[str]) -> str:
+    """Name the verb that was meant."""
+    if "=" in words[0] or words[0] in ("-m", "--multirun", "--cfg", "--config-dir", "-cd"):
+        return f"{words[0]} is not a verb of dpopt: did you mean `dpopt train {' '.join(words)}`?"
+    (nearest,) = difflib.get_close_matches(words[0], VERBS, 1, 0)
+    return f"{words[0]} is not a verb of dpopt: did you mean {nearest}? (dpopt --help lists the verbs)"

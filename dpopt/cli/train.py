@@ -1,9 +1,11 @@
 """Train one network, or a sweep, under differential privacy.
 
-python run.py experiment=quickstart                      a minute on a laptop
-python run.py optimizer=dp_microadam epsilon=8           CIFAR-10, WRN-16-4
-python run.py optimizer=dp_microadam dry_run=true        the plan only
-python run.py -m experiment=quickstart epsilon=1,3,8     a sweep
+dpopt train experiment=quickstart                      a minute on a laptop
+dpopt train optimizer=dp_microadam epsilon=8           CIFAR-10, WRN-16-4
+dpopt estimate optimizer=dp_microadam                  the plan only
+dpopt train -m experiment=quickstart epsilon=1,3,8     a sweep
+
+In a checkout `python run.py ...` is `dpopt train ...`.
 """
 
 import sys
@@ -16,8 +18,10 @@ from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dpopt.cli.arguments import complete_typed_line, flags_first, own_folders, parse
 from dpopt.config.overrides import check_overrides, from_hydra
 from dpopt.config.schema import CONF
+from dpopt.runs.sweep import report_sweeps
 
 
 class UserError(CompactHydraException, ValueError):
@@ -45,13 +49,30 @@ def _job(cfg: DictConfig) -> dict[str, Any]:
         raise
 
 
-def train(words: Sequence[str]) -> None:
-    """Train what Hydra's overrides say; exit with a sentence where they cannot be followed."""
-    sys.argv[1:] = words
+def train(words: Sequence[str]) -> int:
+    """Train what Hydra's overrides say; return the exit code.
+
+    Hydra itself exits where a run fails, with the error in one sentence.
+    """
     try:
-        check_overrides(words)
+        arguments = parse(words)
+        if arguments.shell_completion:
+            words = complete_typed_line(words)
+        else:
+            check_overrides(arguments.overrides, own_folders(arguments))
+            words = flags_first(words, arguments.overrides)
+        sys.argv[1:] = words
         _job()
     except ValueError as error:  # an unknown key; Hydra's own message is misleading
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # after the current run has written its result
-        sys.exit(130)
+        return 130
+    finally:
+        report_sweeps()  # also of a sweep that Hydra ended with an error
+    return 0
+
+
+def estimate(words: Sequence[str]) -> int:
+    """Print the plan of a run or a sweep, and train nothing."""
+    return train([*words, "dry_run=true"])

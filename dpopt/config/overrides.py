@@ -3,8 +3,10 @@
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -30,16 +32,26 @@ def by_epsilon(epsilon: float | None, values: Mapping[Any, Any], private: bool =
     return values[min(known, key=lambda other: abs(math.log(other / float(epsilon))))]
 
 
+def program() -> str:
+    """Return how this process trains: `dpopt train`, or `python run.py` in a checkout."""
+    return "dpopt train" if Path(sys.argv[0]).stem == "dpopt" else "python run.py"
+
+
 OmegaConf.register_new_resolver("by_epsilon", by_epsilon, replace=True)
+OmegaConf.register_new_resolver("program", program, replace=True)
 
 
-def check_overrides(words: Sequence[str]) -> None:
+def check_overrides(words: Sequence[str], own: Sequence[Path] = ()) -> None:
     """Check the keys of overrides such as `epsilon=8` before Hydra reads them.
+
+    Args:
+        words: the overrides; flags among them are skipped.
+        own: folders of configuration besides conf/, whose groups are known, too.
 
     Raises:
         ValueError: for one that is neither a key of the root nor a group, with what may have been meant.
     """
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    groups = [path.name for folder in (CONF, *own) for path in folder.iterdir() if path.is_dir()]
     known = {f.name for f in fields(Config)} | set(groups) | {"hydra"}
     for word in words:
         key, equals, _ = word.partition("=")
@@ -51,7 +63,7 @@ def check_overrides(words: Sequence[str]) -> None:
         ]
         meant = [f"{group}.{root}" for group in inside] or difflib.get_close_matches(root, known, 1)
         hint = f": did you mean {' or '.join(meant)}?" if meant else ""
-        raise ValueError(f"{root} is no key{hint} (python run.py --help lists all of them)")
+        raise ValueError(f"{root} is no key{hint} ({program()} --help lists all of them)")
 
 
 def from_hydra(cfg: DictConfig) -> Config:

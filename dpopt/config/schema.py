@@ -11,7 +11,9 @@ from typing import Any, Optional
 from dpopt.privacy.accounting import ACCOUNTANTS, check_budget
 
 COMPONENTS = ("dataset", "model", "optimizer", "clipping", "estimator", "filter", "schedule", "logger")
-CONF = Path(__file__).resolve().parents[2] / "conf"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# A wheel holds conf/ inside the package; in a checkout dpopt/conf is a link to it, which an archive may have lost.
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 _RENAMED = {"engine": {"gram": "ghost"}}  # values of earlier versions, still accepted
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp64"),

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dpopt.config.overrides import program
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
@@ -60,7 +61,7 @@ def plan_panel(
     if guess.seconds is not None and guess.seconds > _HOUR and device == "cpu":
         console().print(
             "[yellow]This plan takes more than an hour on this machine. For a first look: "
-            "python run.py experiment=quickstart[/yellow]"
+            f"{program()} experiment=quickstart[/yellow]"
         )
 
 

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dpopt import files
+from dpopt.config.schema import Config
 from dpopt.rng import RandomKey
 
 RESULT, CHECKPOINT, METRICS, CONFIG = "result.json", "checkpoint.pt", "metrics.csv", "config.yaml"
@@ -24,6 +27,18 @@ def finished(directory: Path) -> dict[str, Any] | None:
     path = directory / RESULT
     result = files.read_json(path) if path.exists() else {}
     return result if result.get("status") == "finished" else None
+
+
+def read_config(directory: Path) -> Config:
+    """Read the configuration that a run has recorded.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    path = directory / CONFIG
+    if not path.exists():
+        raise ValueError(f"{directory} holds no {CONFIG}: name the directory of a run")
+    return Config(**yaml.safe_load(path.read_text()))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 This module imports no torch: Hydra imports it before anything else.
 """
 
-import atexit
 import sys
 from typing import Any
 
@@ -21,6 +20,7 @@ class Summary(Callback):
 
     def __init__(self) -> None:
         self.jobs: list[tuple[list[str], dict[str, Any]]] = []
+        self.dry_run = False
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
         """Remember what a job returned; an error is shown at once, since Hydra shows one of them, at the end."""
@@ -33,16 +33,26 @@ class Summary(Callback):
                 print(f"failed: {' '.join(words)}: {error}", file=sys.stderr)
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
-        """See to it that the end is told, also of a sweep that Hydra ends with an error."""
-        atexit.register(self.report, bool(config.get("dry_run")))
+        """Leave the sweep to `report_sweeps`, because Hydra calls nothing at the end of one that fails."""
+        self.dry_run = bool(config.get("dry_run"))
+        _SWEEPS.append(self)
 
-    def report(self, dry_run: bool) -> None:
+    def report(self) -> None:
         """Print the sum of the plans, or the results."""
-        if dry_run:
+        if self.dry_run:
             failed = sum(result.get("status") == "failed" for _, result in self.jobs)
             print(f"sweep: {cost([r for _, r in self.jobs if r.get('status') != 'failed'], failed)}")
         elif len(self.jobs) > 1:
             print(side_by_side(self.jobs))
+
+
+_SWEEPS: list[Summary] = []  # begun and not reported
+
+
+def report_sweeps() -> None:
+    """Print the summary of every sweep that has ended."""
+    while _SWEEPS:
+        _SWEEPS.pop().report()
 
 
 def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:

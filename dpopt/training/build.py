@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from dpopt.config.components import accepted, build
@@ -25,7 +24,7 @@ from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
-from dpopt.runs.directory import CONFIG, WEIGHTS
+from dpopt.runs.directory import WEIGHTS, read_config
 from dpopt.tasks.classification import Classification
 from dpopt.training.cost import fit_micro_batch
 
@@ -112,10 +111,9 @@ def build_components(config: Config) -> Components:
         ValueError: for a configuration that cannot be trained as asked.
     """
     device = make_device(config.device)
-    spec: DataSpec = build("dataset", config.dataset)()
-    task = Classification(spec)
+    task = make_task(config)
     clip = build("clipping", config.clipping)() if config.private else None
-    plan = make_plan(config, spec, clip)
+    plan = make_plan(config, task.spec, clip)
     model = build_model(config, task, offline=config.dry_run).to(device)
     check_model(model, private=config.private)
     task.check(model)
@@ -131,6 +129,11 @@ def build_components(config: Config) -> Components:
     components.micro_batch = _prepare_engine(components)
     components.private_gradient(plan).update_param_groups(optimizer)  # or refused, before there is a run directory
     return components
+
+
+def make_task(config: Config) -> Classification:
+    """Make the task of a configuration; reads no data."""
+    return Classification(build("dataset", config.dataset)())
 
 
 def _prepare_engine(components: Components) -> int:
@@ -177,6 +180,13 @@ def load_data(components: Components) -> Data:
     return Data(train.subset(order[held:].sort().values), test, train.subset(order[:held].sort().values))
 
 
+def load_test_set(config: Config, task: Classification) -> Source:
+    """Load the test set on the CPU."""
+    device = torch.device("cpu")
+    _, test = task.spec.load(Path(config.data_dir).expanduser(), device, config.workers)
+    return as_source(test, device, config.workers)
+
+
 def load(run_dir: str | Path) -> nn.Module:
     """Load the trained model of a run directory (the weight average, where one was kept), on the CPU, in eval mode.
 
@@ -188,8 +198,8 @@ def load(run_dir: str | Path) -> nn.Module:
     directory = Path(run_dir)
     if not (directory / WEIGHTS).exists():
         raise ValueError(f"{directory} holds no {WEIGHTS}: run the experiment to its end first")
-    config = Config(**yaml.safe_load((directory / CONFIG).read_text()))
-    model = build_model(config, Classification(build("dataset", config.dataset)()), offline=True)
+    config = read_config(directory)
+    model = build_model(config, make_task(config), offline=True)
     model.load_state_dict(load_file(directory / WEIGHTS))
     return model.eval()
 

@@ -7,18 +7,16 @@ import sys
 import pytest
 from helpers import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-import rerun
-
+from dpopt.cli.rerun import verdict
 from dpopt.runs import directory as run_files
 
 
-def test_a_table_survives_an_interruption_and_a_failing_cell(tmp_path):
+def test_a_table_survives_an_interruption_and_a_failing_cell(command, tmp_path):
     """Two cells, then more: the finished ones keep their files; one that cannot run is named with its error."""
-    words = [sys.executable, "run.py", "experiment=table_digits_psasc_flat", "size=smoke", f"output_dir={tmp_path}"]
+    words = ["train", "experiment=table_digits_psasc_flat", "size=smoke", f"output_dir={tmp_path}"]
 
     def sweep(*more):
-        return subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True)
+        return command(*words, *more)
 
     assert sweep("seed=0").returncode == 0
     first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
@@ -31,26 +29,25 @@ def test_a_table_survives_an_interruption_and_a_failing_cell(tmp_path):
     assert reasons and all("momentum is not an argument" in reason for reason in reasons)
 
 
-def test_a_rerun_agrees_and_says_when_it_does_not(tmp_path):
-    words = ["experiment=quickstart", "steps=3", "eval_every=3", "optimizer=dp_sgd", f"output_dir={tmp_path}"]
-    subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, check=True, capture_output=True)
+def test_a_rerun_agrees_and_says_when_it_does_not(command, tmp_path):
+    words = ["train", "experiment=quickstart", "steps=3", "eval_every=3", "optimizer=dp_sgd", f"output_dir={tmp_path}"]
+    assert command(*words).returncode == 0
     (directory,) = [path.parent for path in tmp_path.glob("*/result.json")]
-    command = [sys.executable, "scripts/rerun.py", str(directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = command("rerun", str(directory))
     assert done.returncode == 0 and "agrees bit by bit" in done.stdout, done.stdout + done.stderr
     result = json.loads((directory / run_files.RESULT).read_text())
     far = result | {"test_accuracy": min(1.0, result["test_accuracy"] + 0.5)}
-    assert rerun.verdict(far, result, False, 360)[0] is False
-    assert "accounting has changed" in rerun.verdict(result, result | {"epsilon": 9.0}, False, 360)[1]
-    onto = subprocess.run([*command, "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert verdict(far, result, False, 360)[0] is False
+    assert "accounting has changed" in verdict(result, result | {"epsilon": 9.0}, False, 360)[1]
+    onto = command("rerun", str(directory), "--output", str(tmp_path))
     assert onto.returncode == 1 and "holds this run, finished" in onto.stderr
-    other = rerun.verdict(result, result | {"run": "another", "test_loss": 0.0}, False, 360)
+    other = verdict(result, result | {"run": "another", "test_loss": 0.0}, False, 360)
     assert other[0] and other[1].endswith(" now (the noise is another one: it is keyed by the name)")
-    missing = subprocess.run([*command[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    missing = command("rerun", str(tmp_path))
     assert missing.returncode == 1 and "no finished run" in missing.stderr
 
 
-def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeypatch):
+def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(command, tmp_path, monkeypatch):
     import torch
     from hydra import compose, initialize_config_dir
 
@@ -76,8 +73,7 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(tmp_path, monkeyp
         "b=22   failed: no such thing",
         "b=3     25.00%   ε = 8        3 s",
     ]
-    words = ["-m", "experiment=quickstart", "seed=0,1", "dry_run=true", f"output_dir={tmp_path}"]
-    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
+    done = command("estimate", "-m", "experiment=quickstart", "seed=0,1")
     assert "sweep: 2 runs, 0 of them finished · about" in done.stdout, done.stdout + done.stderr
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,8 +1,7 @@
-"""The command line end to end: refusals, results, resume after kill -9, sweeps."""
+"""Training from the command line: refusals, results, resume after kill -9, sweeps."""
 
 import csv
 import json
-import os
 import random
 import shutil
 import signal
@@ -54,8 +53,8 @@ def rows(run: Path) -> list[dict[str, str]]:
     ],
     ids=str,
 )
-def test_bad_input_is_one_sentence(cli, tmp_path, arguments, words):
-    done = cli(*SHORT, *arguments)
+def test_bad_input_is_one_sentence(command, tmp_path, arguments, words):
+    done = command("train", *SHORT, *arguments)
     assert done.returncode == 1
     assert words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
@@ -99,14 +98,20 @@ def test_bad_input_is_refused_before_a_directory_is_made(tmp_path, arguments, wo
     assert not (tmp_path / "runs").exists()
 
 
-def test_output_below_a_file(cli, tmp_path):
+def test_an_exit_code_and_a_sentence_from_a_process(cli, tmp_path):
+    done = cli(*SHORT, "epsilon=-1")
+    assert done.returncode == 1 and "epsilon=-1.0 must be" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_below_a_file(command, tmp_path):
     (tmp_path / "file").write_text("")
-    done = cli(*SHORT, f"output_dir={tmp_path}/file/runs")
+    done = command("train", *SHORT, f"output_dir={tmp_path}/file/runs")
     assert done.returncode != 0 and "is a file: choose another" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_result_and_files(cli, tmp_path):
-    done = cli(*SHORT, "diagnostics=true", "holdout=0.1", "time_limit=1000")
+def test_result_and_files(command, tmp_path):
+    done = command("train", *SHORT, "diagnostics=true", "holdout=0.1", "time_limit=1000")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") < 30 and "result" in done.stdout and "step 6/6" in done.stdout
     run = only_run(tmp_path)
@@ -129,13 +134,15 @@ def test_result_and_files(cli, tmp_path):
 
     model = dpopt.load(run)
     assert not model.training and sum(p.numel() for p in model.parameters()) == 21_578
-    evaluate = [sys.executable, str(ROOT / "scripts/evaluate.py"), str(run)]
-    seen = subprocess.run(evaluate, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    seen = command("evaluate", str(run))
     assert f"accuracy {result['test_accuracy']:.4%}" in seen.stdout, seen.stderr
+    assert command("evaluate", str(run), "nowhere").stdout == seen.stdout  # digits need no folder
+    missing = command("evaluate", str(tmp_path))
+    assert missing.returncode == 1 and "holds no model.safetensors" in missing.stderr
 
 
-def test_nothing_private_is_recorded_by_default(cli, tmp_path):
-    assert cli(*SHORT, "holdout=0.1").returncode == 0
+def test_nothing_private_is_recorded_by_default(command, tmp_path):
+    assert command("train", *SHORT, "holdout=0.1").returncode == 0
     run = only_run(tmp_path)
     assert set(rows(run)[0]) == {
         *("step", "test/accuracy", "test/loss", "privacy/epsilon", "memory/optimizer_state_bytes"),
@@ -146,9 +153,9 @@ def test_nothing_private_is_recorded_by_default(cli, tmp_path):
     assert "diagnostics" not in (run / "privacy_card.md").read_text()
 
 
-def test_controls(cli, tmp_path):
+def test_controls(command, tmp_path):
     for control in (["privacy=none", "epsilon=null"], ["epsilon=inf"], ["privacy=eps1"]):
-        done = cli(*SHORT, *control)
+        done = command("train", *SHORT, *control)
         assert done.returncode == 0, done.stderr
     cards = {p.parent.name.split("-")[3]: p.read_text() for p in (tmp_path / "runs").glob("*/privacy_card.md")}
     results = {
@@ -162,9 +169,9 @@ def test_controls(cli, tmp_path):
     assert results["eps1"]["epsilon"] <= 1 and results["epsinf"]["epsilon"] == float("inf")
 
 
-def test_dry_run_touches_nothing(cli, tmp_path):
+def test_dry_run_touches_nothing(command, tmp_path):
     arguments = ("optimizer=dp_microadam", "epsilon=8", "dry_run=true", "data_dir=nowhere", "steps=1100")
-    done = cli(*arguments, "accountant=rdp", "holdout=0.1", "batch_size=4096")
+    done = command("train", *arguments, "accountant=rdp", "holdout=0.1", "batch_size=4096")
     assert done.returncode == 0, done.stderr
     assert "cifar10" in done.stdout and "2,753,818" in done.stdout and "quickstart" in done.stdout
     sigma = float(done.stdout.split("σ = ")[1].split(",")[0])
@@ -172,27 +179,27 @@ def test_dry_run_touches_nothing(cli, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_run_is_not_repeated(cli, tmp_path):
-    assert cli(*SHORT).returncode == 0
+def test_a_finished_run_is_not_repeated(command, tmp_path):
+    assert command("train", *SHORT).returncode == 0
     run = only_run(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in run.iterdir() if p.name != ".lock"}
-    again = cli(*SHORT, "device=cpu", "micro_batch=9")
+    again = command("train", *SHORT, "device=cpu", "micro_batch=9")
     assert again.returncode == 0 and "finished:" in again.stdout and "step" not in again.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
     weights = (run / "model.safetensors").read_bytes()
-    assert cli(*SHORT, "fresh=true").returncode == 0
+    assert command("train", *SHORT, "fresh=true").returncode == 0
     assert (run / "result.json").stat().st_mtime_ns > before[run / "result.json"]
     assert (run / "model.safetensors").read_bytes() == weights  # the same seed: the same run
 
 
-def test_a_failing_job_stops_no_other(cli, tmp_path):
-    done = cli("-m", *SHORT, "optimizer.lr=abc,0.01", "seed=0,1")
+def test_a_failing_job_stops_no_other(command, tmp_path):
+    done = command("train", "-m", *SHORT, "optimizer.lr=abc,0.01", "seed=0,1")
     assert done.returncode != 0 and "optimizer.lr=abc" in done.stderr and "Traceback" not in done.stderr
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2
 
 
-def test_ablation_makes_distinct_runs(cli, tmp_path):
-    done = cli("-m", *SHORT, "steps=1", "optimizer.density=.001,.01,.05", "optimizer.window=5,10")
+def test_ablation_makes_distinct_runs(command, tmp_path):
+    done = command("train", "-m", *SHORT, "steps=1", "optimizer.density=.001,.01,.05", "optimizer.window=5,10")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs").glob("*/result.json"))) == 6
 
@@ -226,16 +233,16 @@ def killed(tmp_path):
     ],
     ids=str,
 )
-def test_kill_and_resume_is_bit_exact(cli, killed, tmp_path, options):
+def test_kill_and_resume_is_bit_exact(command, killed, tmp_path, options):
     arguments = (*SHORT, "steps=32", "eval_every=1", "checkpoint_every=4", *options)
     run = killed(*arguments)
     if options == ("secure_rng=true",):  # the reference must replay the same secret key
         assert (run / "secret.key").stat().st_mode & 0o777 == 0o600
         (tmp_path / "other" / run.name).mkdir(parents=True)
         shutil.copy(run / "secret.key", tmp_path / "other" / run.name / "secret.key")
-    resumed = cli(*arguments)
+    resumed = command("train", *arguments)
     assert resumed.returncode == 0, resumed.stderr
-    reference = cli(*arguments, f"output_dir={tmp_path}/other")
+    reference = command("train", *arguments, f"output_dir={tmp_path}/other")
     assert reference.returncode == 0, reference.stderr
     other = tmp_path / "other" / run.name
     assert (run / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
@@ -254,23 +261,23 @@ def test_a_warm_up_arrives(tmp_path):
     assert rates[:4] == pytest.approx([0.01, 0.34, 0.67, 1.0])
 
 
-def test_resume_with_another_micro_batch(cli, tmp_path):
+def test_resume_with_another_micro_batch(command, tmp_path):
     arguments = (*SHORT, "precision=fp64", "optimizer=dp_adam", "steps=8")
-    stopped = cli(*arguments, "time_limit=0", "micro_batch=16")
+    stopped = command("train", *arguments, "time_limit=0", "micro_batch=16")
     assert stopped.returncode == 0 and "the same command continues" in stopped.stdout, stopped.stderr
     run = only_run(tmp_path)
     first = json.loads((run / "result.json").read_text())
     assert first["status"] == "time_limit" and 0 < first["steps"] < 8 and 0 < first["epsilon"] < 1
-    assert cli(*arguments, "micro_batch=64").returncode == 0
+    assert command("train", *arguments, "micro_batch=64").returncode == 0
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "finished" and result["wall_seconds"] > first["wall_seconds"]
-    assert cli(*arguments, "micro_batch=256", f"output_dir={tmp_path}/other").returncode == 0
+    assert command("train", *arguments, "micro_batch=256", f"output_dir={tmp_path}/other").returncode == 0
     models = [dpopt.load(p / run.name) for p in (tmp_path / "runs", tmp_path / "other")]
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_interrupt_writes_a_result_and_continues(cli, tmp_path):
+def test_interrupt_writes_a_result_and_continues(command, tmp_path):
     arguments = [*SHORT, "steps=2000", "checkpoint_every=1000", f"output_dir={tmp_path}/runs"]
     process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -282,40 +289,40 @@ def test_interrupt_writes_a_result_and_continues(cli, tmp_path):
     assert process.returncode == 130
     result = json.loads((only_run(tmp_path) / "result.json").read_text())
     assert result["status"] == "interrupted" and 4 <= result["steps"] < 2000 and result["epsilon"] < 1
-    more = cli(*arguments, "time_limit=0")
+    more = command("train", *arguments, "time_limit=0")
     assert json.loads((only_run(tmp_path) / "result.json").read_text())["steps"] == result["steps"] + 1, more.stderr
 
 
-def test_two_at_once(cli, tmp_path):
+def test_two_at_once(command, tmp_path):
     arguments = [*SHORT, "steps=2000", f"output_dir={tmp_path}/runs"]
     process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(b"step 2/"):
             break
-    second = cli(*arguments)
+    second = command("train", *arguments)
     process.kill()
     process.communicate()
     assert second.returncode == 1 and "another process is training" in second.stderr
     assert "Traceback" not in second.stderr
 
 
-def test_damaged_and_foreign_checkpoints_are_refused(cli, tmp_path):
-    assert cli(*SHORT, "time_limit=0").returncode == 0
+def test_damaged_and_foreign_checkpoints_are_refused(command, tmp_path):
+    assert command("train", *SHORT, "time_limit=0").returncode == 0
     run = only_run(tmp_path)
     path = run / "checkpoint.pt"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    damaged = cli(*SHORT)
+    damaged = command("train", *SHORT)
     assert damaged.returncode != 0 and "checkpoint.pt is damaged" in damaged.stderr and "fresh=true" in damaged.stderr
     assert path.read_bytes() == whole[: len(whole) // 2] and "Traceback" not in damaged.stderr
     path.write_bytes(whole)
     state = torch.load(path, weights_only=True)
     state["facts"]["data_set"] = "another"
     torch.save(state, path)
-    foreign = cli(*SHORT)
+    foreign = command("train", *SHORT)
     assert foreign.returncode != 0 and "another data set" in foreign.stderr and "Traceback" not in foreign.stderr
-    assert cli(*SHORT, "fresh=true").returncode == 0
+    assert command("train", *SHORT, "fresh=true").returncode == 0
 
 
 @pytest.mark.cifar10
