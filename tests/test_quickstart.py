@@ -13,7 +13,7 @@ def results(tmp_path):
 
 
 def test_the_quickstart_learns_and_noise_matters(command, tmp_path):
-    done = command("train", "-m", "experiment=quickstart", "epsilon=8,0.1", "eval_every=150")
+    done = command("train", "-m", "experiment=quickstart", "epsilon=8,0.1", "eval_every=150", "randomness=research")
     assert done.returncode == 0, done.stderr
     accuracy = {r["config"]["epsilon"]: r["test_accuracy"] for r in results(tmp_path)}
     assert accuracy[8.0] >= 0.94 and accuracy[0.1] < 0.5
@@ -25,7 +25,7 @@ def test_every_component_trains(command, tmp_path, group):
     names = list((ROOT / "conf" / group).glob("*.yaml"))
     needs = ["clipping=adaptive"] if group == "schedule" else ["optimizer=dp_sgd"] if group != "optimizer" else []
     short = ("steps=4", "eval_every=2", "epsilon=1")
-    done = command("train", "-m", "experiment=quickstart", f"{group}=glob(*)", *needs, *short)
+    done = command("train", "-m", "experiment=quickstart", f"{group}=glob(*)", "randomness=research", *needs, *short)
     assert done.returncode == 0, done.stderr
     assert len(results(tmp_path)) == len(names) >= 2
     assert all(r["status"] == "finished" and r["epsilon"] <= 1 for r in results(tmp_path))

@@ -21,7 +21,9 @@ from dpopt.training.run import run
 
 @pytest.fixture
 def config(tmp_path) -> Config:
-    short = dict(steps=3, batch_size=64, eval_every=3, epsilon=1.0, output_dir=str(tmp_path / "runs"))
+    short = dict(
+        randomness="research", steps=3, batch_size=64, eval_every=3, epsilon=1.0, output_dir=str(tmp_path / "runs")
+    )
     return replace(configure("experiment=quickstart"), **short)
 
 
@@ -68,7 +70,7 @@ def test_the_secret_key(tmp_path):
 
 
 def test_the_secret_key_goes_nowhere(config, monkeypatch):
-    config = replace(config, secure_rng=True)
+    config = replace(config, randomness="secret")
     keys = []
     real = run_files.secret_key
     monkeypatch.setattr(run_files, "secret_key", lambda directory: keys.append(real(directory)) or keys[-1])
@@ -91,7 +93,7 @@ def test_runs_of_a_sweep_share_no_noise(config, monkeypatch):
     fingerprint = TensorSource.fingerprint  # another data set under the same configuration
     monkeypatch.setattr(TensorSource, "fingerprint", lambda self: fingerprint(self) + "'")
     run(replace(config, fresh=True))
-    secret = replace(config, secure_rng=True)
+    secret = replace(config, randomness="secret")
     monkeypatch.setattr(run_files, "erase_key", lambda directory: None)  # the same secret, and two data sets
     run(secret)
     monkeypatch.setattr(TensorSource, "fingerprint", fingerprint)
@@ -180,7 +182,7 @@ def test_config_files_are_complete(config):
     run(config)
     import yaml
 
-    stored = Config(**yaml.safe_load((locate(config) / "config.yaml").read_text()))
+    stored = Config.from_stored(yaml.safe_load((locate(config) / "config.yaml").read_text()))
     assert asdict(stored) == asdict(config)
 
 

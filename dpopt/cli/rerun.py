@@ -5,7 +5,7 @@ dpopt rerun runs/NAME
 The second run has the same seed, so the same samples and noise: on the same machine and code it is the first one again,
 bit by bit. Elsewhere rounding differs, and training multiplies the difference: then the figures agree when they differ
 by no more than three standard errors of an accuracy on the test set, √(2p(1 − p)/n). A run from before a key was added
-to the configuration has another name today, and its noise, which is keyed by the name, is another.
+to the configuration, or of another noise version, draws other noise today: then its figures can agree, its bits cannot.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def _compare(directory: Path, output: Path | None) -> tuple[bool, str]:
     """
     from dpopt.config.schema import Config
     from dpopt.runs.directory import finished
-    from dpopt.runs.identity import locate
+    from dpopt.runs.identity import is_secret, locate
     from dpopt.runs.provenance import short_commit
     from dpopt.training.build import load_test_set, make_task
     from dpopt.training.run import run
@@ -51,11 +51,14 @@ def _compare(directory: Path, output: Path | None) -> tuple[bool, str]:
     before = finished(directory)
     if before is None:
         raise ValueError(f"{directory} holds no finished run: name a directory with a result.json")
-    if before["config"]["secure_rng"]:
-        raise ValueError("a run with secure_rng=true cannot be repeated: its key was erased when it ended")
+    if is_secret(Config.from_stored(before["config"])):
+        raise ValueError(
+            "a run with secret randomness cannot be repeated, because its key was erased when it ended: train it with "
+            "randomness=research to compare results"
+        )
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
-            Config(**before["config"]),
+            Config.from_stored(before["config"]),
             output_dir=str(output or folder),
             logger={"_target_": "dpopt.tracking.CsvOnly"},
             time_limit=None,
@@ -91,7 +94,10 @@ def verdict(before: dict[str, Any], after: dict[str, Any], same_weights: bool, t
     error = math.sqrt(2 * max(one * (1 - one), 1 / test_size) / test_size)
     text = f"accuracy was {one:.2%} and is {two:.2%} now"
     bar = f"three standard errors ({100 * error:.2f} points each) of {test_size:,} tests"
+    why = "" if before["run"] == after["run"] else " (the draws are others: they are keyed by the configuration)"
+    versions = [result.get("noise_version", 1) for result in (before, after)]
+    if versions[0] != versions[1]:
+        why = f" (the draws are others: noise version {versions[0]} then, {versions[1]} now)"
     if abs(one - two) <= 3 * error:
-        why = "" if before["run"] == after["run"] else " (the noise is another one: it is keyed by the name)"
         return True, f"agrees within {bar}: {text}{why}"
-    return False, f"does not agree: {text}, beyond {bar}"
+    return False, f"does not agree: {text}, beyond {bar}{why}"

@@ -4,6 +4,7 @@ This module imports no torch, so that `--help`, `--cfg job` and TAB completion a
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -18,6 +19,7 @@ _RENAMED = {"engine": {"gram": "ghost"}}  # values of earlier versions, still ac
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp64"),
     "accountant": ACCOUNTANTS,
+    "randomness": ("secret", "research"),
     "engine": ("auto", "store", "recompute", "ghost", "vmap"),
 }
 
@@ -44,7 +46,10 @@ class Config:
     delta: float = 1e-5  # δ; below 1/N to mean anything
     accountant: str = "pld"  # what computes ε: pld (tightest), rdp or prv
     clip_norm: float = 1.0  # C, what every example's gradient is clipped to
-    secure_rng: bool = False  # key sampling, augmentation and noise by the operating system
+    randomness: str = (
+        "secret"  # key of all draws: secret (of the operating system), or research (of the seed: no claim)
+    )
+    allow_large_delta: bool = False  # accept δ ≥ 1/N, which permits publishing an example outright
     # Training. Together with the components and the budget this is what makes a run.
     batch_size: int = 4096  # expected; the realised size is Poisson
     views: int = 1  # K, augmented views per example, whose gradients are averaged before the clip
@@ -68,6 +73,11 @@ class Config:
     memory: Optional[float] = None  # noqa: UP045 (GB for auto; a quarter of the machine's, or half of the GPU's)
     engine: str = "auto"  # per-example gradients: auto, store, recompute, ghost or vmap
     compile: bool = False  # forward, backward and per-example gradients as one compiled graph
+
+    @classmethod
+    def from_stored(cls, values: Mapping[str, Any]) -> "Config":
+        """Read a configuration that an earlier version may have stored."""
+        return cls(**renamed_keys(values))
 
     def __post_init__(self) -> None:
         for name, renamed in _RENAMED.items():
@@ -115,3 +125,11 @@ class Config:
         for name, (good, meaning) in ranges.items():
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)} must be {meaning}")
+
+
+def renamed_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename keys of earlier versions: `secure_rng` said whether randomness is secret."""
+    kept = {key: value for key, value in values.items() if key != "secure_rng"}
+    if "secure_rng" in values:
+        kept["randomness"] = "secret" if values["secure_rng"] else "research"
+    return kept

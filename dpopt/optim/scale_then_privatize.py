@@ -53,7 +53,7 @@ class AdamSTP(torch.optim.Adam):
         self.eps_scale, self.eps_root = eps_scale, eps_root
         _await_scaled_gradients(self)
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Take one step; raises ValueError where gradients were not scaled before the clip."""
         _check_scaled(self)
         return super().step(closure)
@@ -80,7 +80,7 @@ class MicroAdamSTP(MicroAdam):
         self.eps_scale, self.eps_root = eps_scale, eps_root
         _await_scaled_gradients(self)
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Take one step; raises ValueError where gradients were not scaled before the clip."""
         _check_scaled(self)
         return super().step(closure)

@@ -119,25 +119,27 @@ class PrivacyPlan:
             _check("epochs", epochs, 0 < epochs < math.inf, "a positive number")
             steps = max(1, round(epochs * dataset_size / batch_size)) if batch_size > 0 else 1
         # Built first with what is known, so that a bad value is reported before any time goes into calibration.
-        length = 1 if steps is None else steps
-        record = (dataset_size, batch_size, length, delta, accountant, count_noise)
+        record = (dataset_size, batch_size, 1 if steps is None else steps, delta, accountant, count_noise)
         plan = cls(noise_multiplier or 0.0, *record, allow_large_delta=allow_large_delta)
-        if epsilon is not None and math.isfinite(epsilon):
-            plan._check_delta()
-        if noise_multiplier is None:
-            assert epsilon is not None
-            if math.isfinite(epsilon):
-                sigma = accounting.calibrate_noise(epsilon, plan.sample_rate, plan.steps, delta, accountant)
-                plan = replace(plan, noise_multiplier=sigma)
-        elif steps is None:
-            assert epsilon is not None
-            if noise_multiplier == 0 or math.isinf(epsilon):
-                raise ValueError("with no noise, or an infinite epsilon, the number of steps must be given: set steps")
-            fitting = accounting.calibrate_steps(epsilon, noise_multiplier, plan.sample_rate, delta, accountant)
-            plan = replace(plan, steps=fitting)
+        if epsilon is not None:
+            plan = plan._calibrated(epsilon, noise_multiplier, steps)
         if seed is not None:
             plan = replace(plan, key=RandomKey.from_seed(seed, str(plan.to_dict())))
         return plan
+
+    def _calibrated(self, epsilon: float, noise_multiplier: float | None, steps: int | None) -> "PrivacyPlan":
+        """Derive σ or T, whichever is None, for a target ε."""
+        if math.isfinite(epsilon):
+            self._check_delta()
+        if noise_multiplier is None and math.isfinite(epsilon):
+            budget = (epsilon, self.sample_rate, self.steps, self.delta, self.accountant)
+            return replace(self, noise_multiplier=accounting.calibrate_noise(*budget))
+        if steps is None:
+            if not noise_multiplier or math.isinf(epsilon):
+                raise ValueError("with no noise, or an infinite epsilon, the number of steps must be given: set steps")
+            mechanism = (noise_multiplier, self.sample_rate, self.delta, self.accountant)
+            return replace(self, steps=accounting.calibrate_steps(epsilon, *mechanism))
+        return self
 
     @property
     def sample_rate(self) -> float:

@@ -14,10 +14,11 @@ from dpopt.config.overrides import program
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.clipping import ClipRule
+from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.runs.description import RunDescription
 from dpopt.runs.provenance import short_commit
-from dpopt.runs.result import HOLDOUT, Estimate
+from dpopt.runs.result import HOLDOUT, REPRODUCIBLE, Estimate
 from dpopt.runs.sweep import duration, size
 
 _HOUR = 3600
@@ -109,7 +110,7 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
         (
             "privacy",
             f"ε = {result['epsilon']:.4g} at δ = {result['delta']:g} ({result['accountant']}), "
-            f"{result['epsilon_rdp']:.4g} by rdp"
+            f"{result['epsilon_rdp']:.4g} by rdp" + (f"; {REPRODUCIBLE}" if REPRODUCIBLE in result["guarantee"] else "")
             if private
             else "none: ε = ∞",
         ),
@@ -139,6 +140,10 @@ def already_finished(result: dict[str, Any], directory: str, commit: str | None)
         soft_wrap=True,
         highlight=False,
     )
+    if (version := result.get("noise_version", 1)) != NOISE_VERSION:
+        console().print(
+            f"[yellow]  noise version {version}: the code draws and releases noise as version {NOISE_VERSION} now[/yellow]"
+        )
     if commit and result.get("git_commit") and commit != result["git_commit"]:
         console().print(f"[yellow]  the code is at {short_commit(commit)} now: this result may be out of date[/yellow]")
 
@@ -221,7 +226,7 @@ def _privacy(about: RunDescription, plan: PrivacyPlan, clip: ClipRule | None) ->
         return "none: no clipping, no noise"
     if plan.noise_multiplier == 0:
         return f"none: clipping to {clip.sensitivity:g} without noise, ε = ∞"
-    secret = "secret randomness" if about.secure_rng else f"research randomness (seed {about.seed})"
+    secret = "secret randomness" if about.secret else REPRODUCIBLE
     against = plan.delta * plan.dataset_size
     weak = "" if against < 1 else " (not below 1/N: a guarantee in name only)"
     return f"ε = {plan.epsilon:.4g}, δ = {plan.delta:g} = {against:.2g}/N{weak}, {secret}"

@@ -26,7 +26,7 @@ class RunDescription:
         precision: `fp32`, `bf16` or `fp64`.
         compiled: whether gradients are compiled.
         seed: of the configuration.
-        secure_rng: whether randomness is secret.
+        secret: whether draws are keyed by the operating system.
         dry_run: whether only the plan is printed.
     """
 
@@ -48,5 +48,5 @@ class RunDescription:
     precision: str
     compiled: bool
     seed: int
-    secure_rng: bool
+    secret: bool
     dry_run: bool

@@ -38,7 +38,7 @@ def read_config(directory: Path) -> Config:
     path = directory / CONFIG
     if not path.exists():
         raise ValueError(f"{directory} holds no {CONFIG}: name the directory of a run")
-    return Config(**yaml.safe_load(path.read_text()))
+    return Config.from_stored(yaml.safe_load(path.read_text()))
 
 
 @contextlib.contextmanager

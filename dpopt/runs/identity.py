@@ -9,7 +9,7 @@ from typing import Any
 
 from dpopt import files
 from dpopt.config.components import call_words, component_defaults, locate_target, safe_name, target_name
-from dpopt.config.schema import COMPONENTS, Config
+from dpopt.config.schema import COMPONENTS, Config, renamed_keys
 from dpopt.runs.description import RunDescription
 from dpopt.runs.directory import RESULT
 
@@ -41,14 +41,20 @@ _ALWAYS = {
         *("T_max", "bounds", "end_factor", "eta_min", "factor", "rate", "start_factor", "target", "total_iters"),
     },
 }
+# What runs did before a key existed, where that is not its default today.
+_BEFORE = {"holdout_by": "position"}
 _STANDARD = ("flat", "privategradient", "constantlr", "none")
 
 
 def identity(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """Reduce a configuration to what can change the result, numbers as floats."""
-    values = asdict(config) if isinstance(config, Config) else config
+    values = asdict(config) if isinstance(config, Config) else renamed_keys(config)
     kept = {key: value for key, value in values.items() if key not in NOT_IDENTITY}
-    kept = _without_new_defaults(kept, _ALWAYS[""], _root_defaults())
+    # The first release named it so. A run without privacy has nothing to keep secret.
+    kept["secure_rng"] = kept.pop("randomness", "secret") == "secret" and bool(kept.get("private", True))
+    if not kept.get("holdout"):
+        kept.pop("holdout_by", None)
+    kept = _without_new_defaults(kept, _ALWAYS[""], _root_defaults() | _BEFORE)
     for group in COMPONENTS:
         if group in kept:
             node = {key: value for key, value in kept[group].items() if (group, key) != ("optimizer", "kernels")}
@@ -95,6 +101,16 @@ def nondefault_components(config: Config) -> list[str]:
     return [name for name in names if name not in _STANDARD]
 
 
+def is_secret(config: Config) -> bool:
+    """Tell whether a run's draws are keyed by the operating system."""
+    return config.private and config.randomness == "secret"
+
+
+def identity_hash(config: Config) -> str:
+    """Hash a run's identity, in full: what its draws are keyed by."""
+    return hashlib.blake2b(json.dumps(identity(config), sort_keys=True).encode(), digest_size=32).hexdigest()
+
+
 def describe(config: Config) -> RunDescription:
     """Name a run's components and settings for panel and card."""
     schedule = call_words(config.schedule)
@@ -117,15 +133,15 @@ def describe(config: Config) -> RunDescription:
         precision=config.precision,
         compiled=config.compile,
         seed=config.seed,
-        secure_rng=config.secure_rng,
+        secret=is_secret(config),
         dry_run=config.dry_run,
     )
 
 
 def content_key(config: Config | dict[str, Any]) -> str:
     """Serialize what makes a run; keys that it lacks, at the root or in a component, take today's default."""
-    stored = asdict(config) if isinstance(config, Config) else config
-    values = _root_defaults() | stored
+    stored = asdict(config) if isinstance(config, Config) else renamed_keys(config)
+    values = _root_defaults() | _BEFORE | stored
     for group in COMPONENTS:
         values[group] = component_defaults(values[group]) | values[group]
     return json.dumps(identity(values), sort_keys=True)

@@ -1,20 +1,40 @@
 """The privacy card of a run: what ε means here, and what it does not cover."""
 
 import math
+from collections.abc import Mapping
 
+from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.runs.description import RunDescription
+from dpopt.runs.result import REPRODUCIBLE
 
 _UNACCOUNTED = """\
 - the choice of hyper-parameters: every other run on the same data spends privacy of its own;
 - any use of the test set: ε protects training examples, and metrics on the test set are exact;
-- side channels: running time, memory, and the floating-point representation of the noise (it is not discretised)."""
+- side channels: running time (`time/…`, two digits of which are recorded), memory, and the rounding of sums in
+  floating point (the noise itself is released on a grid that hides its own)."""
+
+
+def guarantee(about: RunDescription, plan: PrivacyPlan, steps: int) -> str:
+    """State in a sentence what a run may claim after so many steps."""
+    if not about.private:
+        return "none: no clipping, no noise"
+    spent = plan.epsilon_at(steps)
+    if math.isinf(spent):
+        return "none: clipping without noise"
+    claim = f"({spent:.4g}, {plan.delta:g})-differential privacy"
+    return claim if about.secret else f"{REPRODUCIBLE}; against all others {claim}"
 
 
 def privacy_card(
-    about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, steps: int | None, diagnostics: bool
+    about: RunDescription,
+    plan: PrivacyPlan,
+    sensitivity: float | None,
+    steps: int | None,
+    diagnostics: bool,
+    public: Mapping[str, str] | None = None,
 ) -> str:
-    """The card, as Markdown.
+    """Write the card, as Markdown.
 
     Args:
         about: names and settings of the run.
@@ -22,40 +42,31 @@ def privacy_card(
         sensitivity: what the clip rule guarantees; None for a run without clipping.
         steps: steps taken; None while the run goes on.
         diagnostics: whether raw statistics of the training data were recorded at any time of the run.
+        public: what the run takes as public, by name: initial weights, constants of the preprocessing.
     """
     lines = [f"# Privacy card: {about.name}", ""]
     taken = plan.steps if steps is None else steps  # the most that may have been released while it goes on
-    spent = plan.epsilon_at(taken)
     when = f"{taken:,} of {plan.steps:,} planned steps"
     when = f"after {when}" if steps is not None else f"at the most, after {when}: the run is in progress, or was killed"
     if not about.private:
         lines += ["**This run is not private.** No clipping, no noise (`privacy=none`): the non-private control."]
-    elif math.isinf(spent):
+    elif math.isinf(plan.epsilon_at(taken)):
         lines += [
             "**This run is not private.** Gradients were clipped, but no noise was added: ε = ∞.",
             "",
             f"Clip rule: {about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}.",
         ]
     else:
-        against = plan.delta * plan.dataset_size
-        warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
+        if not about.secret:
+            lines += [f"**No claim: {REPRODUCIBLE}** (`randomness=research`). Against all others:", ""]
         lines += [
-            f"**(ε = {spent:.4g}, δ = {plan.delta:g})**-differential privacy for the model and for everything logged "
-            f"outside `private/`, {when}.",
+            f"**(ε = {plan.epsilon_at(taken):.4g}, δ = {plan.delta:g})**-differential privacy for the model and for "
+            f"everything logged outside `private/` and `time/`, {when}.",
             "",
             "| | |",
             "|---|---|",
-            f"| method | {_method(about)} |",
-            "| privacy unit | one training example with its label (all its augmented views together) |",
-            "| neighbouring data sets | one example added or removed |",
-            f"| N | {plan.dataset_size:,}, taken as public |",
-            f"| δ against 1/N | {plan.delta:g} = {against:.2g} · 1/N{warning} |",
-            f"| sampler | Poisson, q = {plan.sample_rate:.6g} (expected batch {plan.batch_size:,}) |",
-            f"| clip rule | {about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)} |",
-            f"| noise multiplier σ | {plan.noise_multiplier:.6g}{_shares(plan)} |",
-            f"| accountant | {plan.accountant}; by pld {plan.epsilon_at(taken, 'pld'):.4g}, "
-            f"by rdp {plan.epsilon_at(taken, 'rdp'):.4g} |",
-            f"| randomness | {_randomness(about)} |",
+            *(f"| {name} | {text} |" for name, text in _rows(about, plan, sensitivity, taken).items()),
+            *(f"| {name} (public) | {text} |" for name, text in (public or {}).items()),
         ]
     lines += ["", "## Not accounted", "", _UNACCOUNTED]
     if about.private and diagnostics:
@@ -67,6 +78,26 @@ def privacy_card(
     elif about.holdout:
         lines += ["- held-out training examples were not trained on; no metric on them was recorded."]
     return "\n".join(lines) + "\n"
+
+
+def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, taken: int) -> dict[str, str]:
+    """What the guarantee rests on, by name."""
+    against = plan.delta * plan.dataset_size
+    warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
+    by_others = f"by pld {plan.epsilon_at(taken, 'pld'):.4g}, by rdp {plan.epsilon_at(taken, 'rdp'):.4g}"
+    return {
+        "method": _method(about),
+        "privacy unit": "one training example with its label (all its augmented views together)",
+        "neighboring datasets": "one example added or removed",
+        "N": f"{plan.dataset_size:,}, taken as public",
+        "δ against 1/N": f"{plan.delta:g} = {against:.2g} · 1/N{warning}",
+        "sampler": f"Poisson, q = {plan.sample_rate:.6g} (expected batch {plan.batch_size:,})",
+        "mechanism": f"Gaussian, released on a grid of about σS/4096 (noise version {NOISE_VERSION})",
+        "clip rule": f"{about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}",
+        "noise multiplier σ": f"{plan.noise_multiplier:.6g}{_shares(plan)}",
+        "accountant": f"{plan.accountant}; {by_others}",
+        "randomness": _randomness(about),
+    }
 
 
 def _method(about: RunDescription) -> str:
@@ -89,9 +120,9 @@ def _shares(plan: PrivacyPlan) -> str:
 
 
 def _randomness(about: RunDescription) -> str:
-    if about.secure_rng:
-        return "secret: 256 bits from the operating system, expanded by AES-256, erased at the end"
+    if about.secret:
+        return "secret: 256 bits from the operating system, expanded by ChaCha20, erased at the end"
     return (
-        f"research randomness: expanded from seed {about.seed}. Whoever knows the seed and this configuration can "
-        "recompute sampling and noise; release a model only from a run with `secure_rng=true`"
+        f"research: expanded from seed {about.seed} by ChaCha20. Whoever knows the seed and this configuration can "
+        "recompute sampling and noise; release a model only from a run with `randomness=secret`"
     )

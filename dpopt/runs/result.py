@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 HOLDOUT = "private/holdout_accuracy"  # in result.json, where there is one
+REPRODUCIBLE = "reproducible noise: no guarantee against those who know the seed"
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Result:
         run: name of the run.
         metrics: of the test set, `test_accuracy` in [0, 1] and `test_loss` in nats; of a hold-out where diagnostics
             were recorded, `private/holdout_accuracy`.
+        guarantee: what the run may claim, in a sentence.
+        noise_version: how randomness was drawn and released (`dpopt.privacy.noise`).
         epsilon: spent, by the plan's accountant.
         epsilon_rdp: spent, by Rényi accounting.
         accountant: of the plan.
@@ -38,6 +41,8 @@ class Result:
     status: str
     run: str
     metrics: dict[str, float]
+    guarantee: str
+    noise_version: int
     epsilon: float
     epsilon_rdp: float
     accountant: str

@@ -231,6 +231,7 @@ def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyP
         dataset_size=size,
         batch_size=config.batch_size,
         accountant=config.accountant,
+        allow_large_delta=config.allow_large_delta,
         count_noise=(clip.count_noise or config.batch_size / 20) if isinstance(clip, Adaptive) else 0.0,
     )
 

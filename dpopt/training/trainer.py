@@ -21,12 +21,13 @@ from dpopt import files
 from dpopt.data.sources import Source
 from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.clipping import Adaptive
+from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.sampling import PoissonBatch, poisson_batches
 from dpopt.rng import RandomKey
 from dpopt.runs import directory as run_files
 from dpopt.runs.console import Progress
-from dpopt.runs.identity import describe, identity
-from dpopt.runs.privacy_card import privacy_card
+from dpopt.runs.identity import describe, identity, identity_hash, is_secret
+from dpopt.runs.privacy_card import guarantee, privacy_card
 from dpopt.runs.provenance import device_name, git_commit, versions
 from dpopt.runs.result import HOLDOUT, Result
 from dpopt.runs.tracking import Metrics, warn
@@ -70,12 +71,12 @@ class Trainer:
             "configuration": identity(self.config),
             "plan": components.plan.to_dict(),
             "data_set": fingerprint,
+            "noise_version": NOISE_VERSION,
         }
         self._restore()
         self.progress["diagnostics"] |= self.config.diagnostics  # once recorded, the card must say so for good
-        secure = self.config.secure_rng
-        secret = run_files.secret_key(directory) if secure else RandomKey.from_seed(self.config.seed)
-        self.plan = replace(components.plan, key=secret.derive(directory.name, fingerprint))
+        secret = run_files.secret_key(directory) if is_secret(self.config) else RandomKey.from_seed(self.config.seed)
+        self.plan = replace(components.plan, key=secret.derive(identity_hash(self.config), fingerprint))
         self.private = components.private_gradient(self.plan, start=self.step)
         self._first_step, self._training_seconds = self.step, 0.0
 
@@ -175,7 +176,8 @@ class Trainer:
         if isinstance(self.components.clip, Adaptive):
             values |= {f"privacy/{name}": self.private.step_info[name] for name in ("clip_norm", "clip_rate")}
         values |= {"memory/optimizer_state_bytes": optimizer_state_bytes(self.optimizer)}
-        values |= {"time/wall_seconds": wall, "time/examples_per_second": self._speed()}
+        # Two digits: a time tells how many examples a step had, and is outside ε.
+        values |= {"time/wall_seconds": _two_digits(wall), "time/examples_per_second": _two_digits(self._speed())}
         metrics.log(self.step, values, {"memory/peak_bytes": peak_memory_bytes(self.device)})
         return values
 
@@ -197,8 +199,9 @@ class Trainer:
             mode = (self.directory / run_files.CHECKPOINT).stat().st_mode  # save_file lets nobody else read
             weights.chmod(mode)
             files.replace_durably(weights, self.directory / run_files.WEIGHTS)
-            run_files.erase_key(self.directory)
         files.write_json(self.directory / run_files.RESULT, result.to_json())
+        if status == "finished":
+            run_files.erase_key(self.directory)  # not before: without a result the run needs it to continue
         return result
 
     def _result(self, status: str, values: dict[str, float]) -> Result:
@@ -210,6 +213,8 @@ class Trainer:
             status=status,
             run=self.directory.name,
             metrics=metrics,
+            guarantee=guarantee(self.about, self.plan, self.step),
+            noise_version=NOISE_VERSION,
             epsilon=self.plan.epsilon_at(self.step),
             epsilon_rdp=self.plan.epsilon_at(self.step, "rdp"),
             accountant=plan.pop("accountant"),
@@ -242,6 +247,10 @@ class Trainer:
         """Expected examples per second of training steps."""
         examples = (self.step - self._first_step) * self.plan.batch_size
         return examples / self._training_seconds if self._training_seconds else 0.0
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")
 
 
 def _weight_average(model: nn.Module, decay: float | None) -> AveragedModel | None:

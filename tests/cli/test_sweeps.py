@@ -31,6 +31,7 @@ def test_a_table_survives_an_interruption_and_a_failing_cell(command, tmp_path):
 
 def test_a_rerun_agrees_and_says_when_it_does_not(command, tmp_path):
     words = ["train", "experiment=quickstart", "steps=3", "eval_every=3", "optimizer=dp_sgd", f"output_dir={tmp_path}"]
+    words += ["randomness=research"]
     assert command(*words).returncode == 0
     (directory,) = [path.parent for path in tmp_path.glob("*/result.json")]
     done = command("rerun", str(directory))

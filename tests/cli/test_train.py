@@ -27,6 +27,7 @@ SHORT = (
     "checkpoint_every=2",
     "ema=0.5",
     "epsilon=1",
+    "randomness=research",
 )
 
 
@@ -228,7 +229,7 @@ def killed(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        *((), ("secure_rng=true",), ("optimizer=dp_sgd", "schedule=cosine")),
+        *((), ("randomness=secret",), ("optimizer=dp_sgd", "schedule=cosine")),
         ("optimizer=dp_adam_ac", "filter=kalman"),
     ],
     ids=str,
@@ -236,7 +237,7 @@ def killed(tmp_path):
 def test_kill_and_resume_is_bit_exact(command, killed, tmp_path, options):
     arguments = (*SHORT, "steps=32", "eval_every=1", "checkpoint_every=4", *options)
     run = killed(*arguments)
-    if options == ("secure_rng=true",):  # the reference must replay the same secret key
+    if options == ("randomness=secret",):  # the reference must replay the same secret key
         assert (run / "secret.key").stat().st_mode & 0o777 == 0o600
         (tmp_path / "other" / run.name).mkdir(parents=True)
         shutil.copy(run / "secret.key", tmp_path / "other" / run.name / "secret.key")

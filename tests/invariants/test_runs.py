@@ -22,7 +22,7 @@ from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
 from dpopt.runs.identity import describe
-from dpopt.runs.privacy_card import privacy_card
+from dpopt.runs.privacy_card import guarantee, privacy_card
 
 REAL_SAMPLE = sampling.sample_indices
 
@@ -130,6 +130,7 @@ def unprobed(patch):
 
 def check_the_card_says_it_all():
     config = Config(clipping={"_target_": "dpopt.clipping.Flat", "clip_norm": 0.5}, epsilon=8.0, steps=20)
+    config = replace(config, randomness="research")
     plan = make_plan(sigma=1.3, delta=1e-3)
     going = privacy_card(describe(config), plan, 0.5, None, True)
     assert f"ε = {plan.epsilon:.4g}" in going and "the run is in progress" in going
@@ -146,7 +147,8 @@ def check_the_card_says_it_all():
         "1.3",
         f"by rdp {compute_epsilon(1.3, 0.25, 7, 1e-3, 'rdp'):.4g}",
         "after 7 of 20",
-        "research randomness",
+        "No claim: reproducible noise",
+        "noise version 2",
         "choice of hyper-parameters",
         "use of the test set",
         "private/",
@@ -155,8 +157,12 @@ def check_the_card_says_it_all():
         assert words in card, words
     above = privacy_card(describe(config), replace(plan, delta=0.5, allow_large_delta=True), 0.5, 20, False)
     assert "not below 1/N" in above and "not below 1/N" not in card
-    config = replace(config, secure_rng=True)
-    assert "operating system" in privacy_card(describe(config), plan, 0.5, 20, False)
+    config = replace(config, randomness="secret")
+    secret = privacy_card(describe(config), plan, 0.5, 20, False, {"initial weights": "random"})
+    assert (
+        "operating system" in secret and "No claim" not in secret and "| initial weights (public) | random |" in secret
+    )
+    assert guarantee(describe(config), plan, 20) == f"({plan.epsilon_at(20):.4g}, 0.001)-differential privacy"
     none = privacy_card(describe(Config(private=False, steps=20)), replace(plan, noise_multiplier=0.0), None, 20, False)
     clipped = privacy_card(describe(config), replace(plan, noise_multiplier=0.0), 0.5, 20, False)
     for text in (none, clipped):
@@ -165,6 +171,10 @@ def check_the_card_says_it_all():
 
 def card_without_the_unaccounted(patch):
     patch.setattr("dpopt.runs.privacy_card._UNACCOUNTED", "")
+
+
+def card_that_claims_reproducible_noise(patch):
+    patch.setattr("dpopt.runs.privacy_card.REPRODUCIBLE", "noise")
 
 
 def card_of_the_planned_epsilon(patch):
@@ -182,7 +192,11 @@ MUTANTS = {
     check_streams_are_keyed: [key_of_the_seed_alone, the_same_noise_at_every_step, unkeyed_noise],
     check_uncovered_parameters_are_refused: [models_unchecked],
     check_parameters_outside_the_loss_are_refused: [unprobed],
-    check_the_card_says_it_all: [card_without_the_unaccounted, card_of_the_planned_epsilon],
+    check_the_card_says_it_all: [
+        card_without_the_unaccounted,
+        card_of_the_planned_epsilon,
+        card_that_claims_reproducible_noise,
+    ],
 }
 PAIRS = [(check, mutant) for check, mutants in MUTANTS.items() for mutant in mutants]
 
