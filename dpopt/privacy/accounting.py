@@ -13,9 +13,11 @@ from typing import Any
 
 ACCOUNTANTS = ("pld", "rdp", "prv")
 _RDP_ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**k for k in range(6, 13)]
-_PLD_GRID = 1e-4  # dp-accounting's discretisation of the privacy loss: three digits of ε
-NOISE_LIMITS = (0.05, 1e4)  # outside, a discretised loss distribution is meaningless or does not fit into memory
+_PLD_GRID = 1e-4  # dp-accounting's discretization of the privacy loss: three digits of ε
+NOISE_LIMITS = (0.05, 1e4)  # outside, a discretized loss distribution is meaningless or does not fit into memory
 _MAX_STEPS = 10**8
+PLD_DELTA = 1e-10  # at and below, rounding in the Fourier transforms moves ε by half a percent, either way
+_PRV_EPSILON = 100  # above, the grid of the discretized losses takes gigabytes
 
 
 @lru_cache(maxsize=64)
@@ -43,7 +45,7 @@ def compute_epsilon(
         accountant: `pld`, `rdp` or `prv`.
 
     Raises:
-        ValueError: for an unknown accountant.
+        ValueError: for an unknown accountant, or one that cannot answer here.
     """
     if accountant not in ACCOUNTANTS:
         raise ValueError(f"unknown accountant {accountant!r}: use one of {', '.join(ACCOUNTANTS)}")
@@ -52,7 +54,16 @@ def compute_epsilon(
     if noise_multiplier == 0:
         return math.inf
     if accountant == "pld":
+        if delta <= PLD_DELTA:
+            raise ValueError(
+                f"accountant=pld is exact for delta above {PLD_DELTA:g} only, not for {delta:g}, where rounding "
+                "decides: set accountant=rdp"
+            )
         return _pld_epsilon(noise_multiplier, sample_rate, steps, delta, _PLD_GRID)
+    if accountant == "prv" and compute_epsilon(noise_multiplier, sample_rate, steps, delta, "rdp") > _PRV_EPSILON:
+        raise ValueError(
+            f"accountant=prv takes gigabytes of memory for an epsilon above {_PRV_EPSILON}: set accountant=pld or rdp"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus warns at the edges of a search, where no answer is read off
         if accountant == "rdp":
@@ -104,6 +115,8 @@ def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float
     Raises:
         ValueError: when no noise multiplier between 0.05 and 10,000 reaches the target.
     """
+
+    compute_epsilon(1.0, sample_rate, 1, delta, accountant)  # or refused: the search below would hide why
 
     def solve(epsilon_of: Callable[[float], float], tolerance: float, guess: float | None = None) -> float:
         def excess(log_noise: float) -> float:

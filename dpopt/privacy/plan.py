@@ -159,6 +159,12 @@ class PrivacyPlan:
             self.noise_multiplier, self.sample_rate, step, self.delta, accountant or self.accountant
         )
 
+    def epsilon_by_others(self, step: int) -> dict[str, float]:
+        """Return the ε by the accountants, PLD and Rényi, that are not the plan's and can answer at its δ."""
+        others = [name for name in ("pld", "rdp") if name != self.accountant]
+        able = [name for name in others if name != "pld" or self.delta > accounting.PLD_DELTA]
+        return {name: self.epsilon_at(step, name) for name in able}
+
     @cached_property
     def epsilon(self) -> float:
         """The ε of the whole plan."""

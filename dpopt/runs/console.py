@@ -69,9 +69,9 @@ def plan_panel(
 def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> list[tuple[str, str]]:
     """Noise and accounting of a run that has noise."""
     mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
-    others = [a for a in ("pld", "rdp") if a != plan.accountant]
-    told = [f"{a} ε = {plan.epsilon_at(plan.steps, a):.4g}" for a in (plan.accountant, *others)]
-    told[0] += " (this one counts)"
+    by = {plan.accountant: plan.epsilon, **plan.epsilon_by_others(plan.steps)}
+    told = [f"{name} ε = {epsilon:.4g}" for name, epsilon in by.items()]
+    told[0] += " (used for the guarantee)"
     count = f", count ± {plan.count_noise:g}" if plan.count_noise else ""
     rule = f"S = {clip.sensitivity:g} ({about.clip} clip)"
     return [
@@ -142,7 +142,7 @@ def already_finished(result: dict[str, Any], directory: str, commit: str | None)
     )
     if (version := result.get("noise_version", 1)) != NOISE_VERSION:
         console().print(
-            f"[yellow]  noise version {version}: the code draws and releases noise as version {NOISE_VERSION} now[/yellow]"
+            f"[yellow]  noise version {version}: the code draws noise by version {NOISE_VERSION} now[/yellow]"
         )
     if commit and result.get("git_commit") and commit != result["git_commit"]:
         console().print(f"[yellow]  the code is at {short_commit(commit)} now: this result may be out of date[/yellow]")

@@ -84,7 +84,8 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
     """What the guarantee rests on, by name."""
     against = plan.delta * plan.dataset_size
     warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
-    by_others = f"by pld {plan.epsilon_at(taken, 'pld'):.4g}, by rdp {plan.epsilon_at(taken, 'rdp'):.4g}"
+    by = {plan.accountant: plan.epsilon_at(taken), **plan.epsilon_by_others(taken)}
+    by_others = ", ".join(f"by {name} {epsilon:.4g}" for name, epsilon in by.items())
     return {
         "method": _method(about),
         "privacy unit": "one training example with its label (all its augmented views together)",
