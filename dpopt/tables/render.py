@@ -1,45 +1,35 @@
-"""Tables of what has been run, from the presets that make their runs and the results on disk; nothing is trained.
+"""Pages of tables: Markdown, LaTeX and CSV from the results on disk; nothing is trained.
 
-    python scripts/make_tables.py cifar10 --scale cpu               # → experiments/results/cifar10_cpu.md, .csv, .tex
-    python scripts/make_tables.py cifar10 --scale cpu --commands    # what makes its missing runs
-    python scripts/make_tables.py cifar10 --scale full --plan       # what its runs would cost on this machine
-
-A cell is mean ± standard deviation over seeds, with the number of seeds where some are missing; what was not run says
-so, and so does what failed. Differences to a table's baseline are paired by seed and come with a 95 % confidence
-interval (Student's t). Published figures stand beside ours with source and protocol; their difference is given only
-where data set, model, N, ε and δ agree.
+A cell is mean ± standard deviation over seeds, with the number of seeds. Missing and failed runs are named. Differences
+to a table's baseline are paired by seed and have a 95% confidence interval (Student's t). A published number has its
+source and protocol, and its difference to ours is given only where dataset, model, N, ε and δ agree.
 """
 
-import argparse
 import csv
 import math
-import shlex
 import statistics
-import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tables
-from tables import COLUMNS, ROOT, SCALES, Job, interval, stem, why_kept
+from scipy.stats import t as student
 
 from dpopt.config.components import build, target_name
 from dpopt.runs import provenance
-from dpopt.runs.identity import content_key
-from dpopt.runs.sweep import cost
+from dpopt.tables import spec
+from dpopt.tables.spec import COLUMNS, Job
 
 RECORDED = ("test_accuracy", "test_loss", "epsilon", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
 Cells = dict[tuple[str, str], list[Job]]
 
 
 def show(measure: str, value: float) -> float:
-    """A figure in the unit in which tables have it: per cent, bytes per parameter, MB, nats."""
+    """Convert a number to the unit of the tables: percent, bytes, MB, nats."""
     return value * 100 if "accuracy" in measure else value / 1e6 if measure == "peak_memory_bytes" else value
 
 
 def unit(measure: str) -> str:
-    """Name and unit of a measure."""
+    """Name a measure and its unit."""
     known = {
         "test_accuracy": "Test accuracy in %",
         "test_loss": "Test loss in nats",
@@ -51,12 +41,12 @@ def unit(measure: str) -> str:
 
 
 def digits(measure: str) -> int:
-    """Decimals."""
+    """Choose the number of decimals."""
     return {"test_loss": 3, "optimizer_state_bytes": 0, "peak_memory_bytes": 0}.get(measure, 1)
 
 
 def cell(jobs: list[Job], measure: str) -> str:
-    """Mean ± sd of the scores, and what is missing."""
+    """Write mean ± standard deviation, and what is missing."""
     if not jobs:
         return ""
     results = [job.result() for job in jobs]
@@ -75,8 +65,16 @@ def cell(jobs: list[Job], measure: str) -> str:
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """Compute the mean and half its 95% confidence interval (NaN below three values)."""
+    mean = statistics.fmean(values)
+    if len(values) < 3:
+        return mean, math.nan
+    return mean, float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
 def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
-    """Mean of the differences of equal seeds, with its 95 % confidence interval."""
+    """Average the differences of equal seeds, with a 95% confidence interval."""
     of_base = {job.config.seed: job.score(measure) for job in base}
     pairs = [(job.score(measure), of_base.get(job.config.seed)) for job in jobs]
     found = [show(measure, one) - show(measure, other) for one, other in pairs if None not in (one, other)]  # type: ignore[arg-type]
@@ -91,14 +89,20 @@ def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
 
 
 def bound(value: float, places: int) -> str:
-    """The end of an interval, with enough decimals to see on which side of 0 it lies."""
+    """Round an interval's end such that its side of 0 stays visible."""
     while value and float(f"{value:.{places}f}") == 0 and places < 4:
         places += 1
     return f"{value:+.{places}f}"
 
 
 def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
-    """Rows, those that are numbers in their order, columns in the order of `COLUMNS`, and the runs of each cell."""
+    """Sort runs into rows, columns and cells.
+
+    Rows that are all numbers are in their order, columns in that of `COLUMNS`.
+
+    Raises:
+        ValueError: when two runs claim one place.
+    """
     rows = list(dict.fromkeys(job.row for job in jobs))
     with suppress(ValueError):
         rows = sorted(rows, key=float)
@@ -112,12 +116,12 @@ def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Write a Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def latex(caption: str, head: list[str], lines: list[list[str]]) -> str:
-    """A LaTeX table, for booktabs."""
+    """Write a LaTeX table for booktabs."""
 
     signs = {"`": "", "_": r"\_", "%": r"\%", "±": r"$\pm$", "−": "$-$", "∞": r"$\infty$"}
     signs |= {"ε": r"$\varepsilon$", "δ": r"$\delta$"}
@@ -135,7 +139,7 @@ def latex(caption: str, head: list[str], lines: list[list[str]]) -> str:
 
 
 def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
-    """Whether data set, model, N, ε and δ of a published figure are those of our runs."""
+    """Check that a published number has our dataset, model, N, ε and δ."""
     config = jobs[0].config
     train_size = build("dataset", config.dataset)().train_size
     ours = {
@@ -148,8 +152,8 @@ def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
     return all(published[key] == value for key, value in ours.items())
 
 
-def beside(published: list[dict[str, Any]], cells: Cells) -> list[list[str]]:
-    """Published figures, ours, and the difference where the setting is the same."""
+def compare_published(published: list[dict[str, Any]], cells: Cells) -> list[list[str]]:
+    """List published numbers, ours, and differences where the setting agrees."""
     lines = []
     for entry in published:
         jobs = cells.get((entry.get("row", ""), entry.get("column", "")), [])
@@ -165,8 +169,8 @@ def beside(published: list[dict[str, Any]], cells: Cells) -> list[list[str]]:
     return lines
 
 
-def flags(cells: Cells) -> list[str]:
-    """What a reader must know of δ."""
+def flag_delta(cells: Cells) -> list[str]:
+    """Flag a δ above 1/N."""
     for jobs in cells.values():
         config = jobs[0].config if jobs else None
         if config and config.private:
@@ -176,55 +180,81 @@ def flags(cells: Cells) -> list[str]:
     return []
 
 
-def page(name: str, scale: str) -> tuple[str, str, list[dict[str, Any]]]:
-    """All tables of experiments/NAME.yaml at a scale: Markdown, LaTeX, and their runs."""
-    about = tables.read(name)
+def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, list[dict[str, Any]]]:
+    """Render all tables of experiments/NAME.yaml: Markdown, LaTeX, and their runs.
+
+    Figures that lie in the page's folder below `output` are embedded.
+    """
+    about = spec.read(name)
     parts, tex, runs = [f"# {about['title']}\n\n{about['setting'].strip()}\n"], [], []
-    done, wanted = tables.finished(about, scale)
-    if note := about.get("scale_notes", {}).get(scale):
-        parts.append(f"Scale: {note.strip()}\n")
+    done, wanted = spec.finished(about, size)
+    if note := about.get("size_notes", {}).get(size):
+        parts.append(f"Size {size}: {note.strip()}\n")
     for entry in about["tables"]:
-        if not tables.rows_at(entry, scale):
+        if not spec.rows_at(entry, size):
             continue
-        rows, columns, cells = arrange(tables.jobs(about, entry, scale))
-        heads = [COLUMNS.get(column, f"{about['column']} = {column}") for column in columns]
+        rows, columns, cells = arrange(spec.jobs(about, entry, size))
+        heads = [COLUMNS.get(column, f"{spec.column_key(about)} = {column}") for column in columns]
         parts.append(f"## {entry['title']}\n")
         for measure in measures(about, entry):
             lines = [[f"`{row}`", *(cell(cells[row, column], measure) for column in columns)] for row in rows]
             parts.append(f"{unit(measure)}.\n\n{markdown(['', *heads], lines)}\n")
             tex.append(latex(f"{about['title']}: {entry['title']}. {unit(measure)}.", ["", *heads], lines))
-            base = entry.get("baseline")
-            if base in rows:
+            if (base := entry.get("baseline")) in rows:
                 compared = [
                     [f"`{row}`", *(difference(cells[row, c], cells[base, c], measure) for c in columns)]
                     for row in rows
                     if row != base
                 ]
-                parts.append(f"Difference to `{base}`, paired by seed, with 95 % intervals.\n")
+                parts.append(f"Difference to `{base}`, paired by seed, with 95% intervals.\n")
                 parts.append(markdown(["", *heads], compared) + "\n")
         if about.get("choose"):
             parts.append(f"{chosen(rows, columns, cells, about['measure'], about['choose'])}\n")
         if entry.get("published"):
             head = ["published", "%", "source: protocol", "ours", "Δ"]
-            parts.append(markdown(head, beside(entry["published"], cells)) + "\n")
-        told = [*flags(cells), entry.get("notes", "")]
-        told += [entry.get("conclusions", {}).get(scale, "")] if done == wanted else []
+            parts.append(markdown(head, compare_published(entry["published"], cells)) + "\n")
+        told = [*flag_delta(cells), entry.get("notes", "")]
+        told += [entry.get("conclusions", {}).get(size, "")] if done == wanted else []
         parts += [f"{text.strip()}\n" for text in told if text]
-        made = [shlex.join(tables.overrides_of(about, entry, row, scale)) for row in tables.rows_at(entry, scale)]
-        parts.append("Runs: " + ", ".join(f"`python run.py {words}`" for words in made) + ".\n")
+        parts += embedded(about, entry, spec.folder(name, size, output))
+        made = [spec.command(spec.words_of(about, entry, row, size)) for row in spec.rows_at(entry, size)]
+        parts.append("Runs: " + ", ".join(f"`{command}`" for command in made) + ".\n")
         runs += [record(about, entry, job) for jobs in cells.values() for job in jobs]
     parts.append(foot(runs) + "\n")
     return "\n".join(parts), "\n".join(tex), runs
 
 
+def embedded(about: dict[str, Any], entry: dict[str, Any], folder: Path) -> list[str]:
+    """Embed the figures of a table that lie in its folder."""
+    found = [figure for figure in about.get("figures", []) if figure.get("table") == entry["title"]]
+    return [f"![{f['title']}]({f['name']}.png)\n" for f in found if (folder / f"{f['name']}.png").exists()]
+
+
+def write(name: str, size: str, output: Path = spec.RESULTS) -> str:
+    """Write table.md, table.tex and table.csv into OUTPUT/NAME/SIZE; returns the page."""
+    text, tex, runs = page(name, size, output)
+    folder = spec.folder(name, size, output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text)
+    (folder / "table.tex").write_text(tex)
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(runs[0]))
+        writer.writeheader()
+        writer.writerows(runs)
+    return text
+
+
 def measures(about: dict[str, Any], entry: dict[str, Any]) -> list[str]:
-    """What a table shows."""
+    """List the measures that a table shows."""
     found: list[str] = entry.get("measures", [about.get("measure", "test_accuracy")])
     return found
 
 
 def record(about: dict[str, Any], entry: dict[str, Any], job: Job) -> dict[str, Any]:
-    """A run as a line of the csv file; a table by which something is chosen shows nothing of the test set."""
+    """Turn a run into a line of the CSV file.
+
+    A table by which something is chosen shows nothing of the test set.
+    """
     title, result = entry["title"], job.result()
     shown = dict.fromkeys(m for part in about["tables"] for m in measures(about, part))
     recorded = [key for key in RECORDED if key not in shown and not (about.get("choose") and key.startswith("test_"))]
@@ -239,7 +269,7 @@ def record(about: dict[str, Any], entry: dict[str, Any], job: Job) -> dict[str, 
 
 
 def foot(runs: list[dict[str, Any]]) -> str:
-    """What has been run, where, with what."""
+    """Sum up what was run, where, and with which versions."""
     once = {run["run"]: run for run in runs}.values()
     done = [run for run in once if run["status"] == "finished"]
     if not done:
@@ -252,29 +282,8 @@ def foot(runs: list[dict[str, Any]]) -> str:
     return f"{made}, on {where}; {versions}; commit {', '.join(commits)}."
 
 
-def plan(name: str, scale: str) -> str:
-    """What the runs of a table would cost here: every row planned once, without data."""
-    from dpopt.training.run import run
-
-    about = tables.read(name)
-    found: dict[str, dict[str, Any]] = {}
-    plans: dict[str, dict[str, Any]] = {}  # what differs by seed and ε alone takes the same time
-    for entry in about["tables"]:
-        for job in tables.jobs(about, entry, scale):
-            config = replace(job.config, seed=0, dry_run=True)
-            if config.epsilon and math.isfinite(config.epsilon):
-                config = replace(config, epsilon=8.0)
-            key = content_key(config)
-            if key not in plans:
-                plans[key] = run(config)
-            found[str(job.directory())] = plans[key] | {"status": job.result()["status"]}
-    expected = about.get("hours", {}).get(scale, {})
-    hours = [f"expected hours on {hardware}: {hours}" for hardware, hours in expected.items()]
-    return " · ".join([f"{name}, scale {scale}: {cost(list(found.values()))}", *hours])
-
-
 def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how: str) -> str:
-    """The row that is best on average over the columns, or the one that is best in each of them."""
+    """Name the row that is best on average, or best in each column."""
 
     def mean(row: str, column: str) -> float:
         scores = [job.score(measure) or 0.0 for job in cells[row, column]]
@@ -289,61 +298,3 @@ def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how:
         return max(rows, key=lambda row: mean(row, column))
 
     return "Best: " + ", ".join(f"{best(column)} at {COLUMNS.get(column, column)}" for column in columns) + "."
-
-
-def main() -> int:
-    """Write the tables that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(tables.names())}; all that the scale has")
-    parser.add_argument("--scale", choices=SCALES, default="cpu")
-    parser.add_argument("--output", type=Path, help="experiments/results, or runs/smoke for scale smoke")
-    parser.add_argument("--commands", action="store_true", help="print the commands of runs that are missing")
-    parser.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
-    parser.add_argument("--plan", action="store_true", help="print what the runs would cost, and stop")
-    arguments = parser.parse_args()
-    try:
-        make(arguments)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-def make(arguments: argparse.Namespace) -> None:
-    """Print or write what is asked for.
-
-    Raises:
-        ValueError: when there is no such table, or not at this scale, or when two of its runs claim one place.
-    """
-    scale = arguments.scale
-    asked = arguments.names or tables.names_at(scale)
-    output = arguments.output or ROOT / ("runs/smoke" if scale == "smoke" else "experiments/results")
-    for name in asked:
-        tables.overlay(tables.read(name), scale)
-    if arguments.commands:
-        for line in dict.fromkeys(line for name in asked for line in tables.commands(name, scale)):
-            print(line)
-        return
-    for name in asked:
-        if arguments.plan:
-            print(plan(name, scale))
-            continue
-        if not tables.read(name)["tables"]:
-            continue  # a figure alone
-        if not arguments.force and (why := why_kept(name, scale, output)):
-            print(f"{why} (--force overwrites)")
-            continue
-        text, tex, runs = page(name, scale)
-        output.mkdir(parents=True, exist_ok=True)
-        path = output / f"{stem(name, scale)}.csv"
-        path.with_suffix(".md").write_text(text)
-        path.with_suffix(".tex").write_text(tex)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(runs[0]))
-            writer.writeheader()
-            writer.writerows(runs)
-        print(text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
