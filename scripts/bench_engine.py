@@ -29,8 +29,7 @@ from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.clipping import Flat
-from dpopt.training.build import keep_freed_memory
-from dpopt.training.cost import peak_memory_bytes, reset_peak_memory
+from dpopt.training.cost import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 
 PLAIN = "not private"
 VARIANTS = {
@@ -277,7 +276,9 @@ def main() -> None:
     parser.add_argument("--total", type=int, help="views in a batch, instead of each model's own number")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("experiments/results"), help="folder of table and figure")
+    parser.add_argument(
+        "--output", type=Path, default=Path("experiments/results/benchmarks"), help="folder of table and figure"
+    )
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
