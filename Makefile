@@ -31,25 +31,27 @@ bench: $(READY)  ## time and memory of optimizers and gradients, side by side (w
 	$(PY) scripts/bench_optim.py
 	$(PY) scripts/bench_engine.py
 
-SCALE ?= cpu
+SIZE ?= cpu
+ifneq ($(and $(SCALE),$(filter tables table-% plan-%,$(MAKECMDGOALS))),)
+$(error SCALE is now SIZE: make $(MAKECMDGOALS) SIZE=$(SCALE))
+endif
 # A process per GPU, or per core where there is none.
 JOBS ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -gt 0 ] && echo $$gpus || nproc)
-TABLES = $(PY) scripts/make_tables.py --scale $(SCALE)
+TABLE = $(PY) -m dpopt.cli.table --size $(SIZE)
 define make-tables
 	@mkdir -p runs
-	-$(TABLES) $(1) --commands | OMP_NUM_THREADS=1 xargs -d '\n' -P $(JOBS) --process-slot-var=DPOPT_JOB -I{} sh -c '{}'
-	$(TABLES) $(1)
-	$(PY) scripts/make_figures.py --scale $(SCALE) $(1)
+	-$(TABLE) $(1) --commands | OMP_NUM_THREADS=1 xargs -d '\n' -P $(JOBS) --process-slot-var=DPOPT_JOB -I{} sh -c '{}'
+	$(TABLE) $(1)
 endef
 
-tables: $(READY)  ## run what is missing of all tables, SCALE=smoke|cpu|full, in JOBS processes, and write them
+tables: $(READY)  ## run what is missing of all tables, SIZE=smoke|cpu|full, in JOBS processes, and write them
 	$(call make-tables,)
 
 table-%: $(READY)  ## the same for one table of experiments/
 	$(call make-tables,$*)
 
-plan-%: $(READY)  ## what a table would cost on this machine: runs, time, memory
-	$(TABLES) $* --plan
+plan-%: $(READY)  ## estimate a table on this machine: runs, time, memory
+	$(TABLE) $* --plan
 
 rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
 	$(DPOPT) rerun $(RUN)

@@ -290,7 +290,9 @@ def main() -> None:
     parser.add_argument("--total", type=int, help="views in a batch, instead of each model's own number")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("experiments/results"), help="folder of table and figure")
+    parser.add_argument(
+        "--output", type=Path, default=Path("experiments/results/benchmarks"), help="folder of table and figure"
+    )
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -256,7 +256,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["wrn_16_4", "resnet50", "deit_base", "300m"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("experiments/results"), help="folder of table and figure")
+    parser.add_argument(
+        "--output", type=Path, default=Path("experiments/results/benchmarks"), help="folder of table and figure"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if (load := os.getloadavg()[0]) > 0.5:

@@ -1,6 +1,7 @@
 """What several tests share: small private problems, oracles of per-sample gradients, how a mutant is caught."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from dpopt.privacy.accounting import compute_epsilon
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.sampling import PoissonBatch
 from dpopt.rng import RandomKey
+from dpopt.runs.directory import RESULT
+from dpopt.runs.identity import locate
+from dpopt.tables import spec
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -242,3 +246,17 @@ def bowl(plan, clip, steps, after=lambda private: None, **seams):
 def clipped_sum(gradients, c):
     """Σ g·min(1, c/‖g‖) in NumPy."""
     return sum(g * min(1.0, c / np.linalg.norm(g)) for g in gradients)
+
+
+def fake_jobs(folder, seeds="0,1,2"):
+    """Runs of a table of two rows and two columns, with their directories in a folder."""
+    words = "experiment=quickstart optimizer=dp_sgd,dp_psasc_momentum privacy=eps1,eps8"
+    return spec.expand((*words.split(), f"seed={seeds}", f"output_dir={folder}"))
+
+
+def finish_run(job, **result):
+    """Write the result of a run of a table."""
+    directory = locate(job.config)
+    directory.mkdir(exist_ok=True)
+    result = {"status": "finished", "config": asdict(job.config), **result}
+    (directory / RESULT).write_text(json.dumps(result))

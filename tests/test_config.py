@@ -19,8 +19,7 @@ from dpopt.config.schema import COMPONENTS, Config
 from dpopt.runs.identity import NOT_IDENTITY, identity, nondefault_components, run_name
 
 GROUPS = sorted(p.relative_to(CONF).with_suffix("") for g in COMPONENTS for p in (CONF / g).glob("*.yaml"))
-PRESETS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
-SINGLE = [name for name in PRESETS if not name.startswith(("table_", "tune_"))]  # one run each
+PRESETS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))  # one run each
 
 
 def test_there_is_something_to_test():
@@ -77,7 +76,7 @@ def test_every_preset_opens_with_its_command(name):
     check_components(configure(f"experiment={name}"))
 
 
-@pytest.mark.parametrize("name", ["", *SINGLE])
+@pytest.mark.parametrize("name", ["", *PRESETS])
 def test_budgets_behave_under_every_preset(name):
     preset = [f"experiment={name}"] if name else []
     assert configure(*preset, "privacy=eps3").epsilon == 3
@@ -136,7 +135,7 @@ def test_the_table_of_changes_is_complete():
 
 
 @pytest.mark.parametrize("key", CHANGED)
-@pytest.mark.parametrize("preset", SINGLE)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_what_makes_a_run(key, preset):
     base, changed = configure(f"experiment={preset}"), configure(f"experiment={preset}", *CHANGED[key])
     assert getattr(base, key) != getattr(changed, key)
@@ -208,6 +207,20 @@ def test_keys_that_are_not_there_are_told_before_hydra_sees_them():
     ):
         with pytest.raises(ValueError, match=message):
             check_overrides(["experiment=quickstart", word])
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("+experiment=quickstart", "+experiment= is now experiment=: experiment=quickstart"),
+        ("+scale=cpu", "+scale= is now size=: size=cpu"),
+        ("scale=smoke", "scale= is now size=: size=smoke"),
+        ("+size=cpu", "+size= is now size=: size=cpu"),
+    ],
+)
+def test_words_of_earlier_versions_name_the_new_ones(word, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_overrides(["-m", "optimizer=dp_sgd", word])
 
 
 def test_names_say_what_is_not_standard():

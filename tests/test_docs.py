@@ -111,10 +111,22 @@ def test_layer_rule():
         del rules.RULES[scope["Scale"]]
 
 
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments/results").glob("*.md")]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments/results").rglob("*.md")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("http") or page.parent.joinpath(target).exists(), target
+
+
+def test_every_page_of_results_is_linked():
+    """By README, docs or another page of results."""
+    linked = {
+        (page.parent / target).resolve()
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text())
+        if not target.startswith("http")
+    }
+    results = {*(ROOT / "experiments/results").rglob("*.md"), *(ROOT / "experiments/results").rglob("*.png")}
+    assert results and results <= linked

@@ -49,12 +49,16 @@ def check_overrides(words: Sequence[str], own: Sequence[Path] = ()) -> None:
         own: folders of configuration besides conf/, whose groups are known, too.
 
     Raises:
-        ValueError: for one that is neither a key of the root nor a group, with what may have been meant.
+        ValueError: for one that is neither a key of the root nor a group, with what may have been meant; for words of
+            earlier versions, with today's.
     """
     groups = [path.name for folder in (CONF, *own) for path in folder.iterdir() if path.is_dir()]
     known = {f.name for f in fields(Config)} | set(groups) | {"hydra"}
     for word in words:
-        key, equals, _ = word.partition("=")
+        key, equals, value = word.partition("=")
+        if (old := key.lstrip("+")) == "scale" or (old != key and old in ("experiment", "size")):
+            new = "size" if old == "scale" else old
+            raise ValueError(f"{key}= is now {new}=: {new}={value}")
         root = re.split(r"[./@]", key)[0]
         if not equals or not root.isidentifier() or root in known:
             continue

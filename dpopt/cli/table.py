@@ -1,0 +1,88 @@
+"""`dpopt table`: write the tables of experiments/, or print what their missing runs are or would cost.
+
+dpopt table cifar10                     # → experiments/results/cifar10/cpu/table.md, .csv, .tex, *.png
+dpopt table cifar10 --commands          # the commands of its missing runs
+dpopt table cifar10 --size full --plan  # what its runs would cost on this machine
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpopt.tables import spec
+
+
+def table(arguments: Sequence[str]) -> int:
+    """Do what the arguments say; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dpopt table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a file of experiments/; by default all of the size")
+    parser.add_argument("--size", choices=spec.SIZES, default="cpu")
+    parser.add_argument("--output", type=Path, help="experiments/results, or runs/tables for size smoke")
+    parser.add_argument("--commands", action="store_true", help="print the commands of missing runs, and stop")
+    parser.add_argument("--plan", action="store_true", help="print what the runs would cost here, and stop")
+    parser.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
+    options = parser.parse_args(arguments)
+    try:
+        names = options.names or spec.names_at(options.size)
+        for name in names:
+            spec.check_size(spec.read(name), options.size)
+        if options.commands:
+            lines = [line for name in names for line in spec.commands(name, options.size)]
+            print("\n".join(dict.fromkeys(lines)))
+        elif options.plan:
+            for name in names:
+                print(plan(name, options.size))
+        else:
+            output = options.output or (spec.ROOT / "runs/tables" if options.size == "smoke" else spec.RESULTS)
+            for name in names:
+                write(name, options.size, output, options.force)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def write(name: str, size: str, output: Path, force: bool = False) -> None:
+    """Draw a table's figures and write its page, unless a fuller one is there."""
+    from dpopt.tables import figures, render
+
+    if not force and (why := spec.why_kept(name, size, output)):
+        print(f"{why}, and so are its figures (--force overwrites; --output names another folder)")
+        return
+    for path in figures.draw(name, size, output):
+        print(path)
+    if spec.read(name)["tables"]:
+        print(render.write(name, size, output))
+
+
+def plan(name: str, size: str) -> str:
+    """Estimate the runs of a table here: every row once, without data."""
+    from dpopt.runs.identity import content_key
+    from dpopt.runs.sweep import cost
+    from dpopt.training.run import run
+
+    about = spec.read(name)
+    found: dict[str, dict[str, Any]] = {}
+    plans: dict[str, dict[str, Any]] = {}  # what differs by seed and ε alone takes the same time
+    for entry in about["tables"]:
+        for job in spec.jobs(about, entry, size):
+            config = replace(job.config, seed=0, dry_run=True)
+            if config.epsilon and math.isfinite(config.epsilon):
+                config = replace(config, epsilon=8.0)
+            key = content_key(config)
+            if key not in plans:
+                plans[key] = run(config)
+            found[str(job.directory())] = plans[key] | {"status": job.result()["status"]}
+    expected = about.get("hours", {}).get(size, {})
+    hours = [f"expected hours on {hardware}: {hours}" for hardware, hours in expected.items()]
+    return " · ".join([f"{name}, size {size}: {cost(list(found.values()))}", *hours])
+
+
+if __name__ == "__main__":
+    sys.exit(table(sys.argv[1:]))

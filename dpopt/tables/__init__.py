@@ -1,0 +1,1 @@
+"""Tables of results: which runs they consist of, their pages and figures."""

@@ -1,0 +1,206 @@
+"""Figures of results on disk: what experiments/NAME.yaml lists under `figures`.
+
+Bands and bars are 95% confidence intervals of the mean over seeds (Student's t). A figure without any finished run is
+not written. `convergence` needs no run: it computes its toy problem itself.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.ticker import NullFormatter
+
+import dpopt
+from dpopt.config.components import target_name
+from dpopt.tables import spec
+from dpopt.tables.render import arrange, interval, show
+from dpopt.tables.spec import COLUMNS, SIZES, Job
+
+# Okabe and Ito's colors, told apart with any color vision; lines also differ in their marker.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+MARKERS = "osD^vP*X"
+EPSILON = {"eps1": 1, "eps3": 3, "eps8": 8}
+
+
+def scores(jobs: list[Job], measure: str) -> list[float]:
+    """Collect the numbers of finished runs, in the unit of the tables."""
+    return [show(measure, score) for job in jobs if (score := job.score(measure)) is not None]
+
+
+def by_epsilon(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
+    """Plot accuracy against ε, a line per row."""
+    rows, columns, cells = arrange(jobs)
+    known = [column for column in columns if column in EPSILON]
+    drawn = 0
+    for row in rows:
+        points = [(EPSILON[c], *interval(found)) for c in known if (found := scores(cells[row, c], "test_accuracy"))]
+        if len(points) > 1:
+            x, y, half = zip(*points, strict=True)
+            style = {"color": COLORS[drawn % 8], "marker": MARKERS[drawn % 8], "label": row}
+            shifted = [value * 1.012 ** (drawn - 3) for value in x]  # so that bars do not hide each other
+            axis.errorbar(shifted, y, half, linewidth=1.4, markersize=5, capsize=2, **style)
+            drawn += 1
+    axis.set_xscale("log")
+    axis.set_xticks([EPSILON[c] for c in known], [str(EPSILON[c]) for c in known])
+    axis.minorticks_off()
+    axis.set(xlabel="privacy budget ε", ylabel="test accuracy in %")
+    return drawn > 0
+
+
+def curves(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
+    """Plot a series of metrics.csv against steps, a line per row.
+
+    The ε spent is a second axis where all rows share it.
+    """
+    key = about.get("series", "test/accuracy")
+    rows, _, cells = arrange([job for job in jobs if job.column == about["column"]])
+    spent: dict[float, float] = {}
+    shared, drawn = True, 0
+    for row in about.get("rows", rows):
+        points: dict[float, list[float]] = {}
+        for job in cells.get((row, about["column"]), []):
+            for line in job.series() if job.result()["status"] == "finished" else []:
+                if key in line:
+                    step, epsilon = line["step"], line["privacy/epsilon"]
+                    points.setdefault(step, []).append(show(key, line[key]))
+                    shared &= math.isclose(spent.setdefault(step, epsilon), epsilon)
+        if points:
+            points = dict(sorted(points.items()))
+            means, halves = map(list, zip(*map(interval, points.values()), strict=True))
+            axis.plot(list(points), means, color=COLORS[drawn % 8], marker=MARKERS[drawn % 8], markersize=4, label=row)
+            low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axis.fill_between(list(points), low, high, color=COLORS[drawn % 8], alpha=0.15, linewidth=0)
+            drawn += 1
+    axis.set(xlabel="step", ylabel={"test/accuracy": "test accuracy in %"}.get(key, about.get("label", key)))
+    if about.get("log"):
+        axis.set_yscale("log")
+    if drawn and shared:
+        at = sorted(spent)
+        ticks = [at[round(i * (len(at) - 1) / 4)] for i in range(5)] if len(at) > 6 else at
+        top = axis.secondary_xaxis("top")
+        top.set_xticks(ticks, [f"{spent[step]:.2g}" for step in ticks])
+        top.set_xlabel("ε spent")
+    return drawn > 0
+
+
+def ablation(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
+    """Plot accuracy against a swept value, a line per column or prefix."""
+    lines: dict[str, dict[float, list[Job]]] = {}
+    for job in jobs:
+        prefix, _, last = job.row.rpartition(", ")
+        prefix = prefix.removeprefix("optimizer=")
+        lines.setdefault(prefix or COLUMNS.get(job.column, job.column), {}).setdefault(
+            float(last.rpartition("=")[2]), []
+        ).append(job)
+    drawn = 0
+    for label, points in lines.items():
+        found = [(x, *interval(s)) for x, some in sorted(points.items()) if (s := scores(some, "test_accuracy"))]
+        if found:
+            x, y, half = zip(*found, strict=True)
+            style = {"color": COLORS[drawn % 8], "marker": MARKERS[drawn % 8], "label": label}
+            axis.errorbar(x, y, half, linewidth=1.4, markersize=5, capsize=3, **style)
+            drawn += 1
+    values = sorted({x for points in lines.values() for x in points})
+    axis.set_xscale("log")
+    axis.set_xticks(values, [f"{x:g}" for x in values], fontsize=7 if len(values) > 6 else None)
+    axis.minorticks_off()
+    axis.set(xlabel=about["label"], ylabel="test accuracy in %")
+    return drawn > 0
+
+
+def bars(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
+    """Plot bytes of optimizer state per trainable parameter, a bar per row."""
+    rows, columns, cells = arrange(jobs)
+    found = {}
+    for row in rows:
+        results = [job.result() for column in columns for job in cells[row, column]]
+        done = [r["optimizer_state_bytes"] / r["trainable_parameters"] for r in results if r["status"] == "finished"]
+        if done:
+            found[row] = statistics.fmean(done)
+    ours = ["microadam" in row for row in found]
+    axis.barh(list(found), list(found.values()), color=[COLORS[0] if o else "#BBBBBB" for o in ours])
+    for at, value in enumerate(found.values()):
+        axis.annotate(f" {value:.2f}", (value, at), va="center", fontsize=9)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set(xlabel="optimizer state in bytes per parameter")
+    return bool(found)
+
+
+def convergence(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
+    """Plot MicroAdam's mean squared gradient on a toy problem against T.
+
+    f(x) = Σ x²/(1 + x²) over 1,024 coordinates that start in N(0, 4), lr = 0.2/√T; gradients have noise of their own
+    size. The theory of 2405.15593 bounds the mean over steps by O(1/√T).
+    """
+    horizons = [2**i for i in range(5, 12)]
+    for drawn, (name, make) in enumerate(_optimizers().items()):
+        means = [statistics.fmean(_mean_square_gradient(make, steps, seed) for seed in range(3)) for steps in horizons]
+        axis.plot(horizons, means, color=COLORS[drawn], marker=MARKERS[drawn], markersize=5, label=name)
+    guide = [means[-1] * math.sqrt(horizons[-1] / horizon) for horizon in horizons]
+    axis.plot(horizons, guide, color="black", linestyle="--", linewidth=1, label="1/√T")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylim(0.05, 1.5)
+    axis.set(xlabel="number of steps T", ylabel="mean over steps of |∇f|² / |∇f(x₀)|²")
+    return True
+
+
+def _optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    return {
+        "MicroAdam, 1 %, 4 bits": lambda p, lr: dpopt.optim.MicroAdam(p, lr=lr, density=0.01, dense_size=0),
+        "MicroAdam, 10 %, 4 bits": lambda p, lr: dpopt.optim.MicroAdam(p, lr=lr, density=0.1, dense_size=0),
+        "Adam": lambda p, lr: torch.optim.Adam(p, lr=lr),
+    }
+
+
+def _mean_square_gradient(make: Callable[..., torch.optim.Optimizer], horizon: int, seed: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.nn.Parameter(2 * torch.randn(1024, generator=generator))
+    optimizer = make([x], 0.2 / math.sqrt(horizon))
+    total = first = 0.0
+    for _ in range(horizon):
+        exact = 2 * x.detach() / (1 + x.detach().square()).square()
+        square = float(exact.square().sum())
+        total, first = total + square, first or square
+        x.grad = exact + exact.square().mean().sqrt() * torch.randn(1024, generator=generator)
+        optimizer.step()
+    return total / horizon / first
+
+
+KINDS = {"by_epsilon": by_epsilon, "curves": curves, "ablation": ablation, "bars": bars, "convergence": convergence}
+
+
+def draw(name: str, size: str, output: Path = spec.RESULTS) -> list[Path]:
+    """Draw every figure of experiments/NAME.yaml that has something to show."""
+    about = spec.read(name)
+    written = []
+    for figure in about.get("figures", []):
+        if size not in figure.get("sizes", SIZES):
+            continue
+        entries = [entry for entry in about["tables"] if entry["title"] == figure.get("table")]
+        jobs = [job for entry in entries for job in spec.jobs(about, entry, size)]
+        image, axis = plt.subplots(figsize=(6.2, 4.0), layout="constrained")
+        if KINDS[figure["kind"]](axis, jobs, figure):
+            settings = {(target_name(job.config.dataset), target_name(job.config.model)) for job in jobs}
+            where = f" ({', '.join(*settings)})" if len(settings) == 1 else ""
+            image.suptitle(figure["title"] + where, fontsize=10)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False, fontsize=8)
+            axis.spines[["right"]].set_visible(False)
+            axis.grid(axis="x" if figure["kind"] == "bars" else "y", color="#E5E5E5", linewidth=0.7)
+            axis.set_axisbelow(True)
+            path = spec.folder(name, size, output) / f"{figure['name']}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.savefig(path, dpi=130)
+            written.append(path)
+        plt.close(image)
+    return written

@@ -1,0 +1,300 @@
+"""Pages of tables: Markdown, LaTeX and CSV from the results on disk; nothing is trained.
+
+A cell is mean ± standard deviation over seeds, with the number of seeds. Missing and failed runs are named. Differences
+to a table's baseline are paired by seed and have a 95% confidence interval (Student's t). A published number has its
+source and protocol, and its difference to ours is given only where dataset, model, N, ε and δ agree.
+"""
+
+import csv
+import math
+import statistics
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from dpopt.config.components import build, target_name
+from dpopt.runs import provenance
+from dpopt.tables import spec
+from dpopt.tables.spec import COLUMNS, Job
+
+RECORDED = ("test_accuracy", "test_loss", "epsilon", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
+Cells = dict[tuple[str, str], list[Job]]
+
+
+def show(measure: str, value: float) -> float:
+    """Convert a number to the unit of the tables: percent, bytes, MB, nats."""
+    return value * 100 if "accuracy" in measure else value / 1e6 if measure == "peak_memory_bytes" else value
+
+
+def unit(measure: str) -> str:
+    """Name a measure and its unit."""
+    known = {
+        "test_accuracy": "Test accuracy in %",
+        "test_loss": "Test loss in nats",
+        "private/holdout_accuracy": "Accuracy in % on the hold-out",
+        "optimizer_state_bytes": "Optimizer state in bytes",
+        "peak_memory_bytes": "Peak memory in MB, of the GPU or of the whole process",
+    }
+    return known.get(measure, measure)
+
+
+def digits(measure: str) -> int:
+    """Choose the number of decimals."""
+    return {"test_loss": 3, "optimizer_state_bytes": 0, "peak_memory_bytes": 0}.get(measure, 1)
+
+
+def cell(jobs: list[Job], measure: str) -> str:
+    """Write mean ± standard deviation, and what is missing."""
+    if not jobs:
+        return ""
+    results = [job.result() for job in jobs]
+    scores = [show(measure, score) for job in jobs if (score := job.score(measure)) is not None]
+    failed = [result["error"] for result in results if result["status"] == "failed"]
+    if not scores:
+        begun = "unfinished" if any(result["status"] == "unfinished" for result in results) else "not run"
+        return f"failed: {failed[0][:70]}" if failed else begun
+    if not all(map(math.isfinite, scores)):
+        return f"diverged ({sum(not math.isfinite(score) for score in scores)} of {len(scores)})"
+    places = digits(measure)
+    text = f"{statistics.fmean(scores):,.{places}f}"
+    text += f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 and places else ""
+    notes = [f"n = {len(scores)}"] if places or len(scores) < len(jobs) else []
+    notes += [f"{len(failed)} failed"] if failed else []
+    return text + (f" ({', '.join(notes)})" if notes else "")
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Compute the mean and half its 95% confidence interval (NaN below three values)."""
+    mean = statistics.fmean(values)
+    if len(values) < 3:
+        return mean, math.nan
+    return mean, float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
+    """Average the differences of equal seeds, with a 95% confidence interval."""
+    of_base = {job.config.seed: job.score(measure) for job in base}
+    pairs = [(job.score(measure), of_base.get(job.config.seed)) for job in jobs]
+    found = [show(measure, one) - show(measure, other) for one, other in pairs if None not in (one, other)]  # type: ignore[arg-type]
+    if not found or not all(map(math.isfinite, found)):
+        return ""
+    places = digits(measure)
+    mean, half = interval(found)
+    if math.isnan(half):
+        return f"{mean:+.{places}f} (n = {len(found)}: no interval)"
+    few = f" (n = {len(found)})" if len(found) < len(jobs) else ""
+    return f"{mean:+.{places}f} [{bound(mean - half, places)}, {bound(mean + half, places)}]{few}"
+
+
+def bound(value: float, places: int) -> str:
+    """Round an interval's end such that its side of 0 stays visible."""
+    while value and float(f"{value:.{places}f}") == 0 and places < 4:
+        places += 1
+    return f"{value:+.{places}f}"
+
+
+def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
+    """Sort runs into rows, columns and cells.
+
+    Rows that are all numbers are in their order, columns in that of `COLUMNS`.
+
+    Raises:
+        ValueError: when two runs claim one place.
+    """
+    rows = list(dict.fromkeys(job.row for job in jobs))
+    with suppress(ValueError):
+        rows = sorted(rows, key=float)
+    columns = sorted({job.column for job in jobs}, key=lambda c: list(COLUMNS).index(c) if c in COLUMNS else 99)
+    cells: Cells = {(row, column): [] for row in rows for column in columns}
+    for job in jobs:
+        if job.config.seed in [other.config.seed for other in cells[job.row, job.column]]:
+            raise ValueError(f"two runs are row {job.row}, {job.column}, seed {job.config.seed}: give a row a label")
+        cells[job.row, job.column].append(job)
+    return rows, columns, cells
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """Write a Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def latex(caption: str, head: list[str], lines: list[list[str]]) -> str:
+    """Write a LaTeX table for booktabs."""
+
+    signs = {"`": "", "_": r"\_", "%": r"\%", "±": r"$\pm$", "−": "$-$", "∞": r"$\infty$"}
+    signs |= {"ε": r"$\varepsilon$", "δ": r"$\delta$"}
+
+    def clean(text: str) -> str:
+        for sign, word in signs.items():
+            text = text.replace(sign, word)
+        return text
+
+    body = "\n".join("  " + " & ".join(map(clean, line)) + r" \\" for line in lines)
+    return (
+        f"\\begin{{table}}\n\\caption{{{clean(caption)}}}\n\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n"
+        f"  {' & '.join(map(clean, head))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
+    )
+
+
+def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
+    """Check that a published number has our dataset, model, N, ε and δ."""
+    config = jobs[0].config
+    train_size = build("dataset", config.dataset)().train_size
+    ours = {
+        "dataset": target_name(config.dataset),
+        "model": target_name(config.model),
+        "train_size": train_size - round(config.holdout * train_size),
+        "epsilon": config.epsilon,
+        "delta": config.delta if config.private else None,
+    }
+    return all(published[key] == value for key, value in ours.items())
+
+
+def compare_published(published: list[dict[str, Any]], cells: Cells) -> list[list[str]]:
+    """List published numbers, ours, and differences where the setting agrees."""
+    lines = []
+    for entry in published:
+        jobs = cells.get((entry.get("row", ""), entry.get("column", "")), [])
+        scores = [100 * score for job in jobs if (score := job.score("test_accuracy")) is not None]
+        ours = cell(jobs, "test_accuracy") if jobs else "no such row"
+        gap = "not run"
+        if jobs and not agrees(entry, jobs):
+            gap = "other setting"
+        elif scores:
+            gap = f"{statistics.fmean(scores) - entry['value']:+.1f}"
+        what = f"{entry['what']} at ({entry['epsilon']}, {entry['delta']})" if entry["epsilon"] else entry["what"]
+        lines.append([what, f"{entry['value']}", f"{entry['source']}: {entry['protocol']}", ours, gap if jobs else "–"])
+    return lines
+
+
+def flag_delta(cells: Cells) -> list[str]:
+    """Flag a δ above 1/N."""
+    for jobs in cells.values():
+        config = jobs[0].config if jobs else None
+        if config and config.private:
+            train_size = build("dataset", config.dataset)().train_size
+            if config.delta * train_size > 1:
+                return [f"δ = {config.delta:g} is above 1/N = {1 / train_size:.1g}: a guarantee in name only."]
+    return []
+
+
+def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, list[dict[str, Any]]]:
+    """Render all tables of experiments/NAME.yaml: Markdown, LaTeX, and their runs.
+
+    Figures that lie in the page's folder below `output` are embedded.
+    """
+    about = spec.read(name)
+    parts, tex, runs = [f"# {about['title']}\n\n{about['setting'].strip()}\n"], [], []
+    done, wanted = spec.finished(about, size)
+    if note := about.get("size_notes", {}).get(size):
+        parts.append(f"Size {size}: {note.strip()}\n")
+    for entry in about["tables"]:
+        if not spec.rows_at(entry, size):
+            continue
+        rows, columns, cells = arrange(spec.jobs(about, entry, size))
+        heads = [COLUMNS.get(column, f"{spec.column_key(about)} = {column}") for column in columns]
+        parts.append(f"## {entry['title']}\n")
+        for measure in measures(about, entry):
+            lines = [[f"`{row}`", *(cell(cells[row, column], measure) for column in columns)] for row in rows]
+            parts.append(f"{unit(measure)}.\n\n{markdown(['', *heads], lines)}\n")
+            tex.append(latex(f"{about['title']}: {entry['title']}. {unit(measure)}.", ["", *heads], lines))
+            if (base := entry.get("baseline")) in rows:
+                compared = [
+                    [f"`{row}`", *(difference(cells[row, c], cells[base, c], measure) for c in columns)]
+                    for row in rows
+                    if row != base
+                ]
+                parts.append(f"Difference to `{base}`, paired by seed, with 95% intervals.\n")
+                parts.append(markdown(["", *heads], compared) + "\n")
+        if about.get("choose"):
+            parts.append(f"{chosen(rows, columns, cells, about['measure'], about['choose'])}\n")
+        if entry.get("published"):
+            head = ["published", "%", "source: protocol", "ours", "Δ"]
+            parts.append(markdown(head, compare_published(entry["published"], cells)) + "\n")
+        told = [*flag_delta(cells), entry.get("notes", "")]
+        told += [entry.get("conclusions", {}).get(size, "")] if done == wanted else []
+        parts += [f"{text.strip()}\n" for text in told if text]
+        parts += embedded(about, entry, spec.folder(name, size, output))
+        made = [spec.command(spec.words_of(about, entry, row, size)) for row in spec.rows_at(entry, size)]
+        parts.append("Runs: " + ", ".join(f"`{command}`" for command in made) + ".\n")
+        runs += [record(about, entry, job) for jobs in cells.values() for job in jobs]
+    parts.append(foot(runs) + "\n")
+    return "\n".join(parts), "\n".join(tex), runs
+
+
+def embedded(about: dict[str, Any], entry: dict[str, Any], folder: Path) -> list[str]:
+    """Embed the figures of a table that lie in its folder."""
+    found = [figure for figure in about.get("figures", []) if figure.get("table") == entry["title"]]
+    return [f"![{f['title']}]({f['name']}.png)\n" for f in found if (folder / f"{f['name']}.png").exists()]
+
+
+def write(name: str, size: str, output: Path = spec.RESULTS) -> str:
+    """Write table.md, table.tex and table.csv into OUTPUT/NAME/SIZE; returns the page."""
+    text, tex, runs = page(name, size, output)
+    folder = spec.folder(name, size, output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text)
+    (folder / "table.tex").write_text(tex)
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(runs[0]))
+        writer.writeheader()
+        writer.writerows(runs)
+    return text
+
+
+def measures(about: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """List the measures that a table shows."""
+    found: list[str] = entry.get("measures", [about.get("measure", "test_accuracy")])
+    return found
+
+
+def record(about: dict[str, Any], entry: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Turn a run into a line of the CSV file.
+
+    A table by which something is chosen shows nothing of the test set.
+    """
+    title, result = entry["title"], job.result()
+    shown = dict.fromkeys(m for part in about["tables"] for m in measures(about, part))
+    recorded = [key for key in RECORDED if key not in shown and not (about.get("choose") and key.startswith("test_"))]
+    which = {"table": title, "row": job.row, "column": job.column, "seed": job.config.seed, "status": result["status"]}
+    scores = {measure: "" if (score := job.score(measure)) is None else score for measure in shown}
+    keys = {key: result.get(key, "") for key in (*recorded, "git_commit", "device")}
+    setting: dict[str, Any] = {"dataset": target_name(job.config.dataset), "model": target_name(job.config.model)}
+    setting |= {"train_size": result.get("dataset_size", ""), "delta": job.config.delta if job.config.private else ""}
+    versions = "; ".join(f"{key} {value}" for key, value in result.get("versions", {}).items())
+    rest = {"versions": versions, "run": job.directory().name, "error": result.get("error", "")}
+    return which | setting | scores | keys | rest
+
+
+def foot(runs: list[dict[str, Any]]) -> str:
+    """Sum up what was run, where, and with which versions."""
+    once = {run["run"]: run for run in runs}.values()
+    done = [run for run in once if run["status"] == "finished"]
+    if not done:
+        return f"None of {len(once)} runs has been made."
+    hours = sum(run["wall_seconds"] for run in done) / 3600
+    commits = sorted({provenance.short_commit(run["git_commit"]) for run in done})
+    where = ", ".join(sorted({run["device"] for run in done}))
+    versions = ", ".join(sorted({run["versions"] for run in done}))
+    made = f"{len(done)} of {len(once)} runs, {hours:.1f} process hours"
+    return f"{made}, on {where}; {versions}; commit {', '.join(commits)}."
+
+
+def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how: str) -> str:
+    """Name the row that is best on average, or best in each column."""
+
+    def mean(row: str, column: str) -> float:
+        scores = [job.score(measure) or 0.0 for job in cells[row, column]]
+        return statistics.fmean(scores) if scores else 0.0
+
+    if any(job.score(measure) is None for jobs in cells.values() for job in jobs):
+        return "Not decided: runs are missing."
+    if how == "average":
+        return f"Best on average: {max(rows, key=lambda row: sum(mean(row, column) for column in columns))}."
+
+    def best(column: str) -> str:
+        return max(rows, key=lambda row: mean(row, column))
+
+    return "Best: " + ", ".join(f"{best(column)} at {COLUMNS.get(column, column)}" for column in columns) + "."
