@@ -58,10 +58,12 @@ def add_noise(total: Tensor, std: float, divisor: float, key: RandomKey, step: i
             return add_noise_kernel(total, std, divisor, grid, key, step, start)
         _warn_once()
     begin = 0
-    for piece in key.gaussians(len(total), "noise", step, start=start, dtype=total.dtype):
+    # In units of the grid, a power of two: that changes no bit of the sum.
+    for piece in key.gaussians(len(total), "noise", step, start=start, dtype=total.dtype, std=std / grid):
         target = total[begin : begin + len(piece)]
-        # The grid is a power of two: dividing by it first changes no bit of the sum.
-        target.mul_(1 / grid).add_(piece.to(total.device), alpha=std / grid).round_().mul_(grid / divisor)
+        noisy = piece.to(total.device)
+        torch.add(noisy, target, alpha=1 / grid, out=noisy).round_()
+        torch.mul(noisy, grid / divisor, out=target)
         begin += len(piece)
     return total
 
