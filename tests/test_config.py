@@ -105,6 +105,7 @@ CHANGED = dict(
     accountant=["accountant=rdp"],
     clip_norm=["clip_norm=2"],
     randomness=["randomness=research"],
+    ledger=["ledger=off"],
     allow_large_delta=["allow_large_delta=true"],
     batch_size=["batch_size=100"],
     views=["views=4"],
@@ -216,6 +217,7 @@ def test_keys_that_are_not_there_are_told_before_hydra_sees_them():
         ("+scale=cpu", "+scale= is now size=: size=cpu"),
         ("scale=smoke", "scale= is now size=: size=smoke"),
         ("+size=cpu", "+size= is now size=: size=cpu"),
+        ("secure_rng=true", "secure_rng= is now randomness=: randomness=secret (the default) or randomness=research"),
     ],
 )
 def test_words_of_earlier_versions_name_the_new_ones(word, message):

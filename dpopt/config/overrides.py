@@ -59,6 +59,8 @@ def check_overrides(words: Sequence[str], own: Sequence[Path] = ()) -> None:
         if (old := key.lstrip("+")) == "scale" or (old != key and old in ("experiment", "size")):
             new = "size" if old == "scale" else old
             raise ValueError(f"{key}= is now {new}=: {new}={value}")
+        if old == "secure_rng":
+            raise ValueError("secure_rng= is now randomness=: randomness=secret (the default) or randomness=research")
         root = re.split(r"[./@]", key)[0]
         if not equals or not root.isidentifier() or root in known:
             continue

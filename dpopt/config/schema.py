@@ -20,6 +20,7 @@ _CHOICES = {
     "precision": ("fp32", "bf16", "fp64"),
     "accountant": ACCOUNTANTS,
     "randomness": ("secret", "research"),
+    "ledger": ("on", "off"),
     "engine": ("auto", "store", "recompute", "ghost", "vmap"),
 }
 
@@ -49,6 +50,7 @@ class Config:
     randomness: str = (
         "secret"  # key of all draws: secret (of the operating system), or research (of the seed: no claim)
     )
+    ledger: str = "on"  # on: add what a private run spends to the user's ledger (dpopt ledger); off
     allow_large_delta: bool = False  # accept δ ≥ 1/N, which permits publishing an example outright
     # Training. Together with the components and the budget this is what makes a run.
     batch_size: int = 4096  # expected; the realised size is Poisson

@@ -5,9 +5,10 @@ Opacus) and `prv` (privacy random variables, Opacus: its upper bound). The inver
 target ε and the largest number of steps, are solved on top of any of them.
 """
 
+import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,13 +23,20 @@ _PRV_EPSILON = 100  # above, the grid of the discretized losses takes gigabytes
 
 @lru_cache(maxsize=64)
 def _one_step_pld(noise_multiplier: float, sample_rate: float, grid: float) -> Any:
+    return _one_step(noise_multiplier, sample_rate, _interval(noise_multiplier, grid))
+
+
+def _one_step(noise_multiplier: float, sample_rate: float, interval: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
-    # The losses of a step spread like 1/σ²: below σ = 0.5 a fixed grid would need gigabytes for an ε nobody reports.
-    interval = grid * max(1.0, 0.25 / noise_multiplier**2)
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise_multiplier, value_discretization_interval=interval, sampling_prob=sample_rate
     )
+
+
+def _interval(noise_multiplier: float, grid: float) -> float:
+    """Widen a grid for little noise: losses spread like 1/σ², and below σ = 0.5 a fixed grid would need gigabytes."""
+    return grid * max(1.0, 0.25 / noise_multiplier**2)
 
 
 @lru_cache(maxsize=4096)
@@ -83,6 +91,32 @@ def compute_epsilon(
 def _pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, grid: float) -> float:
     one_step = _one_step_pld(noise_multiplier, sample_rate, grid)
     return float(one_step.self_compose(steps).get_epsilon_for_delta(delta))
+
+
+def compose_epsilon(mechanisms: Sequence[tuple[float, float, int]], delta: float) -> float:
+    """Return the ε of several trainings on one dataset together, by privacy loss distributions.
+
+    Args:
+        mechanisms: (noise multiplier, sample rate, steps) of each; a noise multiplier of 0 gives an infinite ε.
+        delta: the δ of (ε, δ), of all of them together.
+
+    Raises:
+        ValueError: for a δ at which PLD cannot answer.
+    """
+    steps: dict[tuple[float, float], int] = {}
+    for noise_multiplier, sample_rate, count in mechanisms:
+        if count:
+            steps[noise_multiplier, sample_rate] = steps.get((noise_multiplier, sample_rate), 0) + count
+    if any(noise_multiplier == 0 for noise_multiplier, _ in steps):
+        return math.inf
+    if len(steps) < 2:
+        return sum(compute_epsilon(*mechanism, count, delta) for mechanism, count in steps.items())
+    if delta <= PLD_DELTA:
+        raise ValueError(f"delta={delta:g} is too small to compose trainings by PLD: choose one above {PLD_DELTA:g}")
+    # Loss distributions are composed on one grid: the coarsest that any of them needs.
+    grid = max(_interval(noise_multiplier, _PLD_GRID) for noise_multiplier, _ in steps)
+    parts = [_one_step(*mechanism, grid).self_compose(count) for mechanism, count in steps.items()]
+    return float(functools.reduce(lambda one, other: one.compose(other), parts).get_epsilon_for_delta(delta))
 
 
 def check_budget(

@@ -16,7 +16,7 @@ from dpopt.runs.directory import RESULT
 # What may change without making another run: where things are, what is watched, how fast it goes.
 NOT_IDENTITY = {
     *("dry_run", "fresh", "logger", "diagnostics", "output_dir", "data_dir", "time_limit", "checkpoint_every"),
-    *("device", "workers", "micro_batch", "memory", "engine", "compile"),
+    *("device", "workers", "micro_batch", "memory", "engine", "compile", "ledger"),
 }
 # The keys of the first release are in every run's identity. A key that came later is in it only where it differs from
 # its default, so that it renames no run. Do not add to this list.

@@ -50,7 +50,7 @@ def rows(run: Path) -> list[dict[str, str]]:
         (["no_such_key=1"], "no_such_key"),
         (["+no_such_key=1"], "unknown key no_such_key"),
         (["model._target_=torchvision.models.resnet18", "~model.widths"], "GroupNorm"),
-        (["dataset=cifar10", "data_dir=nowhere"], "set data_dir"),
+        (["dataset=cifar10", "delta=1e-5", "data_dir=nowhere"], "set data_dir"),
     ],
     ids=str,
 )
@@ -75,7 +75,8 @@ def test_bad_input_is_one_sentence(command, tmp_path, arguments, words):
         (["+optimizer.windw=3"], "optimizer.windw is not an argument"),
         (["optimizer.lr=abc"], "optimizer.lr=abc does not fit"),
         (["optimizer.bits=5"], "bits=5 must be 2, 4, 8 or 32"),
-        (["dataset=imagenet", "data_dir=nowhere", "batch_size=64"], "set data_dir"),
+        (["dataset=imagenet", "delta=1e-7", "data_dir=nowhere", "batch_size=64"], "set data_dir"),
+        (["dataset=cifar10"], "allow_large_delta=true"),
         (["device=cuda"], "use device=cpu"),
         (["device=mps"], "use device=cpu"),
         (["model.widths=[8,8,8,8]"], "does not accept digits's inputs"),

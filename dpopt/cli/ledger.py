@@ -1,0 +1,49 @@
+"""Show what private runs have spent together on each dataset.
+
+dpopt ledger
+dpopt ledger --delta 1e-5 --runs
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def ledger(words: Sequence[str]) -> int:
+    """Compose the runs on each dataset and print the totals; return the exit code."""
+    parser = argparse.ArgumentParser(
+        "dpopt ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--delta", type=float, help="δ of all runs together; by default the largest of the runs")
+    parser.add_argument("--runs", action="store_true", help="list the runs, too")
+    arguments = parser.parse_args(words)
+    try:
+        print(overview(arguments.delta, arguments.runs))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def overview(delta: float | None, list_runs: bool) -> str:
+    """Write a line per dataset: its runs, and the ε of all of them together."""
+    from dpopt.data.fingerprint import home
+    from dpopt.runs.ledger import Ledger, by_data, total_epsilon
+
+    book = Ledger(home())
+    runs = book.runs()
+    if not runs:
+        return f"{book.path} holds no private run"
+    lines = [f"{book.path}: {len(runs)} private runs"]
+    for (_, data), group in by_data(runs).items():
+        at = max(run.delta for run in group) if delta is None else delta
+        names = ", ".join(dict.fromkeys(run.dataset for run in group))
+        lines.append(
+            f"{names} ({data[:12]}): {len(group)} runs, together ε = {total_epsilon(group, at):.4g} at δ = {at:g}"
+        )
+        if list_runs:
+            lines += [
+                f"  {run.name}  {run.status}, {run.steps:,} steps, ε = {total_epsilon([run], at):.4g}" for run in group
+            ]
+    lines.append("training only: a choice by the accuracy on a hold-out or test set spends more, which is not counted")
+    return "\n".join(lines)
