@@ -43,7 +43,9 @@ def test_a_rerun_agrees_and_says_when_it_does_not(command, tmp_path):
     onto = command("rerun", str(directory), "--output", str(tmp_path))
     assert onto.returncode == 1 and "holds this run, finished" in onto.stderr
     other = verdict(result, result | {"run": "another", "test_loss": 0.0}, False, 360)
-    assert other[0] and other[1].endswith(" now (the noise is another one: it is keyed by the name)")
+    assert other[0] and other[1].endswith(" now (the draws are others: they are keyed by the configuration)")
+    older = verdict(result | {"noise_version": 1}, result, False, 360)
+    assert older[0] and older[1].endswith(" now (the draws are others: noise version 1 then, 2 now)")
     missing = command("rerun", str(tmp_path))
     assert missing.returncode == 1 and "no finished run" in missing.stderr
 
