@@ -264,7 +264,8 @@ def record(about: dict[str, Any], entry: dict[str, Any], job: Job) -> dict[str, 
     setting: dict[str, Any] = {"dataset": target_name(job.config.dataset), "model": target_name(job.config.model)}
     setting |= {"train_size": result.get("dataset_size", ""), "delta": job.config.delta if job.config.private else ""}
     versions = "; ".join(f"{key} {value}" for key, value in result.get("versions", {}).items())
-    rest = {"versions": versions, "run": job.directory().name, "error": result.get("error", "")}
+    noise = result.get("noise_version", 1) if result["status"] == "finished" else ""
+    rest = {"versions": versions, "noise_version": noise, "run": job.directory().name, "error": result.get("error", "")}
     return which | setting | scores | keys | rest
 
 
@@ -279,7 +280,8 @@ def foot(runs: list[dict[str, Any]]) -> str:
     where = ", ".join(sorted({run["device"] for run in done}))
     versions = ", ".join(sorted({run["versions"] for run in done}))
     made = f"{len(done)} of {len(once)} runs, {hours:.1f} process hours"
-    return f"{made}, on {where}; {versions}; commit {', '.join(commits)}."
+    noise = ", ".join(sorted({str(run["noise_version"]) for run in done}))
+    return f"{made}, on {where}; {versions}; noise version {noise}; commit {', '.join(commits)}."
 
 
 def chosen(rows: list[str], columns: list[str], cells: Cells, measure: str, how: str) -> str:
