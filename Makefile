@@ -22,6 +22,9 @@ demo: $(READY)  ## train DP-MicroAdam on digits at ε = 8 and show the result
 test: $(READY)  ## run the tests, a process per core (no network, no GPU needed)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4
 
+test-fast: $(READY)  ## the tests without those that take seconds
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 -m "not slow"
+
 lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -56,5 +59,5 @@ plan-%: $(READY)  ## estimate a table on this machine: runs, time, memory
 rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
 	$(DPOPT) rerun $(RUN)
 
-.PHONY: help setup demo test lint bench tables rerun
+.PHONY: help setup demo test test-fast lint bench tables rerun
 .DEFAULT_GOAL := help

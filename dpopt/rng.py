@@ -14,6 +14,7 @@ draw in 10¹³ would be beyond); in float64 two words of 64 bits, 53 for each.
 
 import hashlib
 import math
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,11 +39,13 @@ class RandomKey:
         secure: whether it came from the operating system. Such a key cannot be copied or pickled: two copies would draw
             the same noise, and the difference of two releases would be free of it.
         released: number of steps whose noise is out, shared by everything that uses this key.
+        process: that made the key. A secure key draws nowhere else: a forked process would draw the same noise.
     """
 
     material: bytes = field(repr=False)
     secure: bool = False
     released: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
+    process: int = field(default_factory=os.getpid, repr=False, compare=False)
 
     @classmethod
     def from_seed(cls, seed: int, *context: str) -> "RandomKey":
@@ -56,6 +59,7 @@ class RandomKey:
 
     def derive(self, *context: str) -> "RandomKey":
         """Derive a key for this context."""
+        self._check_process()
         return RandomKey(hashlib.shake_256(self.material + "\0".join(context).encode()).digest(32), self.secure)
 
     def for_workers(self, label: str) -> "RandomKey":
@@ -73,10 +77,14 @@ class RandomKey:
     def __deepcopy__(self, memo: dict[int, Any]) -> "RandomKey":
         return self._refuse() if self.secure else RandomKey(self.material, self.secure, list(self.released))
 
+    def _check_process(self) -> None:
+        if self.secure and self.process != os.getpid():
+            self._refuse()
+
     def _refuse(self) -> NoReturn:
         raise ValueError(
-            "a secret key cannot be copied or pickled, because two trainings would then share their noise: make a plan "
-            "in each process with PrivacyPlan.calibrate"
+            "a secret key cannot be copied, pickled or used in another process, because two trainings would then share "
+            "their noise: make a plan in each process with PrivacyPlan.calibrate"
         )
 
     def keystream(self, start: int, size: int, *labels: str | int) -> bytes:
@@ -128,6 +136,7 @@ class RandomKey:
 
 def stream_key(key: RandomKey, *labels: str | int) -> bytes:
     """Return the 256-bit ChaCha20 key of a stream."""
+    key._check_process()
     return hashlib.shake_256(key.material + "\0".join(map(str, labels)).encode()).digest(32)
 
 

@@ -1,5 +1,6 @@
 import copy
 import math
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -129,17 +130,26 @@ def test_a_stream_can_be_read_from_anywhere(start, count, dtype):
     assert torch.equal(KEY.normal(count, "seek", start=start, dtype=dtype), whole[start : start + count])
 
 
+SECRET = RandomKey.from_os()
+
+
+def draw_of_the_parent():
+    return SECRET.words(1, "noise")
+
+
 def test_secret_keys_cannot_be_copied():
     plan = PrivacyPlan.calibrate(epsilon=float("inf"), delta=1e-5, dataset_size=64, batch_size=16, steps=5)
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         for secret in (plan.key, plan.key.derive("run")):
-            with pytest.raises(ValueError, match="cannot be copied or pickled"):
+            with pytest.raises(ValueError, match="cannot be copied, pickled"):
                 copied(secret)
     for copied in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(ValueError, match="cannot be copied or pickled"):
+        with pytest.raises(ValueError, match="cannot be copied, pickled"):
             copied(plan)
     assert copy.copy(plan).key is plan.key  # and what is spent for one is spent for both
     assert copy.deepcopy(KEY) == KEY and pickle.loads(pickle.dumps(KEY)) == KEY
+    with multiprocessing.get_context("fork").Pool(1) as pool, pytest.raises(ValueError, match="in another process"):
+        pool.apply(draw_of_the_parent)
     workers = plan.key.for_workers("augment")
     assert pickle.loads(pickle.dumps(workers)) == workers and workers.material != plan.key.material
 

@@ -87,12 +87,13 @@ def test_image_folders(folder):
         load(data.imagenet("birds"), folder)
 
 
-def test_training_on_an_image_folder(cli, folder):
+def test_training_on_an_image_folder(command, folder):
     """Every row of the table from file to result: workers, views, transforms, NF-ResNet-50."""
-    done = cli(
+    done = command(
+        "train",
         *("dataset=imagenet", "dataset.folder=pets", "dataset.image_size=32", "dataset.train_size=12"),
         *("dataset.classes=2", "model=nf_resnet50", "batch_size=3", "steps=2", "views=2", "delta=1e-2", "logger=csv"),
-        *(f"data_dir={folder}", "workers=1", "micro_batch=2", "eval_every=2"),
+        *(f"data_dir={folder}", f"output_dir={folder}/runs", "workers=1", "micro_batch=2", "eval_every=2"),
     )
     assert done.returncode == 0, done.stderr
     assert len(list(folder.glob("runs/imagenet-nf_resnet50-*/result.json"))) == 1
@@ -110,7 +111,7 @@ def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
     ]
     loads = []
     spec = data.DataSpec("cifar10", 8, 10, (3, 32, 32), lambda *_: loads.append(1) or tuple(parts))
-    monkeypatch.setattr(data, "cifar10", lambda augment: spec)
+    monkeypatch.setattr(data.datasets, "cifar10", lambda augment: spec)
     features = data.cifar10_scattering()
     assert features.shape == (243, 8, 8) and features.train_size == 50_000
     for _ in range(2):

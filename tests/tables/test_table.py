@@ -50,7 +50,12 @@ def test_what_cannot_be_done_is_one_sentence(capsys):
 
 def test_commands_and_plans_are_printed(capsys, nothing_run):
     assert table(["augmult", "--size", "smoke", "--commands"]) == 0
-    assert capsys.readouterr().out.count("run.py -m randomness=research ema=0.999 size=smoke privacy=eps8 seed=0 optimizer=") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "run.py -m randomness=research ema=0.999 size=smoke privacy=eps8 seed=0 optimizer="
+        )
+        == 1
+    )
     assert table(["augmult", "--size", "smoke", "--plan"]) == 0
     assert "augmult, size smoke: 2 runs, 0 of them finished · about" in capsys.readouterr().out
 
