@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from helpers import ROOT
 
 os.environ.setdefault("WANDB_MODE", "offline")
+_home = tempfile.TemporaryDirectory(prefix="dpopt-home-")  # keys and caches of the tests, not the user's
+os.environ["DPOPT_HOME"] = _home.name
 if not torch.cuda.is_available():  # read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -110,7 +110,7 @@ def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
     ]
     loads = []
     spec = data.DataSpec("cifar10", 8, 10, (3, 32, 32), lambda *_: loads.append(1) or tuple(parts))
-    monkeypatch.setattr(data, "cifar10", lambda augment: spec)
+    monkeypatch.setattr(data.datasets, "cifar10", lambda augment: spec)
     features = data.cifar10_scattering()
     assert features.shape == (243, 8, 8) and features.train_size == 50_000
     for _ in range(2):
