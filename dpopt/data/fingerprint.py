@@ -1,8 +1,8 @@
 """Fingerprints of data and weights, and the key under which they may be written down.
 
 A fingerprint tells datasets apart: it is part of the key of a run's noise, so that no two datasets share noise, and it
-shows a resumed run that its data changed. `content` covers every byte of every example. `quick` covers of a folder
-only the path, size and time of each file, which is enough where a secret key keeps runs apart.
+shows a resumed run that its data changed. `content` covers every byte of every example. `quick` takes a Dataset's word,
+where it has a method `fingerprint()`, which is enough where a secret key keeps runs apart; else it is `content`.
 
 A bare hash of private data lets anyone test a guess of the data. What is written down is therefore `FingerprintKey.mac`
 of a fingerprint: HMAC-SHA256 (RFC 2104) under a random key that stays with the user.

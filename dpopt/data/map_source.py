@@ -5,7 +5,9 @@ else. Of a folder, the bytes of the files are fingerprinted, and each image is d
 item is fetched once, under a fixed seed, and hashed: one pass over the data before the first step.
 """
 
+import pickle
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpopt.data import items
 from dpopt.data.fingerprint import Kind, combine, progress, tensor_digest
-from dpopt.data.image_files import image_digests, quick_fingerprint
+from dpopt.data.image_files import image_digests
 from dpopt.data.items import Expected, Pair, class_labels
 from dpopt.rng import RandomKey
 
@@ -86,10 +88,7 @@ class MapSource:
         declared = getattr(self.dataset, "fingerprint", None)
         own = [str(declared())] if callable(declared) else []
         folder = _image_folder(self.dataset)
-        if kind == "quick" and folder is not None:
-            root, samples = folder
-            whole = quick_fingerprint(root, samples)
-        elif kind == "quick" and own:
+        if kind == "quick" and own:
             whole = combine("declared", *own)
         else:
             targets = self._digest("targets") if folder is None else [repr(_targets(*folder)).encode()]
@@ -184,14 +183,23 @@ class MapSource:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own, so that the global one is left alone
         )
+        name = type(self.dataset).__name__
         try:
-            started = iter(loader)
-        except (AttributeError, TypeError, ValueError) as error:  # what pickling raises
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Got pickle error")  # said below in one sentence
+                started = iter(loader)
+        except (pickle.PicklingError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{type(self.dataset).__name__} cannot be sent to worker processes ({error}): define it and its "
-                "transforms at the top of a module, or set workers=0"
+                f"{name} cannot be sent to worker processes ({error}): define it and its transforms at the top of a "
+                "module, or set workers=0"
             ) from error
-        return started
+        try:
+            yield from started
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{name} could not be read ({reason}): set workers=0 to see the reason") from error
 
 
 class _KeyedViews(Dataset[Any]):

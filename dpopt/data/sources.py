@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
     def fingerprint(self, kind: Kind = "content") -> str:
-        """Hash the data; `quick` may go by sizes and times of files."""
+        """Hash the data; `quick` takes the word of a Dataset that has a fingerprint."""
         ...
 
     def contents(self) -> list[bytes]:
