@@ -58,7 +58,7 @@ class DataSpec:
 
 
 def looks_like_imagenet(name: str) -> bool:
-    """Tell by its name whether a dataset is ImageNet or a part of it."""
+    """Tell by its name whether a dataset is part of ImageNet."""
     return _IMAGENET_NAMES.search(name.lower()) is not None
 
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def home() -> Path:
-    """Locate the folder of what a user's runs share: $DPOPT_HOME, or dpopt in $XDG_DATA_HOME."""
+    """Locate what a user's runs share: $DPOPT_HOME, or dpopt in $XDG_DATA_HOME."""
     if own := os.environ.get("DPOPT_HOME"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()) / "dpopt"
@@ -75,15 +75,15 @@ class FingerprintKey:
 
     @property
     def key_id(self) -> str:
-        """Tells whether two MACs were made under one key, hence can be compared."""
+        """Tells whether two MACs were made under one key."""
         return self._derive(b"id").hex()[:16]
 
     def mac(self, fingerprint: str) -> str:
-        """Compute the HMAC-SHA256 of a fingerprint, in hex: what may be written beside results."""
+        """Compute the HMAC-SHA256 of a fingerprint, in hex, fit to be stored."""
         return self._derive(b"mac", fingerprint.encode()).hex()
 
     def seal(self, name: bytes) -> bytes:
-        """Derive 48 bytes for a record of a cache: 16 to find it by, and 32 that hide what is kept."""
+        """Derive 48 bytes: 16 name a cache record, 32 hide its content."""
         return hashlib.blake2b(name, key=self._derive(b"cache"), digest_size=48).digest()
 
     def _derive(self, *parts: bytes) -> bytes:
@@ -91,7 +91,7 @@ class FingerprintKey:
 
 
 def _make_key(path: Path) -> None:
-    """Write a new key whole, readable by the owner alone; a key made by another process meanwhile stays."""
+    """Write a new key atomically, unless another process was faster."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -122,7 +122,7 @@ def tensor_digest(tensor: Tensor) -> bytes:
 
 
 def row_digests(tensor: Tensor) -> list[bytes]:
-    """Hash each row of a tensor (N, …); equal rows have equal hashes."""
+    """Hash each row of a tensor (N, …); equal rows agree."""
     about = hashlib.sha256(str((tensor.dtype, tuple(tensor.shape[1:]))).encode())
     found = []
     for row in _bytes(tensor).view(len(tensor), -1).numpy() if len(tensor) else ():
@@ -153,7 +153,7 @@ def module_fingerprint(model: torch.nn.Module) -> str:
 
 
 def progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yield the items and show how far they are, once it takes longer than two seconds.
+    """Yield the items and, after two seconds, show how far they are.
 
     Args:
         items: what is worked through.

@@ -54,7 +54,7 @@ def split_holdout(source: Source, fraction: float, seed: int, by: str = "content
 
 
 def _coins(contents: list[bytes], fraction: float, seed: int) -> Tensor:
-    """Toss a coin of 53 bits for each content: equal contents get one result."""
+    """Toss a coin of 53 bits per content; equal contents agree."""
     key = RandomKey.from_seed(seed).derive("holdout").material
     tosses = (hashlib.blake2b(content, key=key, digest_size=8).digest() for content in contents)
     return torch.tensor([(int.from_bytes(toss, "little") >> 11) * 2.0**-53 < fraction for toss in tosses])

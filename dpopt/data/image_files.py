@@ -29,7 +29,7 @@ _SETTLED = 2.0  # seconds: a file changed more recently may change again under t
 
 
 def image_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
-    """Hash the bytes of image files and check that each can be decoded; the second time by the cache.
+    """Hash image files and check that each decodes, once per file.
 
     Args:
         root: the folder they lie in, which names the cache.
@@ -75,7 +75,7 @@ def image_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
 
 
 def _inspect(path: str) -> bytes | str:
-    """Hash a file after decoding it; a string says why it cannot be decoded."""
+    """Decode a file and hash it; a string says why it failed."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -102,7 +102,7 @@ class _Cache:
             self.known[content[at : at + _NAME]] = content[at + _NAME : at + _RECORD]
 
     def seal(self, path: str) -> bytes:
-        """Name the file as it is now: a changed file has another name."""
+        """Name the file as it is now; empty while it may change."""
         about = os.stat(path)
         times = (about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
         settled = time.time() - about.st_ctime > _SETTLED

@@ -38,7 +38,7 @@ class Expected:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and Python, and put them back afterwards."""
+    """Seed the generators of torch, NumPy and Python; restore them afterwards."""
     state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -89,7 +89,7 @@ def fetch(dataset: Any, index: int, seed: int, expected: Expected) -> Pair:
 
 
 def name_of(dataset: Any, index: int) -> str:
-    """Name an item by its index, its Dataset and, where there is one, its file."""
+    """Name an item by its index, its Dataset and its file."""
     while isinstance(dataset, Subset):
         index, dataset = int(dataset.indices[index]), dataset.dataset
     path = ""
@@ -178,7 +178,7 @@ def class_labels(targets: Tensor, classes: int, where: Callable[[int], str]) -> 
 
 
 def check_replay(dataset: Any, indices: Sequence[int], expected: Expected) -> None:
-    """Check on a few items that fetching twice under one seed gives the same.
+    """Check that a few items are equal when fetched twice.
 
     Args:
         dataset: map-style, of (input, target) pairs.
@@ -212,7 +212,7 @@ def raw_bytes(tensor: Tensor) -> np.ndarray:
 
 
 def not_replayable(where: str) -> str:
-    """Say why an item with randomness outside the seed is refused, and what to do."""
+    """Say why an item with its own randomness is refused."""
     return (
         f"{where} differs when it is fetched twice under one seed, so a resumed run would not see the same data: draw "
         "from the global generators of torch, NumPy or Python, or give the Dataset a method keyed_item(index, seed)"

@@ -97,13 +97,13 @@ class MapSource:
         return whole if self.indices is None else combine("subset", whole, tensor_digest(self.indices))
 
     def contents(self) -> list[bytes]:
-        """Hash each example, so that equal inputs, and all records of one group, have equal hashes."""
+        """Hash each example; equal inputs and records of one group agree."""
         groups = getattr(self.dataset, "groups", None)
         found = self._digest("inputs") if groups is None else group_names(groups, len(self.dataset))
         return [found[int(i)] for i in self._positions()]
 
     def check(self, expected: Expected, part: str) -> "MapSource":
-        """Check what can be checked before the first step; return the source that expects this of every item.
+        """Check what can be checked now, and all items when read.
 
         Args:
             expected: shape and classes.
@@ -134,7 +134,7 @@ class MapSource:
         return indices if self.indices is None else self.indices[indices]
 
     def _expected(self, dataset: Any) -> Expected:
-        """Expect every item to have the shape of the first, where none is announced."""
+        """Expect the shape of the first item, unless one is announced."""
         if self.expected.shape is not None or not len(self):
             return self.expected
         inputs, _ = items.fetch(dataset, int(self._positions()[0]), _PLAIN_SEED, self.expected)
@@ -160,7 +160,7 @@ class MapSource:
         return [inputs for inputs, _ in found], [targets for _, targets in found]
 
     def _check_workers(self) -> None:
-        """Check that two worker processes fetch the same items; four are enough to notice."""
+        """Check that two worker processes fetch the same items."""
         chosen = list(self._positions()[:4])
         hashed = _Hashed(self.dataset, self._expected(self.dataset))
         loader = replace(self, workers=2)._loader(hashed, [chosen, chosen], list)
@@ -240,7 +240,7 @@ class _Hashed(Dataset[Any]):
 
 
 def _or_fault(make: Any) -> Any:
-    """Return an error instead of raising it: a worker process would add its traceback to the message."""
+    """Return an error, to which a worker would add its traceback."""
     try:
         return make()
     except OSError as error:
@@ -270,7 +270,7 @@ def _stack(empty: Pair, examples: list[Pair]) -> Pair:
 
 
 def _image_folder(dataset: Any) -> tuple[Path, list[tuple[str, Any]]] | None:
-    """Return root and samples of a folder of images that torchvision reads; None for anything else."""
+    """Return root and samples of torchvision's image folders, else None."""
     folder = sys.modules.get("torchvision.datasets.folder")  # imported, if the dataset is one
     if folder is None or not isinstance(dataset, folder.DatasetFolder):
         return None

@@ -11,7 +11,7 @@ _WORDNET = re.compile(r"n\d{8}")  # ImageNet's class folders, those of its subse
 
 
 def check_pretraining(spec: DataSpec, model: Mapping[str, Any], classes: Sequence[str] = ()) -> None:
-    """Check that the initial weights were not trained on the images of the dataset.
+    """Check that the initial weights were not trained on the dataset.
 
     Args:
         spec: the dataset; a `collection` of None goes by the dataset's name and class folders.

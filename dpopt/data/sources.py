@@ -32,7 +32,7 @@ class Source(Protocol):
 
     @property
     def public_size(self) -> int:
-        """The number of examples that plans are made for: of a hold-out by coins, not the number there is."""
+        """The number of examples that plans are made for."""
         ...
 
     def views(
@@ -49,19 +49,19 @@ class Source(Protocol):
         ...
 
     def subset(self, indices: Tensor, public_size: int | None = None) -> "Source":
-        """Restrict the source to these examples; its fingerprint still covers all of them."""
+        """Restrict the source to these examples; its fingerprint covers all."""
         ...
 
     def fingerprint(self, kind: Kind = "content") -> str:
-        """Hash the data; `quick` takes the word of a Dataset that has a fingerprint."""
+        """Hash the data; `quick` believes a Dataset that declares a fingerprint."""
         ...
 
     def contents(self) -> list[bytes]:
-        """Hash each example, so that equal inputs, and all records of one group, have equal hashes."""
+        """Hash each example; equal inputs and records of one group agree."""
         ...
 
     def check(self, expected: Expected, part: str) -> "Source":
-        """Check the examples before the first step; return a source that checks what could not be checked now."""
+        """Check the examples now; return a source that checks the rest."""
         ...
 
 
@@ -141,18 +141,18 @@ class TensorSource:
         return replace(part, announced=public_size, whole=whole)
 
     def fingerprint(self, kind: Kind = "content") -> str:
-        """Hash every byte, of all examples of which this is a subset; `quick` is no different."""
+        """Hash every byte, also of examples outside this subset."""
         if self.whole:
             return self.whole
         settings = str((tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size))
         return combine("tensors", tensor_digest(self.inputs), tensor_digest(self.targets), settings)
 
     def contents(self) -> list[bytes]:
-        """Hash each example, so that equal inputs, and all records of one group, have equal hashes."""
+        """Hash each example; equal inputs and records of one group agree."""
         return row_digests(self.inputs) if self.groups is None else group_names(self.groups, len(self))
 
     def check(self, expected: Expected, part: str) -> "TensorSource":
-        """Check shape and targets of all examples; return the source with int64 targets.
+        """Check shapes and targets; return the source with int64 targets.
 
         Args:
             expected: shape and classes.

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def weights_origin(node: Mapping[str, Any]) -> str:
-    """Name the collection that a model's initial weights were trained on; empty for none.
+    """Name the collection that initial weights were trained on; may be empty.
 
     Weights of timm and torchvision, and files of weights, count as ImageNet's unless `pretrained_on` names another.
 
@@ -31,8 +31,9 @@ def describe_weights(node: Mapping[str, Any]) -> str:
 
 
 def is_named_by_configuration(node: Mapping[str, Any]) -> bool:
-    """Whether the configuration decides the initial weights: a model of dpopt that loads none.
+    """Tell whether the configuration alone decides the initial weights.
 
-    Of any other model, a hash of its initial state belongs into the key of the run's noise.
+    It does for a model of dpopt that loads none. Of any other model, a hash of its initial state belongs into the key
+    of the run's noise.
     """
     return str(node.get("_target_")).startswith("dpopt.models.") and not weights_origin(node)

@@ -46,7 +46,7 @@ class PoissonBatch:
 
 
 def sample_indices(plan: PrivacyPlan, step: int, examples: int | None = None) -> torch.Tensor:
-    """Draw the examples of a step: int64, ascending, each independently with probability q.
+    """Draw the examples of a step, each independently with probability q.
 
     Args:
         plan: decides q and the key.
