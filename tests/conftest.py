@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from helpers import ROOT
 from dpopt.cli import main
 
 os.environ.setdefault("WANDB_MODE", "offline")
+_home = tempfile.TemporaryDirectory(prefix="dpopt-home-")  # keys and caches of the tests, not the user's
+os.environ["DPOPT_HOME"] = _home.name
 if not torch.cuda.is_available():  # read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

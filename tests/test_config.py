@@ -110,6 +110,7 @@ CHANGED = dict(
     batch_size=["batch_size=100"],
     views=["views=4"],
     holdout=["holdout=0.1"],
+    holdout_by=["holdout_by=position"],
     ema=["ema=0.5"],
     precision=["precision=bf16"],
     seed=["seed=1"],

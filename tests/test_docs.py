@@ -33,10 +33,14 @@ def follow(command, text: str):
 
 def test_own_data(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    library, module = blocks("docs/own_data.md", "python")
+    library, keyed, module = blocks("docs/own_data.md", "python")
     scope = {"dpopt": dpopt, "inputs": torch.randn(500, 3), "targets": torch.zeros(500)}
     exec(library.replace("...", "assert len(list(batch)) >= 1"), scope)
     assert scope["plan"].dataset_size == 500
+    exec(keyed, scope)
+    dataset = scope["Jittered"](scope["inputs"], scope["targets"])
+    inputs, _, mask = next(iter(next(dpopt.poisson_batches(dataset, scope["plan"], views=2, micro_batch=400))))
+    assert not torch.equal(inputs[mask][:, 0], inputs[mask][:, 1])
     (tmp_path / "my_data.py").write_text(module)
     follow(command, blocks("docs/own_data.md", "bash")[0])
     assert list(tmp_path.glob("runs/blobs-cnn-*/result.json"))

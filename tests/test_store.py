@@ -91,7 +91,7 @@ def test_runs_of_a_sweep_share_no_noise(config, monkeypatch):
     for changed in (config, replace(config, clip_norm=2.0), replace(config, tag="x"), replace(config, seed=1)):
         run(changed)
     fingerprint = TensorSource.fingerprint  # another data set under the same configuration
-    monkeypatch.setattr(TensorSource, "fingerprint", lambda self: fingerprint(self) + "'")
+    monkeypatch.setattr(TensorSource, "fingerprint", lambda self, *kind: fingerprint(self) + "'")
     run(replace(config, fresh=True))
     secret = replace(config, randomness="secret")
     monkeypatch.setattr(run_files, "erase_key", lambda directory: None)  # the same secret, and two data sets

@@ -21,6 +21,7 @@ _CHOICES = {
     "accountant": ACCOUNTANTS,
     "randomness": ("secret", "research"),
     "ledger": ("on", "off"),
+    "holdout_by": ("content", "position"),
     "engine": ("auto", "store", "recompute", "ghost", "vmap"),
 }
 
@@ -56,6 +57,7 @@ class Config:
     batch_size: int = 4096  # expected; the realised size is Poisson
     views: int = 1  # K, augmented views per example, whose gradients are averaged before the clip
     holdout: float = 0.0  # fraction of the training set that is not trained on
+    holdout_by: str = "content"  # content: a coin per example; position: a fixed number, as papers split
     ema: Optional[float] = None  # noqa: UP045 (decay of the weight average that is evaluated and exported)
     precision: str = "fp32"  # fp32, bf16 (autocast) or fp64
     seed: int = 0  # of splits, weights, sampling and noise

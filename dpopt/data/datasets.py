@@ -5,7 +5,8 @@ where the network allows; ImageNet is a folder tree. Training and test sets are 
 except digits, of which a fixed fifth is the test set.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dpopt.data.items import Expected
 from dpopt.data.scattering import VERSION, scatter, scattering_channels
 from dpopt.data.sources import MapSource, TensorSource
 from dpopt.files import one_process, replace_durably
@@ -21,6 +23,9 @@ from dpopt.rng import RandomKey
 Loaded = tuple[Any, Any]  # train and test, as Sources or as anything that `dpopt.data.sources.as_source` accepts
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET_SIZE = 1_281_167
+_IMAGENET_NAMES = re.compile(r"image[-_ ]?net|imagenette|imagewoof|ilsvrc|(?<![a-z])in[-_]?(1|21|22)k")
+_CIFAR10_MEAN, _CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class DataSpec:
         classes: number of classes.
         shape: shape of one input, (channels, height, width).
         load: (data_dir, device, workers) → (train, test): Sources, tensor pairs or map-style Datasets.
+        constants: what inputs are normalized by and where it is from, for the privacy card; empty where it is unknown.
+        collection: the public collection that the images belong to, on which initial weights must not have been
+            trained; empty for none, None to go by the name and the class folders.
     """
 
     name: str
@@ -40,6 +48,24 @@ class DataSpec:
     classes: int
     shape: tuple[int, ...]
     load: Callable[[Path, torch.device, int], Loaded]
+    constants: str = ""
+    collection: str | None = None
+
+    @property
+    def expected(self) -> Expected:
+        """What every example has to be."""
+        return Expected(tuple(self.shape), self.classes)
+
+
+def looks_like_imagenet(name: str) -> bool:
+    """Tell by its name whether a dataset is part of ImageNet."""
+    return _IMAGENET_NAMES.search(name.lower()) is not None
+
+
+def normalization(mean: Sequence[float], std: Sequence[float], origin: str) -> str:
+    """Say what inputs are normalized by, for the privacy card."""
+    numbers = (", ".join(f"{value:.4g}" for value in values) for values in (mean, std))
+    return "mean {}, std {} ({})".format(*numbers, origin)
 
 
 def digits() -> DataSpec:
@@ -57,7 +83,8 @@ def digits() -> DataSpec:
 
         return part(order[360:]), part(order[:360])
 
-    return DataSpec("digits", 1437, 10, (1, 8, 8), load)
+    constants = normalization((0.29,), (0.35,), "rounded, of these public digits")
+    return DataSpec("digits", 1437, 10, (1, 8, 8), load, constants)
 
 
 def fashion_mnist(augment: bool = False) -> DataSpec:
@@ -68,7 +95,8 @@ def fashion_mnist(augment: bool = False) -> DataSpec:
     """
     crop = 2 if augment else 0
     load = _torchvision("FashionMNIST", (0.2860,), (0.3530,), crop, augment, None)
-    return DataSpec("fashion_mnist", 60_000, 10, (1, 28, 28), load)
+    constants = normalization((0.2860,), (0.3530,), "published for Fashion-MNIST")
+    return DataSpec("fashion_mnist", 60_000, 10, (1, 28, 28), load, constants)
 
 
 def cifar10(augment: bool = True, image_size: int = 32) -> DataSpec:
@@ -78,7 +106,7 @@ def cifar10(augment: bool = True, image_size: int = 32) -> DataSpec:
         augment: shift by up to four pixels (reflected) and mirror.
         image_size: resize to this many pixels (224 for a pretrained DeiT).
     """
-    return _cifar("CIFAR10", 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), augment, image_size)
+    return _cifar("CIFAR10", 10, _CIFAR10_MEAN, _CIFAR10_STD, augment, image_size)
 
 
 def cifar100(augment: bool = True, image_size: int = 32) -> DataSpec:
@@ -115,23 +143,29 @@ def cifar10_scattering(groups: int = 27) -> DataSpec:
         train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
         return train, test
 
-    return DataSpec("cifar10_scattering", 50_000, 10, (scattering_channels(3), side, side), load)
+    constants = f"{images.constants}; then each example by its own groups of channels"
+    return DataSpec("cifar10_scattering", 50_000, 10, (scattering_channels(3), side, side), load, constants)
 
 
 def imagenet(
-    folder: str = "imagenet", image_size: int = 224, train_size: int = 1_281_167, classes: int = 1000
+    folder: str = "imagenet",
+    image_size: int = 224,
+    train_size: int = _IMAGENET_SIZE,
+    classes: int = 1000,
+    is_imagenet: bool | None = None,
 ) -> DataSpec:
     """A folder tree DATA_DIR/folder/{train,val}/CLASS/*.JPEG, such as ImageNet's; the defaults are ImageNet's.
 
     Args:
         folder: the folder below data_dir.
-        image_size: pixels after a random resized crop (training) or a centre crop of 87.5 % (test).
+        image_size: pixels after a random resized crop (training) or a center crop of 87.5% (test).
         train_size: number of training images, checked against the folder.
         classes: number of classes, checked against the folder.
+        is_imagenet: whether these are images of ImageNet, on which weights pretrained there get no ε; null goes by
+            the names of the folders and the number of images.
     """
 
     def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
-        from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
 
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_IMAGENET_MEAN, _IMAGENET_STD)]
@@ -144,18 +178,48 @@ def imagenet(
                     f"{root / part} is missing: put the images at {root}/{{train,val}}/CLASS/IMAGE, or set data_dir "
                     "(or DPOPT_DATA_DIR)"
                 )
-        train, test = ImageFolder(root / "train", views), ImageFolder(root / "val", plain)
+        train, test = _image_folder(root / "train", views), _image_folder(root / "val", plain)
         found = (len(train), len(train.classes))
-        if found != (train_size, classes) or train.classes != test.classes:
+        if found != (train_size, classes):
             raise ValueError(
-                f"{root} holds {found[0]:,} training images in {found[1]} classes (val: {len(test.classes)} classes) "
-                f"where {train_size:,} in {classes} were announced: set dataset.train_size={found[0]} "
-                f"dataset.classes={found[1]} and give train and val the same class folders"
+                f"{root} holds {found[0]:,} training images in {found[1]} classes where {train_size:,} in {classes} "
+                f"were announced: set dataset.train_size={found[0]} dataset.classes={found[1]}"
             )
-        unchanged = ImageFolder(root / "train", plain)
-        return MapSource(train, device, workers, unchanged), MapSource(test, device, workers)
+        if train.classes != test.classes:
+            only = sorted(set(train.classes) ^ set(test.classes))
+            raise ValueError(
+                f"{root}/train and {root}/val differ in their class folders ({', '.join(only[:4])}): give both the same"
+            )
+        return MapSource(train, device, workers, _image_folder(root / "train", plain)), MapSource(test, device, workers)
 
-    return DataSpec(Path(folder).name, train_size, classes, (3, image_size, image_size), load)
+    if is_imagenet is None and not (looks_like_imagenet(folder) or train_size == _IMAGENET_SIZE):
+        collection = None
+    else:
+        collection = "" if is_imagenet is False else "imagenet"
+    constants = normalization(_IMAGENET_MEAN, _IMAGENET_STD, "published for ImageNet")
+    shape = (3, image_size, image_size)
+    return DataSpec(Path(folder).name, train_size, classes, shape, load, constants, collection)
+
+
+def _image_folder(root: Path, transform: Any) -> Any:
+    """Open a folder of class folders of images.
+
+    Raises:
+        FileNotFoundError: for a folder without class folders, or a class folder without images.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(root, transform)
+    except FileNotFoundError as error:
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        if not names:
+            raise FileNotFoundError(f"{root} has no class folders: put the images at {root}/CLASS/IMAGE") from error
+        without = str(error).partition("classes ")[2].partition(". Supported")[0]
+        raise FileNotFoundError(
+            f"{root} has class folders without images ({without or 'all'}): give each at least one .jpg, .jpeg, .png, "
+            ".ppm, .bmp, .pgm, .tif, .tiff or .webp file, or remove the folder"
+        ) from error
 
 
 def _make_once(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
@@ -181,7 +245,8 @@ def _cifar(
     name: str, classes: int, mean: tuple[float, ...], std: tuple[float, ...], augment: bool, image_size: int
 ) -> DataSpec:
     load = _torchvision(name, mean, std, 4 if augment else 0, augment, image_size if image_size != 32 else None)
-    return DataSpec(name.lower(), 50_000, classes, (3, image_size, image_size), load)
+    constants = normalization(mean, std, f"published for {name[:5]}-{classes}")
+    return DataSpec(name.lower(), 50_000, classes, (3, image_size, image_size), load, constants)
 
 
 def _torchvision(

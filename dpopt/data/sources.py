@@ -1,35 +1,39 @@
 """Sources: where the examples of a batch come from, in memory or through worker processes.
 
 Small image sets live on the device as uint8 and are augmented there by batched tensor code (`TensorSource`); anything
-else is a map-style Dataset read by worker processes (`MapSource`). A source is told which examples each step wants and
-yields their K views in micro-batches; its randomness is keyed by the step and the example, never by the micro-batch
-size or the order of loading.
+else is a map-style Dataset read by worker processes (`MapSource`, in map_source.py). A source is told which examples
+each step wants and yields their K views in micro-batches; its randomness is keyed by the step and the example, never by
+the micro-batch size or the order of loading.
 """
 
-import hashlib
-import random
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
+from dpopt.data.fingerprint import Kind, combine, row_digests, tensor_digest
+from dpopt.data.items import Expected, class_labels
+from dpopt.data.map_source import MapSource, Request, group_names
 from dpopt.rng import RandomKey
 
-_FINGERPRINTED = 64  # examples of a map-style Dataset whose content enters its fingerprint: reading all takes hours
-Request = tuple[int, Tensor]  # a step and the indices of all its examples
+__all__ = ["MapSource", "Request", "Source", "TensorSource", "as_source"]
+
+_MEMBERS = ("public_size", "subset", "fingerprint", "contents", "check")
 
 
 class Source(Protocol):
     """What sampling and evaluation ask of training or test data."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def public_size(self) -> int:
+        """The number of examples that plans are made for."""
+        ...
 
     def views(
         self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int
@@ -44,12 +48,20 @@ class Source(Protocol):
         """All examples in order, not augmented: inputs (n, …) and targets (n, …)."""
         ...
 
-    def subset(self, indices: Tensor) -> "Source":
-        """The source restricted to these examples."""
+    def subset(self, indices: Tensor, public_size: int | None = None) -> "Source":
+        """Restrict the source to these examples; its fingerprint covers all."""
         ...
 
-    def fingerprint(self) -> str:
-        """A hash of the data, to notice that a resumed run sees another data set."""
+    def fingerprint(self, kind: Kind = "content") -> str:
+        """Hash the data; `quick` believes a Dataset that declares a fingerprint."""
+        ...
+
+    def contents(self) -> list[bytes]:
+        """Hash each example; equal inputs and records of one group agree."""
+        ...
+
+    def check(self, expected: Expected, part: str) -> "Source":
+        """Check the examples now; return a source that checks the rest."""
         ...
 
 
@@ -65,6 +77,9 @@ class TensorSource:
         crop: shift by up to this many pixels in each direction (reflected at the border); 0 for none.
         flip: mirror horizontally with probability ½.
         image_size: resize (bilinear) to this many pixels after augmentation.
+        groups: the group of each example, a user for instance; None for none.
+        announced: the public number of examples; None for the number there is.
+        whole: fingerprint of the source that this one is a subset of, and of what was selected.
     """
 
     inputs: Tensor
@@ -74,15 +89,30 @@ class TensorSource:
     crop: int = 0
     flip: bool = False
     image_size: int | None = None
+    groups: Any = None
+    announced: int | None = None
+    whole: str = ""
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise ValueError(
                 f"there are {len(self.inputs):,} inputs but {len(self.targets):,} targets: give one for each"
             )
+        if self.inputs.dtype == torch.uint8:
+            channels = self.inputs.shape[1] if self.inputs.ndim == 4 else 0
+            if not channels or len(self.mean) != channels or len(self.std) != channels or 0 in self.std:
+                raise ValueError(
+                    f"uint8 inputs of shape {tuple(self.inputs.shape)} need the shape (N, C, H, W) and a mean and a "
+                    "positive std for each of the C channels: give them, or scale the inputs to floating point"
+                )
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    @property
+    def public_size(self) -> int:
+        """The number of examples that plans are made for."""
+        return len(self) if self.announced is None else self.announced
 
     def views(
         self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int
@@ -103,18 +133,45 @@ class TensorSource:
         for images, targets in zip(self.inputs.split(batch_size), self.targets.split(batch_size), strict=True):
             yield self._finish(images), targets
 
-    def subset(self, indices: Tensor) -> "TensorSource":
+    def subset(self, indices: Tensor, public_size: int | None = None) -> "TensorSource":
         at = indices.to(self.inputs.device)
-        return TensorSource(
-            self.inputs[at], self.targets[at], self.mean, self.std, self.crop, self.flip, self.image_size
-        )
+        groups = None if self.groups is None else [list(self.groups)[int(i)] for i in indices]
+        whole = combine("subset", self.fingerprint(), tensor_digest(indices))
+        part = replace(self, inputs=self.inputs[at], targets=self.targets[at], groups=groups)
+        return replace(part, announced=public_size, whole=whole)
 
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in (self.inputs, self.targets):
-            digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy())
-        return digest.hexdigest()
+    def fingerprint(self, kind: Kind = "content") -> str:
+        """Hash every byte, also of examples outside this subset."""
+        if self.whole:
+            return self.whole
+        settings = str((tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size))
+        return combine("tensors", tensor_digest(self.inputs), tensor_digest(self.targets), settings)
+
+    def contents(self) -> list[bytes]:
+        """Hash each example; equal inputs and records of one group agree."""
+        return row_digests(self.inputs) if self.groups is None else group_names(self.groups, len(self))
+
+    def check(self, expected: Expected, part: str) -> "TensorSource":
+        """Check shapes and targets; return the source with int64 targets.
+
+        Args:
+            expected: shape and classes.
+            part: what the examples are for, in an error.
+
+        Raises:
+            ValueError: naming the first example that is not what is expected.
+        """
+        shape = tuple(self.inputs.shape[1:])
+        if self.image_size and self.inputs.dtype == torch.uint8:
+            shape = (shape[0], self.image_size, self.image_size)
+        if expected.shape is not None and shape != expected.shape:
+            raise ValueError(
+                f"the {part} inputs have the shape {shape} where the DataSpec announces {expected.shape}: correct the "
+                "shape in the DataSpec, or the inputs"
+            )
+        if expected.classes is None:
+            return self
+        return replace(self, targets=class_labels(self.targets, expected.classes, lambda i: f"{part} example {i}"))
 
     def _finish(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
@@ -129,111 +186,6 @@ class TensorSource:
         return images
 
 
-@dataclass(frozen=True, eq=False)
-class MapSource:
-    """A map-style Dataset of (input, target) pairs, read by worker processes; the Dataset does its own augmentation.
-
-    The global generators of torch, NumPy and Python are seeded per (step, example, view) around every access, so that
-    torchvision's transforms are keyed without knowing it.
-
-    Attributes:
-        dataset: the data, with training transforms.
-        device: where batches are wanted.
-        workers: number of worker processes.
-        plain_dataset: the same examples without augmentation, for `plain`; by default `dataset`.
-    """
-
-    dataset: Dataset[Any]
-    device: torch.device
-    workers: int = 0
-    plain_dataset: Dataset[Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self.dataset) if isinstance(self.dataset, Sized) else 0
-
-    def views(
-        self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        keyed = _KeyedViews(self.dataset, key, views)
-        batches = ([(step, int(i)) for i in at] for step, indices in requests for at in indices.split(micro_batch))
-        yield from self._load(keyed, batches, keyed.empty())
-
-    def plain(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        keyed = _KeyedViews(self.plain_dataset or self.dataset, RandomKey(b""), 1)
-        batches = ([(0, int(i)) for i in indices] for indices in torch.arange(len(self)).split(batch_size))
-        for inputs, targets in self._load(keyed, batches, keyed.empty()):
-            yield inputs.squeeze(1), targets
-
-    def subset(self, indices: Tensor) -> "MapSource":
-        at = indices.tolist()
-        parts = [self.dataset, self.plain_dataset]
-        augmented, plain = (None if part is None else torch.utils.data.Subset(part, at) for part in parts)
-        assert augmented is not None
-        return MapSource(augmented, self.device, self.workers, plain)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(str(len(self)).encode(), digest_size=16)
-        keyed = _KeyedViews(self.plain_dataset or self.dataset, RandomKey(b""), 1)
-        for index in torch.linspace(0, len(self) - 1, min(len(self), _FINGERPRINTED)).long():
-            for tensor in keyed[(0, int(index))]:
-                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        root = getattr(self.dataset, "root", None)
-        for path, target in getattr(self.dataset, "samples", []):  # ImageFolder: names, classes and sizes of the files
-            name = Path(path).relative_to(root) if root else Path(path).name
-            digest.update(f"{name}\0{target}\0{Path(path).stat().st_size}\n".encode())
-        return digest.hexdigest()
-
-    def _load(
-        self, keyed: "_KeyedViews", batches: Iterable[list[tuple[int, int]]], empty: tuple[Tensor, Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        loader: DataLoader[Any] = DataLoader(
-            keyed,
-            batch_sampler=batches,  # any iterable of lists will do
-            collate_fn=partial(_stack, empty),
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own, so that the global one is left alone
-        )
-        for inputs, targets in loader:
-            yield inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-
-
-class _KeyedViews(Dataset[Any]):
-    """(step, index) → the K views of an example, stacked, and its target."""
-
-    def __init__(self, dataset: Dataset[Any], key: RandomKey, views: int) -> None:
-        self.dataset, self.key, self.views = dataset, key, views
-
-    def __getitem__(self, at: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        step, index = at
-        state, numpy_state = random.getstate(), np.random.get_state()
-        seen = []
-        with torch.random.fork_rng(devices=[]):
-            for view in range(self.views):
-                seed = self.key.seed("augment", step, index, view)
-                torch.manual_seed(seed)
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                seen.append(self.dataset[index])
-        random.setstate(state)
-        np.random.set_state(numpy_state)
-        return torch.stack([torch.as_tensor(x) for x, _ in seen]), torch.as_tensor(seen[0][1])
-
-    def __getitems__(self, batch: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-        return [self[at] for at in batch]  # also called with an empty list, for an empty batch
-
-    def empty(self) -> tuple[Tensor, Tensor]:
-        inputs, target = self[(0, 0)]
-        return inputs.new_zeros(0, *inputs.shape), target.new_zeros(0, *target.shape)
-
-
-def _stack(empty: tuple[Tensor, Tensor], examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if not examples:
-        return empty
-    inputs, targets = zip(*examples, strict=True)
-    return torch.stack(inputs), torch.stack(targets)
-
-
 def as_source(data: Any, device: torch.device | str | None = None, workers: int = 0) -> Source:
     """Make a Source of a pair of tensors, a TensorDataset, or any map-style Dataset of (input, target) pairs.
 
@@ -246,6 +198,7 @@ def as_source(data: Any, device: torch.device | str | None = None, workers: int 
         return data
     if isinstance(data, TensorDataset):
         data = data.tensors
+    name = type(data).__name__
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         inputs, targets = data
         if inputs.dtype == torch.uint8:
@@ -257,11 +210,18 @@ def as_source(data: Any, device: torch.device | str | None = None, workers: int 
     if isinstance(data, tuple | list):
         kinds = ", ".join(type(part).__name__ for part in data[:4])
         raise ValueError(f"({kinds}) is not a pair of tensors (inputs, targets): convert it with torch.as_tensor")
+    if isinstance(data, IterableDataset | dict | str):
+        raise ValueError(
+            f"a {name} cannot be sampled example by example: give a pair of tensors or a map-style Dataset, which has "
+            "__getitem__ by number and __len__"
+        )
+    if hasattr(data, "views") and hasattr(data, "plain"):
+        if missing := [name for name in _MEMBERS if not hasattr(data, name)]:
+            raise ValueError(f"{name} lacks {', '.join(missing)}: give it what dpopt.data.sources.Source names")
+        return data
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return MapSource(data, torch.device(device or "cpu"), workers)
-    if all(hasattr(data, name) for name in ("views", "plain", "subset", "fingerprint")):
-        return data
-    raise ValueError(f"{type(data).__name__} is neither a pair of tensors nor a map-style Dataset with a length")
+    raise ValueError(f"{name} is neither a pair of tensors nor a map-style Dataset with a length")
 
 
 def _crop_flip(images: Tensor, at: Tensor, draws: Tensor, crop: int, flip: bool) -> Tensor:

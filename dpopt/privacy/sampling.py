@@ -45,9 +45,16 @@ class PoissonBatch:
         return self.micro_batches
 
 
-def sample_indices(plan: PrivacyPlan, step: int) -> torch.Tensor:
-    """The examples of a step: int64, ascending, each present independently with probability q."""
-    return torch.nonzero(plan.key.uniform(plan.dataset_size, "sample", step) < plan.sample_rate).flatten()
+def sample_indices(plan: PrivacyPlan, step: int, examples: int | None = None) -> torch.Tensor:
+    """Draw the examples of a step, each independently with probability q.
+
+    Args:
+        plan: decides q and the key.
+        step: its number.
+        examples: how many there are; by default as many as the plan was made for.
+    """
+    count = plan.dataset_size if examples is None else examples
+    return torch.nonzero(plan.key.uniform(count, "sample", step) < plan.sample_rate).flatten()
 
 
 def poisson_batches(
@@ -63,19 +70,21 @@ def poisson_batches(
         micro_batch: examples per micro-batch, a performance setting.
 
     Raises:
-        ValueError: when the data set does not have `plan.dataset_size` examples.
+        ValueError: when the dataset's public size is not `plan.dataset_size`, or it has no examples.
     """
     source = as_source(dataset)
-    if len(source) != plan.dataset_size:
+    if not len(source):
+        raise ValueError("the dataset has no examples: give it at least one")
+    if source.public_size != plan.dataset_size:
         raise ValueError(
-            f"the data set has {len(source):,} examples but the plan was made for {plan.dataset_size:,}: "
-            f"calibrate the plan with dataset_size={len(source)}"
+            f"the dataset has {source.public_size:,} examples but the plan was made for {plan.dataset_size:,}: "
+            f"calibrate the plan with dataset_size={source.public_size}"
         )
     return _batches(source, plan, start, views, micro_batch)
 
 
 def _batches(source: Source, plan: PrivacyPlan, start: int, views: int, micro_batch: int) -> Iterator[PoissonBatch]:
-    sampled = ((step, sample_indices(plan, step)) for step in range(start, plan.steps))
+    sampled = ((step, sample_indices(plan, step, len(source))) for step in range(start, plan.steps))
     ours, theirs = itertools.tee(sampled)
     loaded = source.views(theirs, plan.key, views, micro_batch)
     for step, indices in ours:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpopt.config.components import accepted, build
+from dpopt.config.components import accepted, build, component_defaults
 from dpopt.config.schema import Config
 from dpopt.data.datasets import DataSpec
+from dpopt.data.holdout import split_holdout
+from dpopt.data.pretraining import check_pretraining
 from dpopt.data.sources import Source, as_source
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.model_check import check_model
@@ -97,11 +99,19 @@ class Components:
 
 @dataclass(frozen=True)
 class Data:
-    """Training, test and held-out examples."""
+    """Training, test and held-out examples.
+
+    Attributes:
+        train: what is trained on.
+        test: what is evaluated on.
+        held_out: the examples split off from the training set; None for none.
+        fingerprint: of the training set before the split, and of the split; never written down but as a MAC.
+    """
 
     train: Source
     test: Source
     held_out: Source | None
+    fingerprint: str
 
 
 def build_components(config: Config) -> Components:
@@ -161,23 +171,32 @@ def build_model(config: Config, task: Classification, offline: bool) -> nn.Modul
 
 
 def load_data(components: Components) -> Data:
-    """Load training and test data; the hold-out is split off by the seed.
+    """Load, check and fingerprint training and test data; split off the hold-out.
 
     Raises:
-        ValueError: when there are not as many examples as announced; OSError for missing files.
+        ValueError: when the examples are not what was announced or cannot be trained on; OSError for unreadable files.
     """
     config, spec, device = components.config, components.task.spec, components.device
     loaded = spec.load(Path(config.data_dir).expanduser(), device, config.workers)
+    if not isinstance(loaded, tuple | list) or len(loaded) != 2:
+        raise ValueError(f"the load function of {spec.name} must return a pair (train, test)")
     train, test = (as_source(part, device, config.workers) for part in loaded)
+    if config.private:
+        classes = getattr(getattr(train, "dataset", None), "classes", ())
+        check_pretraining(spec, component_defaults(config.model) | config.model, classes)
+    for part, source in (("training", train), ("test", test)):
+        if not len(source):
+            raise ValueError(f"{spec.name} has no {part} examples: give it at least one")
     if len(train) != spec.train_size:
-        raise ValueError(f"{spec.name} has {len(train):,} training examples, not {spec.train_size:,} as announced")
-    if not len(test):
-        raise ValueError(f"{spec.name} has no test examples: give it at least one")
-    held = round(config.holdout * len(train))
-    if not held:
-        return Data(train, test, None)
-    order = torch.argsort(RandomKey.from_seed(config.seed).uniform(len(train), "split"))
-    return Data(train.subset(order[held:].sort().values), test, train.subset(order[:held].sort().values))
+        raise ValueError(
+            f"{spec.name} has {len(train):,} training examples, not {spec.train_size:,} as announced: correct "
+            "train_size in the DataSpec"
+        )
+    train, test = train.check(spec.expected, "training"), test.check(spec.expected, "test")
+    train, held_out = split_holdout(train, config.holdout, config.seed, config.holdout_by)
+    # Without a secret key only the content keeps the noise of two runs on neighboring datasets apart.
+    research = config.private and not config.secure_rng
+    return Data(train, test, held_out, train.fingerprint("content" if research else "quick"))
 
 
 def load_test_set(config: Config, task: Classification) -> Source:

@@ -146,3 +146,42 @@ def test_features_of_pictures_that_cannot_be_had_say_so(tmp_path, monkeypatch):
     thread.join(30)
     assert len(errors) == 1 and "could not be downloaded (no network)" in errors[0], "hangs, or fails otherwise"
     assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_cannot_be_used(folder):
+    spec = data.imagenet("pets", image_size=32, train_size=12, classes=2)
+    root = folder / "pets"
+    (root / "train" / "bird").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"pets/train has class folders without images \(bird\): give each"):
+        load(spec, folder)
+    (root / "train" / "bird").rmdir()
+    (root / "val" / "dog").rename(root / "val" / "wolf")
+    with pytest.raises(ValueError, match=r"differ in their class folders \(dog, wolf\): give both the same"):
+        load(spec, folder)
+    (root / "empty" / "train").mkdir(parents=True)
+    (root / "empty" / "val").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty/train has no class folders: put the images at"):
+        load(data.imagenet("pets/empty", train_size=12, classes=2), folder)
+
+
+def test_a_damaged_image_does_not_block_the_run_once_repaired(cli, folder):
+    """It is named before there is a run directory, in a run that begins and in one that is resumed."""
+    short = [
+        *("dataset=imagenet", "dataset.folder=pets", "dataset.image_size=32", "dataset.train_size=12"),
+        *("dataset.classes=2", "model=cnn", "model.widths=[8]", "batch_size=6", "steps=3", "delta=1e-2"),
+        *("logger=csv", f"data_dir={folder}", "workers=0", "eval_every=2", "device=cpu"),
+    ]
+    path = folder / "pets/train/dog/3.jpg"
+    good, about = path.read_bytes(), path.stat()
+    path.write_bytes(good[:300])
+    done = cli(*short)
+    assert done.returncode == 1 and f"{path} cannot be read as an image" in done.stderr
+    assert not list(folder.glob("runs/imagenet-*")), "a run directory was made"
+    path.write_bytes(good)
+    assert cli(*short, "time_limit=0").returncode == 0
+    path.write_bytes(good[:300])
+    assert "cannot be read as an image" in cli(*short).stderr
+    path.write_bytes(good)
+    done = cli(*short)
+    assert done.returncode == 0, done.stderr
+    assert about.st_size == len(good) and len(list(folder.glob("runs/imagenet-*/model.safetensors"))) == 1

@@ -81,12 +81,20 @@ def test_normalisation_and_resizing():
 
 def test_fingerprints_see_every_byte():
     images, targets = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
-    reference = TensorSource(images, targets).fingerprint()
+
+    def fingerprint(images, targets, std=(1.0,)):
+        return TensorSource(images, targets, (0.0,), std).fingerprint()
+
+    reference = fingerprint(images, targets)
     other_image, other_target = images.clone(), targets.clone()
     other_image[3, 0, 1, 1] = other_target[0] = 1
-    assert TensorSource(images.clone(), targets.clone()).fingerprint() == reference
-    assert TensorSource(other_image, targets).fingerprint() != reference
-    assert TensorSource(images, other_target).fingerprint() != reference
+    assert fingerprint(images.clone(), targets.clone()) == reference
+    others = [
+        fingerprint(other_image, targets),
+        fingerprint(images, other_target),
+        fingerprint(images, targets, (2.0,)),
+    ]
+    assert len({reference, *others}) == 4
 
 
 def test_fingerprints_of_map_style_data_see_the_content():

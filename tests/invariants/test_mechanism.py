@@ -108,7 +108,7 @@ def fixed_size_batches(patch):
     patch.setattr(
         sampling,
         "sample_indices",
-        lambda plan, step: torch.argsort(plan.key.uniform(plan.dataset_size, "s", step))[: plan.batch_size],
+        lambda plan, step, *_: torch.argsort(plan.key.uniform(plan.dataset_size, "s", step))[: plan.batch_size],
     )
 
 
