@@ -29,6 +29,8 @@ def command(tmp_path, monkeypatch, capsys) -> Callable[..., subprocess.Completed
         where = _below(tmp_path, arguments) if verb in ("train", "estimate") else []
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["run.py"])
+        # Hydra shuts all handlers down, and absl's closes its stream, which may be pytest's.
+        monkeypatch.setattr(logging, "shutdown", lambda *_: None)
         handlers, level = logging.root.handlers[:], logging.root.level  # Hydra sets its own
         capsys.readouterr()
         try:

@@ -131,7 +131,7 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
     console().print(_panel(title, rows, "green" if done else "yellow"))
 
 
-def already_finished(result: dict[str, Any], directory: str, commit: str | None) -> None:
+def already_finished(result: dict[str, Any], directory: str, commit: str | None, note: str) -> None:
     """One line for a run that was finished earlier; a warning when the code has moved on."""
     accuracy = f"{result[HOLDOUT]:.2%} on the hold-out" if HOLDOUT in result else f"{result['test_accuracy']:.2%}"
     console().print(
@@ -140,6 +140,8 @@ def already_finished(result: dict[str, Any], directory: str, commit: str | None)
         soft_wrap=True,
         highlight=False,
     )
+    if note:
+        console().print(f"[yellow]  {note}[/yellow]", soft_wrap=True, highlight=False)
     if (version := result.get("noise_version", 1)) != NOISE_VERSION:
         console().print(
             f"[yellow]  noise version {version}: the code draws noise by version {NOISE_VERSION} now[/yellow]"

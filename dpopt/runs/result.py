@@ -18,6 +18,8 @@ class Result:
             were recorded, `private/holdout_accuracy`.
         guarantee: what the run may claim, in a sentence.
         noise_version: how randomness was drawn and released (`dpopt.privacy.noise`).
+        data_mac: MAC of the fingerprint of the training set.
+        fingerprint_key: names the key of the MAC.
         epsilon: spent, by the plan's accountant.
         epsilon_rdp: spent, by Rényi accounting.
         accountant: of the plan.
@@ -43,6 +45,8 @@ class Result:
     metrics: dict[str, float]
     guarantee: str
     noise_version: int
+    data_mac: str
+    fingerprint_key: str
     epsilon: float
     epsilon_rdp: float
     accountant: str

@@ -15,18 +15,21 @@ from torch import Tensor, nn
 from dpopt.config.components import accepted, build, component_defaults
 from dpopt.config.schema import Config
 from dpopt.data.datasets import DataSpec
+from dpopt.data.fingerprint import Kind, module_fingerprint
 from dpopt.data.holdout import split_holdout
 from dpopt.data.pretraining import check_pretraining
 from dpopt.data.sources import Source, as_source
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.models.pretrained import describe_weights, is_named_by_configuration
 from dpopt.optim.schedules import ClipRate
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
 from dpopt.runs.directory import WEIGHTS, read_config
+from dpopt.runs.identity import is_secret
 from dpopt.tasks.classification import Classification
 from dpopt.training.cost import fit_micro_batch
 
@@ -91,6 +94,21 @@ class Components:
             query_points=self.filter.query_points if self.filter else None,
         )
         return made
+
+    def initial_weights(self) -> str:
+        """Fingerprint the model as it is now, unless its configuration alone decides its weights."""
+        node = component_defaults(self.config.model) | self.config.model
+        return "" if is_named_by_configuration(node) else module_fingerprint(self.model)
+
+    def public_facts(self) -> dict[str, str]:
+        """Name what the run takes as public, for the privacy card."""
+        node = component_defaults(self.config.model) | self.config.model
+        constants = self.task.spec.constants or "none stated; constants computed from the training data are outside ε"
+        facts = {"initial weights": describe_weights(node), "preprocessing": constants}
+        if self.config.holdout:
+            by = {"content": "a coin per example, keyed by its content", "position": "position, as papers split"}
+            facts["hold-out"] = f"{self.config.holdout:g} of the examples, by {by[self.config.holdout_by]}"
+        return facts
 
     def tracker(self) -> Any:
         """Make the tracker that watches the run."""
@@ -170,13 +188,12 @@ def build_model(config: Config, task: Classification, offline: bool) -> nn.Modul
     return model.double() if config.precision == "fp64" else model
 
 
-def load_data(components: Components) -> Data:
+def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     """Load, check and fingerprint training and test data; split off the hold-out.
 
     Raises:
         ValueError: when the examples are not what was announced or cannot be trained on; OSError for unreadable files.
     """
-    config, spec, device = components.config, components.task.spec, components.device
     loaded = spec.load(Path(config.data_dir).expanduser(), device, config.workers)
     if not isinstance(loaded, tuple | list) or len(loaded) != 2:
         raise ValueError(f"the load function of {spec.name} must return a pair (train, test)")
@@ -195,8 +212,8 @@ def load_data(components: Components) -> Data:
     train, test = train.check(spec.expected, "training"), test.check(spec.expected, "test")
     train, held_out = split_holdout(train, config.holdout, config.seed, config.holdout_by)
     # Without a secret key only the content keeps the noise of two runs on neighboring datasets apart.
-    research = config.private and not config.secure_rng
-    return Data(train, test, held_out, train.fingerprint("content" if research else "quick"))
+    kind: Kind = "quick" if is_secret(config) else "content"
+    return Data(train, test, held_out, train.fingerprint(kind))
 
 
 def load_test_set(config: Config, task: Classification) -> Source:

@@ -6,14 +6,17 @@ Everything that can be refused is refused before the run directory is made.
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from dpopt import files
 from dpopt.config.components import check_components
 from dpopt.config.schema import Config
+from dpopt.data.fingerprint import FingerprintKey
 from dpopt.runs import console, directory
 from dpopt.runs.identity import describe, failure_note, locate
 from dpopt.runs.provenance import git_commit
 from dpopt.runs.result import Estimate
-from dpopt.training.build import Components, build_components, load_data
+from dpopt.training.build import Components, build_components, load_data, make_task
 from dpopt.training.cost import estimate_cost, keep_freed_memory
 from dpopt.training.trainer import Trainer
 
@@ -33,13 +36,13 @@ def run(config: Config) -> dict[str, Any]:
     path = locate(config)
     done = directory.finished(path)
     if done and not config.fresh and not config.dry_run:
-        console.already_finished(done, str(path), commit)
+        console.already_finished(done, str(path), commit, _compare_data(config, done, str(path)))
         return done
 
     keep_freed_memory()
     components = build_components(config)
     about = describe(config)
-    data = None if config.dry_run else load_data(components)
+    data = None if config.dry_run else load_data(config, components.task.spec, components.device)
     guess = _estimate(components)
     if data is None:
         console.plan_panel(about, components.plan, components.clip, guess, components.engine)
@@ -48,7 +51,7 @@ def run(config: Config) -> dict[str, Any]:
     with directory.lock(path):
         try:
             if (done := directory.finished(path)) and not config.fresh:  # by another process, in the meantime
-                console.already_finished(done, str(path), commit)
+                console.already_finished(done, str(path), commit, "")
                 return done
             if config.fresh:
                 directory.clear(path)
@@ -62,6 +65,27 @@ def run(config: Config) -> dict[str, Any]:
     if result["status"] == "interrupted":
         raise KeyboardInterrupt  # the user wants the whole sweep to stop
     return result
+
+
+def _compare_data(config: Config, done: dict[str, Any], path: str) -> str:
+    """Compare the data of a finished run with those that are here; say why where that cannot be done.
+
+    Raises:
+        ValueError: when the data have changed: the result must not pass for today's.
+    """
+    key = FingerprintKey.load()
+    if done.get("fingerprint_key") != key.key_id:
+        return "its data were not compared: they are recorded under another fingerprint key, or by an earlier version"
+    try:
+        data = load_data(config, make_task(config).spec, torch.device("cpu"))
+    except OSError as error:
+        return f"its data were not compared: {error}"
+    if key.mac(data.fingerprint) != done.get("data_mac"):
+        raise ValueError(
+            f"{path} was trained on other data than there are now, so its result is out of date: fresh=true trains it "
+            "again, tag=NAME makes another run"
+        )
+    return ""
 
 
 def _estimate(components: Components) -> Estimate:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpopt import files
+from dpopt.data.fingerprint import FingerprintKey
 from dpopt.data.sources import Source
 from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.clipping import Adaptive
@@ -65,18 +66,21 @@ class Trainer:
             "git_commit": self.commit,
             "diagnostics": False,
         }
-        fingerprint = data.train.fingerprint()
+        key = FingerprintKey.load()
+        self._data_mac, self._key_id = key.mac(data.fingerprint), key.key_id
+        initial = components.initial_weights()  # before a checkpoint replaces them
         self._facts = {
+            "noise_version": NOISE_VERSION,
             "name": directory.name,
             "configuration": identity(self.config),
             "plan": components.plan.to_dict(),
-            "data_set": fingerprint,
-            "noise_version": NOISE_VERSION,
+            "fingerprint_key": self._key_id,
+            "dataset": self._data_mac,
         }
         self._restore()
         self.progress["diagnostics"] |= self.config.diagnostics  # once recorded, the card must say so for good
         secret = run_files.secret_key(directory) if is_secret(self.config) else RandomKey.from_seed(self.config.seed)
-        self.plan = replace(components.plan, key=secret.derive(identity_hash(self.config), fingerprint))
+        self.plan = replace(components.plan, key=secret.derive(identity_hash(self.config), data.fingerprint, initial))
         self.private = components.private_gradient(self.plan, start=self.step)
         self._first_step, self._training_seconds = self.step, 0.0
 
@@ -215,6 +219,8 @@ class Trainer:
             metrics=metrics,
             guarantee=guarantee(self.about, self.plan, self.step),
             noise_version=NOISE_VERSION,
+            data_mac=self._data_mac,
+            fingerprint_key=self._key_id,
             epsilon=self.plan.epsilon_at(self.step),
             epsilon_rdp=self.plan.epsilon_at(self.step, "rdp"),
             accountant=plan.pop("accountant"),
@@ -236,7 +242,8 @@ class Trainer:
         )
 
     def _write_card(self, steps: int | None) -> None:
-        text = privacy_card(self.about, self.plan, self._sensitivity, steps, self.progress["diagnostics"])
+        facts = self.components.public_facts()
+        text = privacy_card(self.about, self.plan, self._sensitivity, steps, self.progress["diagnostics"], facts)
         files.write_atomic(self.directory / run_files.CARD, text)
 
     def _wall_seconds(self) -> float:
