@@ -14,10 +14,11 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from dpopt.config.components import build, target_name
+from dpopt.config.components import target_name
 from dpopt.runs import provenance
 from dpopt.tables import spec
 from dpopt.tables.spec import COLUMNS, Job
+from dpopt.training.build import make_task
 
 RECORDED = ("test_accuracy", "test_loss", "epsilon", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
 Cells = dict[tuple[str, str], list[Job]]
@@ -141,7 +142,7 @@ def latex(caption: str, head: list[str], lines: list[list[str]]) -> str:
 def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
     """Check that a published number has our dataset, model, N, ε and δ."""
     config = jobs[0].config
-    train_size = build("dataset", config.dataset)().train_size
+    train_size = make_task(config).spec.train_size
     ours = {
         "dataset": target_name(config.dataset),
         "model": target_name(config.model),
@@ -174,7 +175,7 @@ def flag_delta(cells: Cells) -> list[str]:
     for jobs in cells.values():
         config = jobs[0].config if jobs else None
         if config and config.private:
-            train_size = build("dataset", config.dataset)().train_size
+            train_size = make_task(config).spec.train_size
             if config.delta * train_size > 1:
                 return [f"δ = {config.delta:g} is above 1/N = {1 / train_size:.1g}: a guarantee in name only."]
     return []

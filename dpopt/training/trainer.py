@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpopt import files
-from dpopt.data.fingerprint import FingerprintKey
+from dpopt.data.fingerprint import FingerprintKey, home
 from dpopt.data.sources import Source
 from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.clipping import Adaptive
@@ -28,6 +28,7 @@ from dpopt.rng import RandomKey
 from dpopt.runs import directory as run_files
 from dpopt.runs.console import Progress
 from dpopt.runs.identity import describe, identity, identity_hash, is_secret
+from dpopt.runs.ledger import Ledger, spending
 from dpopt.runs.privacy_card import guarantee, privacy_card
 from dpopt.runs.provenance import device_name, git_commit, versions
 from dpopt.runs.result import HOLDOUT, Result
@@ -161,6 +162,7 @@ class Trainer:
     def _begin(self) -> Metrics:
         """Write what must be there before the first step."""
         self._write_card(None)
+        self._record_spending(self.plan.steps, "planned")
         (self.directory / run_files.RESULT).unlink(missing_ok=True)
         text = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
         files.write_atomic(self.directory / run_files.CONFIG, text)
@@ -195,6 +197,7 @@ class Trainer:
     def _finish(self, status: str, values: dict[str, float]) -> Result:
         """Write card, result and, for a finished run, the weights; erase the key of a finished run."""
         result = self._result(status, values)
+        self._record_spending(self.step, status)
         self._write_card(self.step)
         if status == "finished":
             weights = self.directory / f".{run_files.WEIGHTS}.tmp"
@@ -240,6 +243,15 @@ class Trainer:
             device=device_name(self.device),
             config=asdict(self.config),
         )
+
+    def _record_spending(self, steps: int, status: str) -> None:
+        """Add what this run spends to the user's ledger, if it makes a claim."""
+        if self.config.ledger == "off" or not is_secret(self.config) or not self.plan.noise_multiplier:
+            return
+        about = {"name": self.directory.name, "dataset": self.about.dataset}
+        about |= {"data": self._data_mac, "key_id": self._key_id}
+        run = self.plan.key.for_workers("ledger").material.hex()[:16]  # the same when the run is resumed
+        Ledger(home()).add(spending(self.plan, steps, status, run=run, **about))
 
     def _write_card(self, steps: int | None) -> None:
         facts = self.components.public_facts()
