@@ -45,9 +45,12 @@ class PoissonBatch:
         return self.micro_batches
 
 
-def sample_indices(plan: PrivacyPlan, step: int) -> torch.Tensor:
-    """The examples of a step: int64, ascending, each present independently with probability q."""
-    return torch.nonzero(plan.key.uniform(plan.dataset_size, "sample", step) < plan.sample_rate).flatten()
+def sample_indices(plan: PrivacyPlan, step: int, behind: int = 0) -> torch.Tensor:
+    """Draw the examples of a step: int64, ascending, each present independently with probability q.
+
+    `behind` more are numbered behind the dataset's (an audit's canaries); they change no draw of the dataset.
+    """
+    return torch.nonzero(plan.key.uniform(plan.dataset_size + behind, "sample", step) < plan.sample_rate).flatten()
 
 
 def poisson_batches(
