@@ -3,11 +3,11 @@
 A bound holds with probability 1 − α if its assumption does. It is a lower bound: it can refute a claimed ε, and never
 proves one. v of r guesses are right; a guess calls a high score included or a low one excluded.
 
-| bound   | statement                                                                        | source                    |
-|---------|----------------------------------------------------------------------------------|---------------------------|
-| one run | P[V ≥ v] ≤ P[B ≥ v] + 2mδ·max_i P[v − i ≤ B < v]/i with B ~ Bin(r, 1/(1 + e^−ε)) | Steinke et al., 2305.08846 |
-| f-DP    | r_i ≤ f̄(h_{i−1}), from the tail at v down, leaves less than α for P[V ≥ v]       | 2410.22235                 |
-| GDP     | μ ≥ Φ⁻¹(1 − FPR⁺) − Φ⁻¹(FNR⁺), and ε(δ, μ)                                       | Nasr et al., 2302.07956    |
+| bound   | statement                                                                        | source     |
+|---------|----------------------------------------------------------------------------------|------------|
+| one run | P[V ≥ v] ≤ P[B ≥ v] + 2mδ·max_i P[v − i ≤ B < v]/i with B ~ Bin(r, 1/(1 + e^−ε)) | 2305.08846 |
+| f-DP    | r_i ≤ f̄(h_{i−1}), from the tail at v down, leaves less than α for P[V ≥ v]       | 2410.22235 |
+| GDP     | μ ≥ Φ⁻¹(1 − FPR⁺) − Φ⁻¹(FNR⁺), and ε(δ, μ)                                       | 2302.07956 |
 
 The three differ in what they assume of the canaries, not in the scores: see `BOUNDS`.
 """
@@ -22,7 +22,6 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv, expit, log_ndtr, ndtr, ndtri
 from scipy.stats import binom
 
-from dpopt.privacy.accounting import gdp_mu
 from dpopt.privacy.plan import PrivacyPlan
 
 ALPHA = 0.05
@@ -30,6 +29,7 @@ _MOST = 200.0  # no bound is searched above this ε
 _GUESSED = [2.0**-k for k in range(1, 7)]  # fractions of the canaries that are guessed; fixed before any score is seen
 _FEWEST = 8  # guesses
 _SIMULATIONS = 20
+_CELLS = 1 << 17  # of the tabulated law of a score
 
 
 def gdp_epsilon(mu: float, delta: float) -> float:
@@ -276,8 +276,8 @@ def audit(
 def ideal_ceiling(canaries: int, plan: PrivacyPlan, alpha: float = ALPHA, signal: float = 1.0) -> dict[str, float]:
     """Simulate the bounds of an ideal white-box audit of a correct implementation.
 
-    Its scores are the best there are for orthogonal canaries, log-likelihood ratios: Gaussian, and μ apart, by the
-    central limit theorem over many steps (`accounting.gdp_mu`). Means of twenty simulations with fixed seeds.
+    Its scores are the best there are for orthogonal canaries: log-likelihood ratios, summed over the steps. Means of
+    twenty simulations with fixed seeds.
 
     Args:
         canaries: m.
@@ -285,12 +285,50 @@ def ideal_ceiling(canaries: int, plan: PrivacyPlan, alpha: float = ALPHA, signal
         alpha: probability that a bound exceeds a true ε.
         signal: length of a canary's clipped gradient over the clip rule's sensitivity.
     """
-    mu = gdp_mu(plan.gradient_noise_multiplier / signal, plan.sample_rate, plan.steps)
+    noise = plan.gradient_noise_multiplier / signal
+    excluded, inside = _score_laws(noise, plan.sample_rate, plan.steps) if noise else (np.zeros(1), np.ones(1))
     found: dict[str, list[float]] = {name: [] for name in BOUNDS}
     for seed in range(_SIMULATIONS):
         generator = np.random.default_rng(seed)
         included = generator.random(canaries) < 0.5
-        scores = generator.normal(size=canaries) + min(mu, 1e3) * included
+        draws = generator.random(canaries)
+        scores = np.where(included, *(law[(draws * len(law)).astype(np.int64)] for law in (inside, excluded)))
         for name, (bound, _) in BOUNDS.items():
             found[name].append(bound(scores, included, plan.delta, alpha))
     return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def log_likelihood_ratio(released: Any, noise: float, rate: float) -> np.ndarray:
+    """Return log(1 − q + q·exp((x − ½)/σ²)): how much likelier x is for an included canary than for another.
+
+    Args:
+        released: x, of a canary that adds 1 when it is in the batch.
+        noise: σ, the standard deviation of the noise on x; 0 returns x itself.
+        rate: q, of the sampler.
+    """
+    released = np.asarray(released, dtype=np.float64)
+    if noise == 0:
+        return released
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(np.log1p(-rate), np.log(rate) + (released - 0.5) / noise**2)
+
+
+def _score_laws(noise: float, rate: float, steps: int) -> list[np.ndarray]:
+    """Tabulate quantiles of the score of a canary that is not in the data, and of one that is.
+
+    The law of one step's ratio on a grid, raised to the power of the steps by Fourier transform.
+    """
+    x = np.linspace(-9 * noise, 1 + 9 * noise, 40_001)
+    ratio, excluded = log_likelihood_ratio(x, noise, rate), np.exp(-0.5 * (x / noise) ** 2)
+    laws = []
+    for density in (excluded, excluded * np.exp(ratio)):
+        law = density / density.sum()
+        mean = law @ ratio
+        spread = math.sqrt(law @ (ratio - mean) ** 2)
+        grid = max(24 * spread * math.sqrt(steps), 2 * np.ptp(ratio)) / _CELLS
+        places = np.rint((ratio - mean) / grid).astype(np.int64)
+        step = np.bincount(places % _CELLS, law, _CELLS)
+        total = np.fft.fftshift(np.fft.irfft(np.fft.rfft(step) ** steps, _CELLS).clip(0))
+        values = steps * (mean - law @ places * grid) + (np.arange(_CELLS) - _CELLS // 2) * grid
+        laws.append(np.interp(np.linspace(0, 1, _CELLS), np.cumsum(total) / total.sum(), values))
+    return laws

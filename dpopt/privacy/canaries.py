@@ -6,11 +6,12 @@ data; its gradient lies along its own coordinate, is far longer than the clip no
 divided as any other. Canaries are orthogonal to each other and to the model, whose coordinates, sampling, clip norm
 and noise stay as they are to the bit: an adaptive clip rule does not count them.
 
-The score of a canary is the log-likelihood ratio of its released coordinates x_t, in units of the sensitivity,
+The score of a canary is the sum of the log-likelihood ratios of its released coordinates x_t, in units of what it adds,
 
-    Σ_t log(1 − q + q·exp((s·x_t − s²/2)/σ²)),     s the length of its clipped gradient in those units,
+    Σ_t log(1 − q + q·exp((x_t − ½)s²/σ²)),     s the length of its clipped gradient over the sensitivity S_t,
 
-the best score there is. s is 1, but under a clip by layer a canary is a layer, and s = 1/√L.
+the best score there is. s is 1, but under a clip by layer a canary is one of L layers, and s = 1/√L. In a zeroth-order
+estimate a canary is a slope of its own next to the slope that is released.
 
 What was released is also compared with the key, exactly: see `CHECKS`.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
-from dpopt.privacy.audit import ALPHA, AuditResult, audit
+from dpopt.privacy.audit import ALPHA, AuditResult, audit, log_likelihood_ratio
 from dpopt.privacy.noise import release_grid
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.sampling import sample_indices
@@ -102,13 +103,10 @@ class Canaries:
         """
         released = total[len(total) - self.count :].double().cpu() * plan.batch_size
         sigma, q, signal = plan.gradient_noise_multiplier, plan.sample_rate, self.signal
-        units = released / sensitivity
+        units = (released / (signal * sensitivity)).numpy()  # 1 is what a canary adds
+        self.scores += torch.from_numpy(log_likelihood_ratio(units, sigma / signal, q))
         if sigma:
-            ratio = (signal * units - signal**2 / 2) / sigma**2 + np.log(q)
-            rest = np.log1p(-q) if q < 1 else -np.inf
-            units = torch.logaddexp(ratio, torch.full_like(ratio, rest))
             self._compare(released, sigma * sensitivity, plan, step, total)
-        self.scores += units
         self.steps += 1
 
     def _compare(self, released: Tensor, std: float, plan: PrivacyPlan, step: int, total: Tensor) -> None:
@@ -126,7 +124,8 @@ class Canaries:
 
     def checks(self, steps: int) -> dict[str, bool]:
         """Tell which exact checks hold after so many steps of the run."""
-        held = (self._off <= _CELLS, self._distinct >= 0.9, self.steps == steps, self._longest <= self.signal * (1 + 1e-5))
+        clipped = self._longest <= self.signal * (1 + 1e-5)
+        held = (self._off <= _CELLS, self._distinct >= 0.9, self.steps == steps, clipped)
         return dict(zip(CHECKS, held, strict=True))
 
     def audit(self, plan: PrivacyPlan, alpha: float = ALPHA) -> AuditResult:
