@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import absl.logging
 import pytest
 import torch
 from helpers import ROOT
@@ -16,6 +17,8 @@ from dpopt.cli import main
 os.environ.setdefault("WANDB_MODE", "offline")
 if not torch.cuda.is_available():  # read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Hydra shuts all log handlers down, and absl's, which dp-accounting brings, then closes pytest's file for stderr.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture
