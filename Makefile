@@ -34,6 +34,9 @@ bench: $(READY)  ## time and memory of optimizers and gradients, side by side (w
 	$(PY) scripts/bench_optim.py
 	$(PY) scripts/bench_engine.py
 
+audit: $(READY)  ## audit the code and wrong versions of it with canaries, in minutes: experiments/results/audit
+	$(PY) scripts/audit_mutants.py
+
 SIZE ?= cpu
 ifneq ($(and $(SCALE),$(filter tables table-% plan-%,$(MAKECMDGOALS))),)
 $(error SCALE is now SIZE: make $(MAKECMDGOALS) SIZE=$(SCALE))
@@ -59,5 +62,5 @@ plan-%: $(READY)  ## estimate a table on this machine: runs, time, memory
 rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
 	$(DPOPT) rerun $(RUN)
 
-.PHONY: help setup demo test test-fast lint bench tables rerun
+.PHONY: help setup demo test test-fast lint bench audit tables rerun
 .DEFAULT_GOAL := help

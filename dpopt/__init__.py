@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from dpopt import data, filters, models, optim
     from dpopt.optim import schedules
     from dpopt.privacy import clipping
+    from dpopt.privacy.audit import audit
+    from dpopt.privacy.canaries import Canaries
     from dpopt.privacy.plan import PrivacyPlan
     from dpopt.privacy.private_gradient import PrivateGradient
     from dpopt.privacy.sampling import poisson_batches
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "filters", "load", "models", "optim"]
-__all__ += ["poisson_batches", "schedules"]
+__all__ += ["Canaries", "audit", "poisson_batches", "schedules"]
 
 _HOME = {
     "PrivacyPlan": "dpopt.privacy.plan:PrivacyPlan",
     "PrivateGradient": "dpopt.privacy.private_gradient:PrivateGradient",
+    "Canaries": "dpopt.privacy.canaries:Canaries",
+    "audit": "dpopt.privacy.audit:audit",
     "poisson_batches": "dpopt.privacy.sampling:poisson_batches",
     "load": "dpopt.training.build:load",
     "clipping": "dpopt.privacy.clipping",

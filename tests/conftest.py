@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import absl.logging
 import pytest
 import torch
 from helpers import ROOT
@@ -19,6 +20,8 @@ _home = tempfile.TemporaryDirectory(prefix="dpopt-home-")  # keys and caches of 
 os.environ["DPOPT_HOME"] = _home.name
 if not torch.cuda.is_available():  # read when a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Hydra shuts all log handlers down, and absl's, which dp-accounting brings, then closes pytest's file for stderr.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture

@@ -119,6 +119,7 @@ CHANGED = dict(
     checkpoint_every=["checkpoint_every=7"],
     time_limit=["time_limit=100"],
     diagnostics=["diagnostics=true"],
+    audit=["audit=true"],
     dry_run=["dry_run=true"],
     fresh=["fresh=true"],
     data_dir=["data_dir=/elsewhere"],

@@ -14,6 +14,7 @@ VERBS = {
     "estimate": ("dpopt.cli.train:estimate", "print the plan, memory and time of a run or a sweep; train nothing"),
     "evaluate": ("dpopt.cli.evaluate:evaluate", "evaluate a finished run on its test set: dpopt evaluate runs/NAME"),
     "rerun": ("dpopt.cli.rerun:rerun", "train a finished run again and compare the results: dpopt rerun runs/NAME"),
+    "audit": ("dpopt.cli.audit:audit", "train with canaries and compare the claimed ε with what they show"),
     "ledger": ("dpopt.cli.ledger:ledger", "show what private runs have spent together on each dataset"),
     "table": ("dpopt.cli.table:table", "run a table of experiments/ and write its page, CSV and figures"),
 }

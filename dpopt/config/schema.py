@@ -15,6 +15,7 @@ COMPONENTS = ("dataset", "model", "optimizer", "clipping", "estimator", "filter"
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel holds conf/ inside the package; in a checkout dpopt/conf is a link to it, which an archive may have lost.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+_CANARIES = 10_000  # of audit=true
 _RENAMED = {"engine": {"gram": "ghost"}}  # values of earlier versions, still accepted
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp64"),
@@ -67,6 +68,7 @@ class Config:
     checkpoint_every: int = 50  # steps between checkpoints; at most so many are lost
     time_limit: Optional[float] = None  # noqa: UP045 (seconds, after which the run stops with a result, to be continued)
     diagnostics: bool = False  # record raw statistics of private data, outside ε
+    audit: Any = 0  # canaries that audit a private run (true: 10,000); the model stays as it is
     dry_run: bool = False  # print the plan, train nothing
     fresh: bool = False  # retrain a finished run
     data_dir: str = "data"  # where data sets are, or are downloaded to; by default the environment's DPOPT_DATA_DIR
@@ -86,6 +88,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, renamed in _RENAMED.items():
             setattr(self, name, renamed.get(getattr(self, name), getattr(self, name)))
+        if isinstance(self.audit, bool):
+            self.audit = _CANARIES if self.audit else 0
         self._check_budget()
         self._check_choices()
         self._check_numbers()
@@ -105,6 +109,10 @@ class Config:
     def _check_choices(self) -> None:
         if self.micro_batch != "auto" and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
             raise ValueError(f"micro_batch={self.micro_batch} must be at least 1, or auto for what fits into memory")
+        if not isinstance(self.audit, int) or not (self.audit == 0 or self.audit >= 16):
+            raise ValueError(f"audit={self.audit} must be true, false or a number of canaries, at least 16")
+        if self.audit and not self.private:
+            raise ValueError("privacy=none claims nothing that could be audited: drop audit, or choose privacy=eps8")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")

@@ -29,6 +29,7 @@ from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.privacy.bounded import clip_weights, unclipped_count
+from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.noise import add_count_noise, add_noise
 from dpopt.privacy.plan import PrivacyPlan
@@ -55,6 +56,7 @@ class PrivateGradient:
             `dpopt.optim.AdamSTP.pre_clip_scale`, say.
         query_points: () → weights and displacements of the points at which gradients are taken, made of privatised
             gradients only; `dpopt.filters.Kalman.query_points`, say.
+        canaries: of an audit; they leave the gradient as it is.
 
     Attributes:
         step_info: of the last step, for optimizers and schedules: `noise_std`, the standard deviation of the noise in
@@ -82,7 +84,10 @@ class PrivateGradient:
         engine: str | GradSampler = "auto",
         pre_clip_scale: Callable[[Tensor], Tensor | None] | None = None,
         query_points: Callable[[], list[Point]] | None = None,
+        canaries: Canaries | None = None,
     ) -> None:
+        if canaries is not None and clip is None:
+            raise ValueError("without a clip there is nothing to audit: pass a clip rule, or no canaries")
         if clip is None and plan.noise_multiplier > 0:
             raise ValueError("noise without a clip protects nothing: pass a clip rule, for example clip=Flat(1.0)")
         if clip is not None and plan.noise_multiplier > 0 and isinstance(clip, Adaptive) != (plan.count_noise > 0):
@@ -99,7 +104,7 @@ class PrivateGradient:
         self.step = start
         self.engine = GradSampler(model, loss_fn, engine, precision=precision) if isinstance(engine, str) else engine
         self.diagnostics = diagnostics
-        self.pre_clip_scale, self.query_points = pre_clip_scale, query_points
+        self.pre_clip_scale, self.query_points, self.canaries = pre_clip_scale, query_points, canaries
         self.step_info = self._constants()
         self.statistics: dict[str, float] = {}
 
@@ -161,7 +166,16 @@ class PrivateGradient:
     def _release(self, total: Tensor, sensitivity: float) -> None:
         """Add the noise of this logical step, once, to the sum. From here on the step is spent, whatever fails."""
         self.plan.key.released[0] = self.step + 1
+        if self.canaries is not None:
+            self.canaries.add_to(total, self, sensitivity)
         add_noise(total, self._std(sensitivity), self.plan.batch_size, self.plan.key, self.step)
+        if self.canaries is not None:
+            self.canaries.observe(total, self.plan, self.step, sensitivity)
+
+    def add_canaries(self, sums: Gradients, per_sample: PerSampleGradients, sensitivity: float) -> None:
+        """Clip and sum canaries as examples are; an adaptive clip rule does not count them."""
+        present = torch.ones(per_sample.examples, dtype=torch.bool, device=per_sample.norms.device)
+        self._add_clipped(sums, per_sample, present, sensitivity, RawStatistics())
 
     def _sensitivity(self) -> float:
         """S of this step, read once: clip and noise must not see two values."""
@@ -172,7 +186,8 @@ class PrivateGradient:
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         reference = next(iter(parameters.values()))
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
-        total = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=dtype, device=reference.device)
+        size = sum(p.numel() for p in parameters.values()) + (self.canaries.count if self.canaries else 0)
+        total = torch.zeros(size, dtype=dtype, device=reference.device)
         sums = _split_up(total, parameters)
         scale = self._scale(parameters, total) if self.pre_clip_scale is not None and self.clip is not None else None
         by_name = None if scale is None else _split_up(scale, parameters)
@@ -218,7 +233,7 @@ class PrivateGradient:
             if part.shape != p.shape or not bool(((part > 0) & part.isfinite()).all()):
                 raise ValueError(f"the scale of {name} must have its shape and be positive and finite")
             parts.append(part.detach().flatten().to(total))
-        return torch.cat(parts)
+        return torch.cat([*parts, total.new_ones(len(total) - sum(map(len, parts)))])  # canaries are not scaled
 
     def _observe(self, raw: "RawStatistics") -> None:
         """Noise the count of an adaptive clip rule, and let it move the clip norm."""
@@ -285,7 +300,8 @@ class PrivateGradient:
 
 
 def _split_up(total: Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:
-    parts = total.split([p.numel() for p in parameters.values()])
+    sizes = [p.numel() for p in parameters.values()]
+    parts = total[: sum(sizes)].split(sizes)  # those of canaries are behind
     return {n: part.view(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}
 
 

@@ -59,7 +59,8 @@ class ZerothOrder(PrivateGradient):
         pieces = draw.split([p.numel() for p in parameters])
         z = {p: piece.view(p.shape).to(p.dtype) for p, piece in zip(parameters, pieces, strict=True)}
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-        total = torch.zeros(1, dtype=dtype, device=reference.device)
+        behind = self.canaries.count if self.canaries else 0  # each canary has a slope of its own
+        total = torch.zeros(1 + behind, dtype=dtype, device=reference.device)
         raw = RawStatistics()
         for inputs, targets, mask in batch:
             inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
@@ -72,14 +73,14 @@ class ZerothOrder(PrivateGradient):
             norm = slope.abs()
             valid = mask & norm.isfinite()
             weights = mask.to(dtype) if self.clip is None else clip_weights(self.clip, norm, valid, sensitivity)
-            total += (weights * slope.masked_fill(~valid, 0.0)).sum()
+            total[0] += (weights * slope.masked_fill(~valid, 0.0)).sum()
             if isinstance(self.clip, Adaptive):
                 raw.unclipped += unclipped_count(self.clip, norm, mask)
             if self.diagnostics:
                 losses = (sides[0] + sides[1]) / 2
                 raw.add(losses[valid], weights[valid] < 1 - 1e-6, int(mask.sum()))
         if self.diagnostics:
-            self.statistics = raw.summary({"slope": total}, self._std(sensitivity))
+            self.statistics = raw.summary({"slope": total[:1]}, self._std(sensitivity))
         self.step_info = self._constants()
         self._release(total, sensitivity)
         self._observe(raw)

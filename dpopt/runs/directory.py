@@ -20,6 +20,7 @@ from dpopt.rng import RandomKey
 
 RESULT, CHECKPOINT, METRICS, CONFIG = "result.json", "checkpoint.pt", "metrics.csv", "config.yaml"
 CARD, WEIGHTS, KEY, ERROR, LOCK = "privacy_card.md", "model.safetensors", "secret.key", "error.txt", ".lock"
+AUDIT, ROC = "audit.json", "audit.png"  # of an audited run
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
@@ -62,7 +63,7 @@ def lock(directory: Path) -> Iterator[None]:
 def clear(directory: Path) -> None:
     """Delete a run's files, except its lock and tracker files."""
     erase_key(directory)
-    for name in (RESULT, CHECKPOINT, METRICS, CONFIG, CARD, WEIGHTS, ERROR):
+    for name in (RESULT, CHECKPOINT, METRICS, CONFIG, CARD, WEIGHTS, ERROR, AUDIT, ROC):
         (directory / name).unlink(missing_ok=True)
 
 

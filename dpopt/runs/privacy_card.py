@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 
+from dpopt.privacy.audit import AuditResult
 from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.plan import PrivacyPlan
+from dpopt.runs.audit_report import card_section
 from dpopt.runs.description import RunDescription
 from dpopt.runs.result import REPRODUCIBLE
 
@@ -33,6 +35,7 @@ def privacy_card(
     steps: int | None,
     diagnostics: bool,
     public: Mapping[str, str] | None = None,
+    audit: AuditResult | None = None,
 ) -> str:
     """Write the card, as Markdown.
 
@@ -43,6 +46,7 @@ def privacy_card(
         steps: steps taken; None while the run goes on.
         diagnostics: whether raw statistics of the training data were recorded at any time of the run.
         public: what the run takes as public, by name: initial weights, constants of the preprocessing.
+        audit: of the finished run, if it was audited.
     """
     lines = [f"# Privacy card: {about.name}", ""]
     taken = plan.steps if steps is None else steps  # the most that may have been released while it goes on
@@ -68,6 +72,7 @@ def privacy_card(
             *(f"| {name} | {text} |" for name, text in _rows(about, plan, sensitivity, taken).items()),
             *(f"| {name} (public) | {text} |" for name, text in (public or {}).items()),
         ]
+    lines += ["", *card_section(audit)] if audit is not None else []
     lines += ["", "## Not accounted", "", _UNACCOUNTED]
     if about.private and diagnostics:
         lines += [

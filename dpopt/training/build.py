@@ -24,6 +24,7 @@ from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.models.pretrained import describe_weights, is_named_by_configuration
 from dpopt.optim.schedules import ClipRate
+from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
@@ -71,7 +72,7 @@ class Components:
         """An input (K, …) and its target, to measure with."""
         return self.task.example(self.config.views, next(self.model.parameters()))
 
-    def private_gradient(self, plan: PrivacyPlan, start: int = 0) -> PrivateGradient:
+    def private_gradient(self, plan: PrivacyPlan, start: int = 0, canaries: Canaries | None = None) -> PrivateGradient:
         """Make the way from batches to `p.grad`, wired to the optimizer's scale and the filter.
 
         Raises:
@@ -92,6 +93,7 @@ class Components:
             diagnostics=config.diagnostics,
             pre_clip_scale=scale,
             query_points=self.filter.query_points if self.filter else None,
+            canaries=canaries,
         )
         return made
 

@@ -4,6 +4,7 @@ Everything that can be refused is refused before the run directory is made.
 """
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dpopt.config.components import check_components
 from dpopt.config.schema import Config
 from dpopt.data.fingerprint import FingerprintKey
 from dpopt.runs import console, directory
+from dpopt.runs.audit_report import audit_table, read_audit
 from dpopt.runs.identity import describe, failure_note, locate
 from dpopt.runs.provenance import git_commit
 from dpopt.runs.result import Estimate
@@ -37,6 +39,7 @@ def run(config: Config) -> dict[str, Any]:
     done = directory.finished(path)
     if done and not config.fresh and not config.dry_run:
         console.already_finished(done, str(path), commit, _compare_data(config, done, str(path)))
+        _print_audit(path)
         return done
 
     keep_freed_memory()
@@ -62,6 +65,7 @@ def run(config: Config) -> dict[str, Any]:
             files.write_atomic(path / directory.ERROR, f"{type(error).__name__}: {error}\n")
             raise
     console.result_panel(result, str(path), config.fresh)
+    _print_audit(path)
     if result["status"] == "interrupted":
         raise KeyboardInterrupt  # the user wants the whole sweep to stop
     return result
@@ -86,6 +90,11 @@ def _compare_data(config: Config, done: dict[str, Any], path: str) -> str:
             "again, tag=NAME makes another run"
         )
     return ""
+
+
+def _print_audit(path: Path) -> None:
+    if (audit := read_audit(path)) is not None:
+        print(audit_table(audit, path.name))
 
 
 def _estimate(components: Components) -> Estimate:

@@ -21,11 +21,14 @@ from dpopt import files
 from dpopt.data.fingerprint import FingerprintKey, home
 from dpopt.data.sources import Source
 from dpopt.optim.step_metrics import StepMetrics
+from dpopt.privacy.audit import AuditResult
+from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive
 from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.sampling import PoissonBatch, poisson_batches
 from dpopt.rng import RandomKey
 from dpopt.runs import directory as run_files
+from dpopt.runs.audit_report import write_audit
 from dpopt.runs.console import Progress
 from dpopt.runs.identity import describe, identity, identity_hash, is_secret
 from dpopt.runs.ledger import Ledger, spending
@@ -57,6 +60,7 @@ class Trainer:
         self.optimizer, self.schedule, self.filter = components.optimizer, components.schedule, components.filter
         self.ema = _weight_average(self.model, self.config.ema)
         self.evaluated = self.model if self.ema is None else self.ema.module  # and exported
+        self.canaries = Canaries(self.config.audit) if self.config.audit else None
         self._sensitivity = None if components.clip is None else components.clip.sensitivity  # at the start
         self.step = 0
         self.commit = git_commit()
@@ -82,7 +86,7 @@ class Trainer:
         self.progress["diagnostics"] |= self.config.diagnostics  # once recorded, the card must say so for good
         secret = run_files.secret_key(directory) if is_secret(self.config) else RandomKey.from_seed(self.config.seed)
         self.plan = replace(components.plan, key=secret.derive(identity_hash(self.config), data.fingerprint, initial))
-        self.private = components.private_gradient(self.plan, start=self.step)
+        self.private = components.private_gradient(self.plan, self.step, self.canaries)
         self._first_step, self._training_seconds = self.step, 0.0
 
     def train_step(self, batch: PoissonBatch) -> StepMetrics | None:
@@ -157,6 +161,7 @@ class Trainer:
         parts |= {"ema": self.ema} if self.ema else {}
         parts |= {"filter": self.filter} if self.filter else {}
         parts |= {"clip": clip} if isinstance(clip, Adaptive) else {}
+        parts |= {"canaries": self.canaries} if self.canaries else {}
         return parts
 
     def _begin(self) -> Metrics:
@@ -198,7 +203,7 @@ class Trainer:
         """Write card, result and, for a finished run, the weights; erase the key of a finished run."""
         result = self._result(status, values)
         self._record_spending(self.step, status)
-        self._write_card(self.step)
+        self._write_card(self.step, self._audit() if status == "finished" else None)
         if status == "finished":
             weights = self.directory / f".{run_files.WEIGHTS}.tmp"
             state = self.evaluated.state_dict()
@@ -253,9 +258,17 @@ class Trainer:
         run = self.plan.key.for_workers("ledger").material.hex()[:16]  # the same when the run is resumed
         Ledger(home()).add(spending(self.plan, steps, status, run=run, **about))
 
-    def _write_card(self, steps: int | None) -> None:
-        facts = self.components.public_facts()
-        text = privacy_card(self.about, self.plan, self._sensitivity, steps, self.progress["diagnostics"], facts)
+    def _audit(self) -> AuditResult | None:
+        """Audit a finished run that has canaries."""
+        if self.canaries is None:
+            return None
+        result = self.canaries.audit(self.plan)
+        write_audit(self.directory, result, self.canaries.scores.numpy(), self.canaries.included(self.plan).numpy())
+        return result
+
+    def _write_card(self, steps: int | None, audit: AuditResult | None = None) -> None:
+        known, facts = self.progress["diagnostics"], self.components.public_facts()
+        text = privacy_card(self.about, self.plan, self._sensitivity, steps, known, facts, audit)
         files.write_atomic(self.directory / run_files.CARD, text)
 
     def _wall_seconds(self) -> float:
