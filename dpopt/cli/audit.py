@@ -89,15 +89,15 @@ def _black_box(directory: Path) -> str:
     import dpopt
     from dpopt.privacy.audit import gaussian_dp_bound
     from dpopt.runs.directory import finished, read_config
-    from dpopt.training.build import build_components, load_data
+    from dpopt.training.build import load_data, make_task
 
     model, config = dpopt.load(directory), read_config(directory)
     if not config.holdout:
         raise ValueError(f"{directory} trained on all examples: the black-box audit needs a run with holdout=0.1, say")
-    components = build_components(replace(config, dry_run=True, device="cpu"))
-    data = load_data(components)
+    task = make_task(config)
+    data = load_data(config, task.spec, torch.device("cpu"))
     assert data.held_out is not None
-    loss = torch.func.vmap(lambda output, target: components.task.loss_fn(output[None], target[None]))
+    loss = torch.func.vmap(lambda output, target: task.loss_fn(output[None], target[None]))
     like, losses = next(model.parameters()), []
     with torch.no_grad():
         for source in (data.train, data.held_out):
