@@ -42,8 +42,8 @@ def no_clip(put: Patch) -> None:
 def half_the_rate_accounted(put: Patch) -> None:
     """Sample at twice the rate that the accountant knows."""
 
-    def sample(plan: PrivacyPlan, step: int, behind: int = 0) -> Tensor:
-        draws = plan.key.uniform(plan.dataset_size + behind, "sample", step)
+    def sample(plan: PrivacyPlan, step: int, examples: int | None = None) -> Tensor:
+        draws = plan.key.uniform(examples or plan.dataset_size, "sample", step)
         return torch.nonzero(draws < 2 * plan.sample_rate).flatten()
 
     put(sampling, "sample_indices", sample)

@@ -176,7 +176,7 @@ def test_canaries_enter_by_the_sampler():
     assert 30 < int(included.sum()) < 70
     drawn = torch.zeros(100)
     for step in range(400):
-        both = sample_indices(plan, step, behind=100)
+        both = sample_indices(plan, step, plan.dataset_size + 100)
         assert torch.equal(both[both < 64], sample_indices(plan, step))
         drawn[canaries.sample(plan, step)] += 1
     assert not drawn[~included].any()
