@@ -1,19 +1,27 @@
-"""Per-example gradients of a micro-batch, as their norms and a way to sum them under weights.
+"""Per-sample gradients of a micro-batch, as their norms and a way to sum them under weights.
 
     per_sample = sampler(inputs, targets)          # (B, K, …), (B, …) → norms (B,), losses (B,)
     per_sample.add_weighted_sum(sums, weights)        # sums[name] += Σ weights[i]·g_i[name]
 
 g_i is the gradient of example i's mean loss over its K views. The model runs forward as it is, on all views at once,
-with detached parameters: the backward yields gradients of activations only, and an aggregated weight gradient, which
-nobody wants, is never computed. Hooks on the layers, there for the time of one forward, see what goes in and what comes
-back, and the rule of the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
+with detached parameters: the backward yields gradients of activations only, and the summed weight gradient is never
+computed. Hooks on the layers, there for the time of one forward, see what goes in and what comes back, and the rule of
+the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
 
-    store      the per-example gradients, summed when the weights are known
+    store      the per-sample gradients, summed when the weights are known
     recompute  their norms only, a few examples at a time; the sum is the ordinary gradient of scaled output gradients
-    ghost       their norms from inner products of positions, never the gradients; then as recompute
+    ghost      their norms from inner products of positions, never the gradients; then as recompute
 
 A parameter that a module holds beside its submodules (a class token, a position embedding, a skip gain) enters the
-forward as one copy per view. Layers without a rule go through vmap alone, and `policy="vmap"` does so with the model.
+forward as one copy per view. So does the output of a layer that all examples share (an embedding of positions).
+
+Where the examples lie in the tensors of a layer is verified (`dpopt.grad_sample.layout`), once for every shape of a
+batch, or in every batch if the model moves rows by the data. What cannot be told apart falls back, step by step, and
+`fallbacks` says how far:
+
+    a rule → the layer under vmap → the layer in a loop over examples → the module around it, likewise → …
+           → the whole model under vmap → the whole model in a loop over examples
+
 Before the first batch is taken, `dpopt.grad_sample.validate` compares two examples with ordinary backward passes.
 """
 
@@ -26,6 +34,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dpopt.grad_sample.backward import backpropagate
 from dpopt.grad_sample.data_flow import DataFlow
 from dpopt.grad_sample.fallback import (
     LossFn,
@@ -35,7 +44,7 @@ from dpopt.grad_sample.fallback import (
     without_inference_kernels,
 )
 from dpopt.grad_sample.hooks import BackwardCollector, LayerHooks
-from dpopt.grad_sample.layout import Layout, RowProbe
+from dpopt.grad_sample.layout import Layout, RowProbe, UnsureLayoutError
 from dpopt.grad_sample.modules import UnsupportedLayerError, find_layers, has_forward
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.outputs import example_losses, same_outputs
@@ -91,6 +100,7 @@ class GradSampler:
         self._expanded: dict[str, str] = {}  # layers whose output all examples share (`LayerHooks`)
         self._trial = ""  # the last of them, while it is not known whether that works
         self._layouts: dict[Any, list[Layout | None]] = {}  # by the shapes of a batch and of its layers' calls
+        self._unsure: dict[Any, set[str]] = {}  # parameters whose copies had no gradient in a batch of these shapes
         self._checked = False  # whether the last batch left nothing open about its layouts
         self._split_up()
 
@@ -176,6 +186,8 @@ class GradSampler:
                 return self._attempt(values, inputs, targets, scale, policy)
             except UnsupportedLayerError as error:
                 self._leave_rule(error)
+            except UnsureLayoutError:
+                self._layouts.clear()
             except Exception as error:
                 if "allocate" in str(error) or isinstance(error, torch.OutOfMemoryError | MemoryError):
                     raise
@@ -225,17 +237,22 @@ class GradSampler:
         if key in self._layouts and not self.data_dependent:
             for call, layout in zip(calls, self._layouts[key], strict=True):
                 call.layout = layout
+            unsure = self._unsure.get(key, set())
         elif not keep:  # another sequence of calls than for the last batch of these shapes
             del self._layouts[batch]
             return self._attempt(values, inputs, targets, scale, policy)
         else:
             collector.probe = RowProbe(examples, examples * views, losses.detach(), self.precision != "fp32")
-            self._follow(values, inputs, outputs, calls)
+            if key not in self._layouts:
+                self._follow(values, inputs, outputs, calls)
+            for call, hint in zip(calls, self._layouts.get(key, [None] * len(calls)), strict=True):
+                call.hint = hint
+            unsure = set()
         choose_policies(calls, examples, inputs.device.type, policy or self.policy, self.memory)
         self.policies = {call.tracked.name: call.policy for call in calls}
-        self._backward(collector, losses, [root, *copies.values()], values)
+        backpropagate(collector, losses, root, copies, values, unsure)
         if collector.probe is not None:
-            self._record(batch, key, calls, collector.probe)
+            self._record(batch, key, calls, unsure)
         return per_sample.finish(losses.detach())
 
     def _follow(self, values: Gradients, inputs: Tensor, outputs: Any, calls: list[LayerCall]) -> None:
@@ -254,35 +271,13 @@ class GradSampler:
         if (self.bare or self._expanded) and not same_outputs(outputs, plain, self.precision != "fp32"):
             raise RuntimeError("a parameter or an output with a copy for every view changes what the model returns")
 
-    def _backward(self, collector: BackwardCollector, losses: Tensor, roots: list[Tensor], values: Gradients) -> None:
-        """Run the backward pass, after one or more under scaled losses where layouts have to be found."""
-        probe, names, scaled = collector.probe, list(self.bare), []
-        collector.rehearsing = True
-        for factor in probe.factors if probe is not None else ():
-            with torch.enable_grad():
-                loss = (losses * factor.to(losses.dtype)).sum()
-                scaled.append(torch.autograd.grad(loss, roots, allow_unused=True, retain_graph=True)[1:])
-        collector.rehearsing = False
-        with torch.enable_grad():
-            found = torch.autograd.grad(losses.sum(), roots, allow_unused=True)[1:]
-        examples = collector.per_sample.examples
-        with torch.no_grad():
-            collector.finish()
-            for i, (name, copy, gradient) in enumerate(zip(names, roots[1:], found, strict=True)):
-                if gradient is None:
-                    gradient = torch.zeros_like(copy)
-                elif probe is not None and not probe.belongs(gradient, [one[i] for one in scaled], 0):
-                    raise UnsupportedLayerError(name, "acts on more than one example")
-                gradient = gradient.unflatten(0, (examples, -1)).sum(1)
-                collector.per_sample.store(None, {name: gradient.view(examples, *values[name].shape)})
-
-    def _record(self, batch: Any, key: Any, calls: list[LayerCall], probe: RowProbe) -> None:
-        """Remember the layouts of a batch whose gradients left nothing open."""
+    def _record(self, batch: Any, key: Any, calls: list[LayerCall], unsure: set[str]) -> None:
+        """Remember the layouts of a batch."""
+        layouts = [call.layout for call in calls]
         self._looped |= {call.tracked.name for call in calls if call.layout is not None and call.layout.looped}
-        self._checked = probe.conclusive
-        if probe.conclusive:
-            self._layouts[batch], self._layouts[key] = [], [call.layout for call in calls]
-            self._trial = ""
+        self._checked = not unsure and all(layout is None or layout.sure for layout in layouts)
+        self._layouts[batch], self._layouts[key], self._unsure[key] = [], layouts, unsure
+        self._trial = ""
 
     def _leave_rule(self, error: UnsupportedLayerError) -> None:
         """Take the step that an error asks for."""

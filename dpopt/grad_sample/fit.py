@@ -1,5 +1,7 @@
 """Find the layout of one call of a layer from its gradients under scaled losses, and its arguments' from its output."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,12 +32,12 @@ def fit_layout(call: LayerCall, probe: RowProbe) -> Layout:
     if g.ndim == 0:
         raise UnsupportedLayerError(call.tracked.name, "returns a number for all examples")
     if call.structure is None:
-        return Layout(_ruled_dim(call, g, probe))
+        return replace(Layout(_ruled_dim(call, g, probe)), sure=probe.sure)
     if probe.examples == 1:
         return _fit_arguments(call, g, 0, probe)
     for dim in possible_dims(g, probe.views, g.ndim):
         if probe.belongs(g, call.scaled, dim):
-            return _fit_arguments(call, g, dim, probe)
+            return replace(_fit_arguments(call, g, dim, probe), sure=probe.sure)
     raise UnsupportedLayerError(call.tracked.name, "has an output whose rows do not each belong to one example")
 
 
@@ -52,25 +54,29 @@ def _ruled_dim(call: LayerCall, g: Tensor, probe: RowProbe) -> int:
 
 def _fit_arguments(call: LayerCall, g: Tensor, output: int, probe: RowProbe) -> Layout:
     """Split the arguments so that the layer does with each example what it did with all of them."""
+    reasons: list[Exception] = []
+
+    def fits(layout: Layout) -> bool:
+        try:
+            return _does_the_same(call, g, layout, probe)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a shape that does not fit, an operation that vmap does not know
+            reasons.append(error)
+            return False
+
+    if call.hint is not None and call.hint.output == output and fits(call.hint):
+        return call.hint
     ways = list(argument_dims(call.arguments, probe.views, output))
     if probe.examples == 1:
         ways = [(None,) * len(call.arguments)]
-    reason: Exception | None = None
     for looped in (False, True):
-        found = []
-        for dims in ways:
-            try:
-                if _does_the_same(call, g, Layout(output, dims, looped), probe):
-                    found.append(Layout(output, dims, looped))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a shape that does not fit, an operation that vmap does not know
-                reason = reason or error
+        found = [layout for dims in ways if fits(layout := Layout(output, dims, looped))]
         if len(found) > 1:
             raise UnsupportedLayerError(call.tracked.name, "has arguments that could be split by example in two ways")
         if found:
             return found[0]
-    why = f" ({_first_line(reason)})" if reason is not None else ""
+    why = f" ({_first_line(reasons[0])})" if reasons else ""
     raise UnsupportedLayerError(call.tracked.name, f"does not take its examples one by one{why}")
 
 

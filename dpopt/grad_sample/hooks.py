@@ -10,7 +10,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dpopt.grad_sample.fallback import is_plain, output_tensors
 from dpopt.grad_sample.fit import fit_layout
-from dpopt.grad_sample.layout import RowProbe
+from dpopt.grad_sample.layout import RowProbe, UnsureLayoutError
 from dpopt.grad_sample.modules import TrackedLayer, UnsupportedLayerError, size_of
 from dpopt.grad_sample.norms import Gradients, at_once, exact
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients, apply_rule, split_examples, squares_of
@@ -54,6 +54,8 @@ class BackwardCollector:
         if self.rehearsing:
             call.scaled.append(g)
             return
+        if call.layout is not None and not call.layout.sure and bool((g != 0).any()):
+            raise UnsureLayoutError
         if [x._version for x in call.arguments if isinstance(x, Tensor)] != call.versions:
             raise UnsupportedLayerError(tracked.name, "has an input that is changed in place after it was read")
         call.wide = self.per_sample.scale is not None and tracked.rule.pull_back is not None
@@ -61,7 +63,7 @@ class BackwardCollector:
         with torch.autocast(g.device.type, enabled=False):
             if call.layout is None:
                 if self.probe is None:
-                    raise UnsupportedLayerError(tracked.name, "has a gradient that it had not in an equal batch")
+                    raise UnsureLayoutError
                 call.layout = fit_layout(call, self.probe)
                 call.output, call.scaled = None, []
             arguments, g = split_examples(call, examples)

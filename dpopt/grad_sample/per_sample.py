@@ -30,6 +30,7 @@ class LayerCall:
         index: of the output tensor; a layer with several has a call for each.
         shape: of that tensor.
         layout: where the examples lie; None until it has been found.
+        hint: a layout that fitted an equal call.
         wide: whether to compute in float64, since the norm is taken after a scale that may magnify rounding.
         output: what came out, kept while the layout is not known.
         scaled: gradients of the output under scaled losses.
@@ -47,6 +48,7 @@ class LayerCall:
     index: int = 0
     shape: tuple[int, ...] = ()
     layout: Layout | None = None
+    hint: Layout | None = None
     wide: bool = False
     output: Tensor | None = None
     scaled: list[Tensor] = field(default_factory=list)
