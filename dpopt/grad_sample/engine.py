@@ -1,75 +1,77 @@
-"""Per-example gradients of a micro-batch, as their norms and a way to sum them under weights.
+"""Per-sample gradients of a micro-batch, as their norms and a way to sum them under weights.
 
     per_sample = sampler(inputs, targets)          # (B, K, …), (B, …) → norms (B,), losses (B,)
     per_sample.add_weighted_sum(sums, weights)        # sums[name] += Σ weights[i]·g_i[name]
 
 g_i is the gradient of example i's mean loss over its K views. The model runs forward as it is, on all views at once,
-with detached parameters: the backward yields gradients of activations only, and an aggregated weight gradient, which
-nobody wants, is never computed. Hooks on the layers, there for the time of one forward, see what goes in and what comes
-back, and the rule of the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
+with detached parameters: the backward yields gradients of activations only, and the summed weight gradient is never
+computed. Hooks on the layers, there for the time of one forward, see what goes in and what comes back, and the rule of
+the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
 
-    store      the per-example gradients, summed when the weights are known
+    store      the per-sample gradients, summed when the weights are known
     recompute  their norms only, a few examples at a time; the sum is the ordinary gradient of scaled output gradients
-    ghost       their norms from inner products of positions, never the gradients; then as recompute
+    ghost      their norms from inner products of positions, never the gradients; then as recompute
 
 A parameter that a module holds beside its submodules (a class token, a position embedding, a skip gain) enters the
-forward as one copy per view. Layers without a rule go through vmap alone, and `policy="vmap"` does so with the model.
+forward as one copy per view. So does the output of a layer that all examples share (an embedding of positions).
+
+Where the examples lie in the tensors of a layer is verified (`dpopt.grad_sample.layout`), once for every shape of a
+batch, or in every batch if the model moves rows by the data. What cannot be told apart falls back, step by step, and
+`fallbacks` says how far:
+
+    a rule → the layer under vmap → the layer in a loop over examples → the module around it, likewise → …
+           → the whole model under vmap → the whole model in a loop over examples
+
 Before the first batch is taken, `dpopt.grad_sample.validate` compares two examples with ordinary backward passes.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dpopt.grad_sample.hooks import BackwardCollector, layer_call
-from dpopt.grad_sample.modules import TrackedLayer, find_layers, size_of
+from dpopt.grad_sample.backward import backpropagate
+from dpopt.grad_sample.data_flow import DataFlow
+from dpopt.grad_sample.fallback import (
+    LossFn,
+    call_module,
+    looped_gradients,
+    per_example_gradients,
+    without_inference_kernels,
+)
+from dpopt.grad_sample.hooks import BackwardCollector, LayerHooks
+from dpopt.grad_sample.layout import Layout, RowProbe, UnsureLayoutError
+from dpopt.grad_sample.modules import UnsupportedLayerError, find_layers, has_forward
 from dpopt.grad_sample.norms import Gradients
+from dpopt.grad_sample.outputs import example_losses, same_outputs
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients
+from dpopt.grad_sample.policies import choose_policies
 from dpopt.grad_sample.rules import BY_VMAP
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
-POLICIES = ("auto", "store", "recompute", "ghost", "vmap")
-# Operations that a device does in the time of moving one byte; storing saves 2 operations per position and weight, and
-# costs the reading of 4 bytes.
-_BALANCE = {"cpu": 7, "cuda": 166}
-_SMALL = 4096  # values of a gradient that is not worth recomputing
-
-
-class _Attach(torch.autograd.Function):
-    """Ties an output that depends on nothing with a gradient to the graph, without a copy."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[None, None]:
-        return None, None
+__all__ = ["POLICIES", "GradSampler", "LossFn", "per_example_gradients"]
+POLICIES = ("auto", "store", "recompute", "ghost", "vmap", "loop")
 
 
 class GradSampler:
-    """Takes per-example gradients by per-layer rules.
+    """Takes per-sample gradients by per-layer rules.
 
     Args:
         model: checked by `dpopt.grad_sample.model_check.check_model`.
         loss_fn: (outputs (K, …), targets (K, …)) → the mean loss, a scalar.
-        policy: `store`, `recompute` or `ghost` wherever a layer can; `vmap`, no rules; `auto` chooses layer by layer.
+        policy: `store`, `recompute` or `ghost` wherever a layer can; `vmap` or `loop` for the whole model, without
+            rules; `auto` chooses layer by layer.
         memory: bytes that stored gradients may take under `auto`, if recomputing takes less; None for no limit.
         precision: `bf16` for autocast in the forward.
-        compiled: compile forward, backward and rules as one graph, anew for every shape of a batch.
+        compiled: compile forward, backward and rules as one graph, recompiled for each batch shape.
 
     Attributes:
-        proved: whether `dpopt.grad_sample.validate.check` has been passed.
-        fallbacks: names of layers that go through vmap, for want of a rule.
+        validated: whether `dpopt.grad_sample.validate.validate_against_autograd` has passed.
         policies: what is done with the gradients of every layer, once a batch has been taken.
+        data_dependent: whether the model moves rows or takes branches by the data, so that every batch is checked.
 
     Raises:
         ValueError: for an unknown policy.
@@ -88,39 +90,57 @@ class GradSampler:
             raise ValueError(f"engine={policy} must be one of {', '.join(POLICIES)}")
         self.model, self.loss_fn, self.policy, self.memory = model, loss_fn, policy, memory
         self.precision, self.compiled = precision, compiled
-        self.validated = False
+        self.validated = self.data_dependent = False
         self.policies: dict[str, str] = {}
+        self.bare: dict[str, tuple[int, ...]] = {}
         self._graphs: dict[Any, Callable[..., PerSampleGradients]] = {}
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._whole: set[str] = set()
+        self._looped: set[str] = set()
+        self._expanded: dict[str, str] = {}  # layers whose output all examples share (`LayerHooks`)
+        self._trial = ""  # the last of them, while it is not known whether that works
+        self._layouts: dict[Any, list[Layout | None]] = {}  # by the shapes of a batch and of its layers' calls
+        self._unsure: dict[Any, set[str]] = {}  # parameters whose copies had no gradient in a batch of these shapes
+        self._checked = False  # whether the last batch left nothing open about its layouts
         self._split_up()
 
     def _split_up(self) -> None:
-        self.tracked_layers, self.bare = ([], {}) if self.policy == "vmap" else find_layers(self.model, self._whole)
-        everything = [u.name or "the whole model" for u in self.tracked_layers if u.rule is BY_VMAP]
-        self.fallbacks = ["the whole model"] if self.policy == "vmap" else everything
+        rules = self.policy not in ("vmap", "loop")
+        self.tracked_layers, bare = find_layers(self.model, self._whole) if rules else ([], {})
+        self.bare = {name: self.bare.get(name, shape) for name, shape in bare.items()}
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Names of the layers that have no rule, and go through vmap or a loop."""
+        if self.policy in ("vmap", "loop"):
+            return ["the whole model" if self.policy == "vmap" else "the whole model, example by example"]
+        names = [t.name for t in self.tracked_layers if t.rule is BY_VMAP]
+        return [f"{n or 'the whole model'}{', example by example' if n in self._looped else ''}" for n in names]
 
     def __call__(self, inputs: Tensor, targets: Tensor, scale: Gradients | None = None) -> PerSampleGradients:
-        """Per-example gradients of (B, K, …) inputs and (B, …) targets.
+        """Take per-sample gradients of (B, K, …) inputs and (B, …) targets.
 
         With a scale, norms are those of scaled gradients (`PerSampleGradients`), and nothing is compiled.
 
         Raises:
-            ValueError: for a layer whose gradients cannot be told apart by example.
+            ValueError: for parameters frozen or unfrozen since, or a model that fails on a single example.
         """
         values = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         if values.keys() != self._trained:
             changed = ", ".join(sorted(values.keys() ^ self._trained)[:3])
             raise ValueError(f"{changed} was frozen, unfrozen or added since: make a new PrivateGradient for the model")
+        shapes = (inputs.shape, inputs.dtype, targets.shape, self.model.training)
         if not self.compiled or scale is not None:
             return self.sample_at(values, inputs, targets, scale)
-        shapes = (inputs.shape, inputs.dtype, targets.shape, self.model.training)
         if shapes not in self._graphs:
+            per_sample = self.sample_at(values, inputs, targets)
+            if self.policy == "loop" or self._looped or self.data_dependent or not self._checked:
+                return per_sample  # a graph has no branches
             self._graphs[shapes] = self._compile(values, inputs, targets)
         return self._graphs[shapes](values, inputs, targets)
 
     def _compile(self, values: Gradients, inputs: Tensor, targets: Tensor) -> Callable[..., PerSampleGradients]:
-        """`sample_at`, traced once through its backward and hooks, and compiled."""
+        """Trace `sample_at` once through its backward and hooks, and compile it."""
         traced: list[Any] = []
 
         def flat(*tensors: Tensor) -> tuple[Any, ...]:
@@ -139,7 +159,7 @@ class GradSampler:
         return run
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Gradients, Tensor]:
-        """The per-example gradients themselves, (B, *shape) by parameter name, and the losses (B,)."""
+        """Take the gradients themselves, (B, *shape) by parameter name, and the losses (B,)."""
         values = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         per_sample = self.sample_at(values, inputs, targets, policy="store")
         return per_sample.gradients(), per_sample.losses
@@ -152,133 +172,144 @@ class GradSampler:
         scale: Gradients | None = None,
         policy: str | None = None,
     ) -> PerSampleGradients:
-        """Take them at parameters that are not the model's own or by another policy, and never compiled."""
-        examples, views = inputs.shape[:2]
-        per_sample = PerSampleGradients(examples, scale)
-        if self.policy == "vmap":
-            gradients, losses = per_example_gradients(self.model, self.loss_fn, inputs, targets, self.autocast, values)
+        """Take them at parameters that are not the model's own or by another policy, and never compiled.
+
+        Where rules cannot tell the examples apart, the layer is left to vmap or a loop, then the module around it,
+        then the model (`fallbacks`).
+
+        Raises:
+            ValueError: for a model that fails on a single example, too.
+        """
+        before = self.policy, set(self._whole), dict(self._expanded)
+        while True:
+            try:
+                return self._attempt(values, inputs, targets, scale, policy)
+            except UnsupportedLayerError as error:
+                self._leave_rule(error)
+            except UnsureLayoutError:
+                self._layouts.clear()
+            except Exception as error:
+                if "allocate" in str(error) or isinstance(error, torch.OutOfMemoryError | MemoryError):
+                    raise
+                if self._trial:
+                    self._leave_rule(UnsupportedLayerError(self._trial, "", "expand"))
+                elif self.policy != "loop":
+                    self.policy = "loop" if self.policy == "vmap" else "vmap"
+                else:
+                    self.policy, self._whole, self._expanded = before
+                    self._split_up()
+                    if isinstance(error, ValueError):
+                        raise
+                    message = (str(error).strip().splitlines() or [""])[0][:200]
+                    raise ValueError(
+                        f"the model or its loss fails on a single example ({type(error).__name__}: {message}): "
+                        "mend what an ordinary forward and backward pass of one example shows"
+                    ) from error
+            self._split_up()
+
+    def _attempt(
+        self, values: Gradients, inputs: Tensor, targets: Tensor, scale: Gradients | None, policy: str | None
+    ) -> PerSampleGradients:
+        per_sample = PerSampleGradients(len(inputs), scale)
+        if self.policy in ("vmap", "loop"):
+            take = per_example_gradients if self.policy == "vmap" else looped_gradients
+            gradients, losses = take(self.model, self.loss_fn, inputs, targets, self.autocast, values)
             per_sample.store(None, gradients)
+            self._checked = True
             return per_sample.finish(losses)
-        calls: list[LayerCall] = []
+        examples, views = inputs.shape[:2]
         collector = BackwardCollector(per_sample)
-        root = torch.zeros((), device=inputs.device, requires_grad=True)
         copies = {
             name: values[name].view(shape).expand(examples * views, *shape[1:]).requires_grad_()
             for name, shape in self.bare.items()
         }
+        root = torch.zeros((), dtype=torch.float32, device=inputs.device, requires_grad=True)
+        batch = (inputs.shape, inputs.dtype, self.model.training, self.precision)
+        keep = self.data_dependent or batch not in self._layouts
+        hooks = LayerHooks(self.tracked_layers, collector, (examples, views), self._expanded, root, keep)
+        # A checkpointed layer would run again in the backward pass, with other parameters.
+        unsaved = torch.autograd.graph.disable_saved_tensors_hooks("checkpoints need a loop over examples")
+        with unsaved, hooks, torch.enable_grad(), self.autocast():
+            outputs = self.forward({**values, **copies}, inputs.flatten(0, 1))
+            losses = example_losses(self.loss_fn, outputs, targets, examples, views)
+        calls = hooks.calls
+        key = (batch, *(call.signature() for call in calls))
+        if key in self._layouts and not self.data_dependent:
+            for call, layout in zip(calls, self._layouts[key], strict=True):
+                call.layout = layout
+            unsure = self._unsure.get(key, set())
+        elif not keep:  # another sequence of calls than for the last batch of these shapes
+            del self._layouts[batch]
+            return self._attempt(values, inputs, targets, scale, policy)
+        else:
+            collector.probe = RowProbe(examples, examples * views, losses.detach(), self.precision != "fp32")
+            if key not in self._layouts:
+                self._follow(values, inputs, outputs, calls)
+            for call, hint in zip(calls, self._layouts.get(key, [None] * len(calls)), strict=True):
+                call.hint = hint
+            unsure = set()
+        choose_policies(calls, examples, inputs.device.type, policy or self.policy, self.memory)
+        self.policies = {call.tracked.name: call.policy for call in calls}
+        backpropagate(collector, losses, root, copies, values, unsure)
+        if collector.probe is not None:
+            self._record(batch, key, calls, unsure)
+        return per_sample.finish(losses.detach())
 
-        def watch(tracked: TrackedLayer) -> Callable[..., Any]:
-            def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-                call = layer_call(tracked, arguments, output, examples)
-                calls.append(call)
-                attached = output if output.requires_grad else _Attach.apply(output, root)
-                attached.register_hook(lambda g: collector.arrived(call, g))
-                return attached
+    def _follow(self, values: Gradients, inputs: Tensor, outputs: Any, calls: list[LayerCall]) -> None:
+        """Check a forward pass against the model as it is, and follow the data through it."""
+        called = {call.tracked for call in calls}
+        for tracked in self.tracked_layers:
+            if tracked not in called:
+                raise UnsupportedLayerError(tracked.name, "has parameters but is not called")
+        views = inputs.flatten(0, 1).clone()
+        flow = DataFlow(views, {t.name: t.module for t in self.tracked_layers})
+        with flow, torch.enable_grad(), self.autocast():
+            plain = self.forward(values, views)
+        self.data_dependent |= flow.moves_rows
+        if flow.used_outside:
+            raise UnsupportedLayerError(flow.used_outside, "has a parameter that is used outside of the layer")
+        if (self.bare or self._expanded) and not same_outputs(outputs, plain, self.precision != "fp32"):
+            raise RuntimeError("a parameter or an output with a copy for every view changes what the model returns")
 
-            return hook
+    def _record(self, batch: Any, key: Any, calls: list[LayerCall], unsure: set[str]) -> None:
+        """Remember the layouts of a batch."""
+        layouts = [call.layout for call in calls]
+        self._looped |= {call.tracked.name for call in calls if call.layout is not None and call.layout.looped}
+        self._checked = not unsure and all(layout is None or layout.sure for layout in layouts)
+        self._layouts[batch], self._layouts[key], self._unsure[key] = [], layouts, unsure
+        self._trial = ""
 
-        hooks = [tracked.module.register_forward_hook(watch(tracked)) for tracked in self.tracked_layers]
-        try:
-            with torch.enable_grad(), self.autocast():
-                outputs = self.forward({**values, **copies}, inputs.flatten(0, 1))
-                outputs = tree_map(lambda x: x.unflatten(0, (examples, views)), outputs)
-                targets = targets[:, None].expand(examples, views, *targets.shape[1:])
-                losses = vmap(self.loss_fn)(outputs, targets)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._choose(calls, examples, inputs.device.type, policy or self.policy)
-        with torch.enable_grad():
-            found = torch.autograd.grad(losses.sum(), [root, *copies.values()], allow_unused=True)
-        with torch.no_grad():
-            collector.finish()
-            for (name, copy), gradient in zip(copies.items(), found[1:], strict=True):
-                gradient = torch.zeros_like(copy) if gradient is None else gradient
-                gradient = gradient.unflatten(0, (examples, views)).sum(1)
-                per_sample.store(None, {name: gradient.view(examples, *values[name].shape)})
-            return per_sample.finish(losses.detach())
+    def _leave_rule(self, error: UnsupportedLayerError) -> None:
+        """Take the step that an error asks for."""
+        name = error.name
+        following = {"": "lead", "lead": "new"}.get(self._expanded.pop(name, ""))
+        if error.step == "expand" and following is not None:
+            self._expanded[name], self._trial = following, name
+            return
+        self._trial = ""
+        if error.step == "whole" and name and name not in self._whole:
+            self._whole.add(name)
+        else:
+            self.keep_whole(name)
 
     def forward(self, values: Gradients, inputs: Tensor) -> Any:
-        """The model's outputs for views (N, …) with these parameters; what it does to its buffers is forgotten."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return functional_call(self.model, {**buffers, **values}, (inputs,))
+        """Call the model on views (N, …) with these parameters; changes to its buffers are discarded."""
+        with without_inference_kernels():
+            return call_module(self.model, values, (inputs,))
 
     def keep_whole(self, name: str) -> None:
-        """Leave the module that contains a layer or parameter in one piece, to go through vmap."""
+        """Leave the module that contains a layer or parameter in one piece, without rules."""
         parent = name.rpartition(".")[0]
-        if not parent:
+        while parent and not has_forward(self.model.get_submodule(parent)):
+            parent = parent.rpartition(".")[0]
+        if parent:
+            self._whole.add(parent)
+        else:
             self.policy = "vmap"
-        self._whole.add(parent)
         self._split_up()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of forward passes."""
+        """Make the context of forward passes."""
         if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
-
-    def _choose(self, calls: list[LayerCall], examples: int, device: str, policy: str) -> None:
-        """Decide for every call of a layer what is done with its gradients."""
-        times = Counter(call.tracked for call in calls)
-        for call in calls:
-            tracked, size = call.tracked, size_of(call.tracked)
-            call.alone = times[tracked] == 1 and not tracked.tied
-            ghost = tracked.rule.ghost_norm is not None and len(tracked.names) == sum(
-                1 for _ in tracked.module.parameters()
-            )
-            if not call.alone:
-                call.policy = "store"  # several calls make one gradient
-            elif policy == "ghost":
-                call.policy = "ghost" if ghost else "recompute" if size > _SMALL else "store"
-            elif policy != "auto":
-                call.policy = policy
-            elif ghost and 8 * call.positions * _width(tracked) < size:
-                call.policy = "ghost"
-            elif size > _SMALL and call.positions < 2 * _BALANCE.get(device, 7):
-                call.policy = "recompute"
-            else:
-                call.policy = "store"
-        if policy == "auto" and self.memory is not None:
-            stored = [call for call in calls if call.policy == "store"]
-            left = self.memory - sum(4 * examples * size_of(call.tracked) for call in stored)
-            # Where there are few positions, recomputing costs least per byte saved.
-            for call in sorted(stored, key=lambda r: r.positions):
-                if left < 0 and call.alone and size_of(call.tracked) > call.kept:
-                    call.policy = "recompute"
-                    left += 4 * examples * size_of(call.tracked)
-        self.policies = {call.tracked.name: call.policy for call in calls}
-
-
-def _width(tracked: TrackedLayer) -> int:
-    """Numbers that go in and come out at one position of a matrix-like layer."""
-    weight = next(tracked.module.parameters())
-    return int(weight.shape[0] + weight[0].numel())
-
-
-def per_example_gradients(
-    model: nn.Module,
-    loss_fn: LossFn,
-    inputs: Tensor,
-    targets: Tensor,
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    values: Gradients | None = None,
-) -> tuple[Gradients, Tensor]:
-    """Gradients (examples, *parameter shape) of the trainable parameters, by name, and losses (examples,).
-
-    Args:
-        model: called on the K views of one example at a time, (K, …).
-        loss_fn: mean loss over the views.
-        inputs: (examples, K, …).
-        targets: (examples, …).
-        autocast: context of forward and backward.
-        values: the trainable parameters, by name, where they are not the model's own.
-    """
-    trainable = values or {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    constant = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad} | dict(model.named_buffers())
-
-    def loss(values: dict[str, Tensor], views: Tensor, target: Tensor) -> Tensor:
-        outputs = functional_call(model, (values, constant), (views,))
-        return loss_fn(outputs, target.expand(len(views), *target.shape))
-
-    with autocast():
-        return vmap(grad_and_value(loss), in_dims=(None, 0, 0))(trainable, inputs, targets)

@@ -1,36 +1,74 @@
 """Collect per-sample gradients layer by layer while one backward pass runs."""
 
+from collections.abc import Callable, Collection
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from dpopt.grad_sample.fallback import is_plain, output_tensors
+from dpopt.grad_sample.fit import fit_layout
+from dpopt.grad_sample.layout import RowProbe, UnsureLayoutError
 from dpopt.grad_sample.modules import TrackedLayer, UnsupportedLayerError, size_of
 from dpopt.grad_sample.norms import Gradients, at_once, exact
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients, apply_rule, split_examples, squares_of
+from dpopt.grad_sample.rules import BY_VMAP
+
+
+class _Attach(torch.autograd.Function):
+    """Ties an output that depends on nothing with a gradient to the graph, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[None, None]:
+        return None, None
 
 
 class BackwardCollector:
-    """Collects what one backward pass returns, layer by layer."""
+    """Collects what one backward pass returns, layer by layer.
+
+    Args:
+        per_sample: where it goes.
+
+    Attributes:
+        probe: finds the layouts of calls that have none.
+        rehearsing: whether the pass is one under scaled losses, whose gradients are only kept for comparison.
+    """
 
     def __init__(self, per_sample: PerSampleGradients) -> None:
         self.per_sample = per_sample
+        self.probe: RowProbe | None = None
+        self.rehearsing = False
         self._partial: dict[Any, tuple[TrackedLayer | None, Gradients]] = {}
 
     @torch.no_grad()
     def arrived(self, call: LayerCall, g: Tensor) -> None:
         """Process the gradient with respect to the output of a layer."""
         tracked, examples = call.tracked, self.per_sample.examples
+        if self.rehearsing:
+            call.scaled.append(g)
+            return
+        if call.layout is not None and not call.layout.sure and bool((g != 0).any()):
+            raise UnsureLayoutError
         if [x._version for x in call.arguments if isinstance(x, Tensor)] != call.versions:
-            raise ValueError(
-                f"the input of layer '{tracked.name}' is changed in place after the layer has read it: "
-                "use an operation that is not in place there, or engine=vmap"
-            )
+            raise UnsupportedLayerError(tracked.name, "has an input that is changed in place after it was read")
+        call.wide = self.per_sample.scale is not None and tracked.rule.pull_back is not None
         call.output_gradient = g
         with torch.autocast(g.device.type, enabled=False):
+            if call.layout is None:
+                if self.probe is None:
+                    raise UnsureLayoutError
+                call.layout = fit_layout(call, self.probe)
+                call.output, call.scaled = None, []
             arguments, g = split_examples(call, examples)
             if call.policy == "store":
-                self._store(call, apply_rule(tracked, arguments, g))
+                self._store(call, apply_rule(call, arguments, g))
                 call.arguments, call.output_gradient = (), None
                 return
             with exact(g.device):
@@ -41,7 +79,7 @@ class BackwardCollector:
                     parts = [
                         squares_of(
                             tracked,
-                            apply_rule(tracked, _rows(arguments, i, count), g[i : i + count]),
+                            apply_rule(call, _rows(call, arguments, i, count), g[i : i + count]),
                             self.per_sample.scale,
                         )
                         for i in range(0, examples, count)
@@ -84,26 +122,114 @@ class BackwardCollector:
             self.per_sample.store(tracked, total)
 
 
-def _rows(arguments: tuple[Any, ...], start: int, count: int) -> tuple[Any, ...]:
-    return tuple(x[start : start + count] if isinstance(x, Tensor) else x for x in arguments)
+def _rows(call: LayerCall, arguments: tuple[Any, ...], start: int, count: int) -> tuple[Any, ...]:
+    return tuple(
+        x[start : start + count] if divided else x for x, divided in zip(arguments, call.divided(), strict=True)
+    )
 
 
-def layer_call(tracked: TrackedLayer, arguments: tuple[Any, ...], output: Any, examples: int) -> LayerCall:
-    """The record of a call.
+class LayerHooks:
+    """Records the calls of layers during one forward pass, and hands their gradients on in the backward pass.
 
-    Raises:
-        Inseparable: when arguments and output are not tensors with the examples, or pieces of them, first.
+    Args:
+        layers: the layers.
+        collector: gets the gradients.
+        shape: number of examples and of views per example.
+        expanded: layers whose output is the same for all views, and gets a copy for each: `lead`, where its first
+            dimension is 1, or `new`, in a dimension before all others.
+        root: a scalar that everything is made to depend on.
+        keep: whether to keep outputs of layers without a rule, for `fit_layout`.
+
+    Attributes:
+        calls: so far.
     """
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    if (
-        not isinstance(output, Tensor)
-        or not tensors
-        or any(x.ndim == 0 or len(x) % examples for x in [output, *tensors])
-    ):
-        raise UnsupportedLayerError(tracked.name)
-    weight = next(iter(tracked.module.parameters()))
-    width = weight.shape[0] if weight.ndim > 1 else max(1, weight.numel())
-    # Detached, which shares the version: a record that held the graph would be held by it, through the hook.
-    arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    positions, kept = output.numel() // (examples * width), sum(x.numel() for x in [output, *tensors]) // examples
-    return LayerCall(tracked, arguments, [x._version for x in tensors], max(1, positions), kept)
+
+    def __init__(
+        self,
+        layers: Collection[TrackedLayer],
+        collector: BackwardCollector,
+        shape: tuple[int, int],
+        expanded: dict[str, str],
+        root: Tensor,
+        keep: bool,
+    ) -> None:
+        self.layers, self.collector, self.expanded, self.root, self.keep = layers, collector, expanded, root, keep
+        self.examples, self.views = shape[0], shape[0] * shape[1]
+        self.calls: list[LayerCall] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "LayerHooks":
+        for tracked in self.layers:
+            self._handles.append(tracked.module.register_forward_hook(self._watch(tracked), with_kwargs=True))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, tracked: TrackedLayer) -> Callable[..., Any]:
+        def hook(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+            if tracked.rule is not BY_VMAP:
+                return self._ruled(tracked, arguments, keywords, output)
+            leaves, structure = tree_flatten((arguments, keywords))
+            for x in leaves:
+                if not is_plain(x):
+                    raise UnsupportedLayerError(tracked.name, f"takes an argument of type {type(x).__name__}")
+            results, form = tree_flatten(output)
+            several = len(output_tensors(results)) > 1
+            index = 0
+            for i, result in enumerate(results):
+                if isinstance(result, Tensor) and result.is_floating_point():
+                    # One output may be computed from another: a view gets only what comes from behind the layer.
+                    result = result.view_as(result) if several else result
+                    results[i] = self._attach(self._call(tracked, tuple(leaves), result, structure, index), result)
+                    index += 1
+            if not index:
+                raise UnsupportedLayerError(tracked.name, f"returns no tensor but a {type(output).__name__}")
+            return tree_unflatten(results, form)
+
+        return hook
+
+    def _ruled(self, tracked: TrackedLayer, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        given = [x for x in (*arguments, *keywords.values()) if x is not None]
+        if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
+            raise UnsupportedLayerError(tracked.name, "is called with more than one tensor", "whole")
+        x = given[0]
+        if self.examples > 1 and (how := self.expanded.get(tracked.name)):
+            if how == "lead" and (output.ndim == 0 or len(output) != 1 or len(x) != 1):
+                raise UnsupportedLayerError(tracked.name, "has an output that all examples share", "expand")
+            x, output = (_copies(t, how, self.views) for t in (x, output))
+            output = output.clone()
+        return self._attach(self._call(tracked, (x,), output), output)
+
+    def _call(
+        self,
+        tracked: TrackedLayer,
+        arguments: tuple[Any, ...],
+        output: Tensor,
+        structure: TreeSpec | None = None,
+        index: int = 0,
+    ) -> LayerCall:
+        weight = next(iter(tracked.module.parameters()))
+        width = weight.shape[0] if weight.ndim > 1 else max(1, weight.numel())
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        # Detached, which shares the version: a record that held the graph would be held by it, through the hook.
+        arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        positions = max(1, output.numel() // (self.examples * width))
+        kept = sum(x.numel() for x in [output, *tensors]) // self.examples
+        call = LayerCall(tracked, arguments, [x._version for x in tensors], positions, kept)
+        call.structure, call.index, call.shape = structure, index, output.shape
+        if self.keep and structure is not None:
+            call.output = output.detach().clone()
+        self.calls.append(call)
+        return call
+
+    def _attach(self, call: LayerCall, output: Tensor) -> Tensor:
+        attached: Tensor = output if output.requires_grad else _Attach.apply(output, self.root)
+        attached.register_hook(lambda g: self.collector.arrived(call, g))
+        return attached
+
+
+def _copies(x: Tensor, how: str, views: int) -> Tensor:
+    x = x if how == "lead" else x[None]
+    return x.expand(views, *x.shape[1:])

@@ -29,14 +29,18 @@ class TrackedLayer:
 
 
 class UnsupportedLayerError(ValueError):
-    """A layer's calls do not keep the examples of a batch apart in a form that a rule could read."""
+    """The per-sample gradients of a layer cannot be told apart; a less divided way may.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        super().__init__(
-            f"layer '{name}' does not turn tensors of a batch into one tensor of the batch, examples first: "
-            "per-example gradients need engine=vmap"
-        )
+    Args:
+        name: of the layer.
+        reason: completes the sentence "layer … ".
+        step: what may help: `expand` the layer's output to one copy per view, take the layer `whole`, without its rule,
+            or its `parent`.
+    """
+
+    def __init__(self, name: str, reason: str, step: str = "parent") -> None:
+        self.name, self.step = name, step
+        super().__init__(f"layer '{name}' {reason}: use engine=vmap, or engine=loop where vmap fails")
 
 
 def find_layers(model: nn.Module, whole: Collection[str] = ()) -> tuple[list[TrackedLayer], dict[str, tuple[int, ...]]]:
@@ -61,7 +65,7 @@ def find_layers(model: nn.Module, whole: Collection[str] = ()) -> tuple[list[Tra
         own = {name for name in trained if "." not in name}
         rule = rule_for(module) if len(own) == len(trained) else None
         one = nn.utils.parametrize.is_parametrized(module) or isinstance(module, nn.MultiheadAttention)
-        if rule is None and (one or prefix in whole or len(own) == len(trained)):
+        if prefix in whole or (rule is None and has_forward(module) and (one or len(own) == len(trained))):
             rule = BY_VMAP
         if rule is not None:
             tracked_layers.append(
@@ -82,6 +86,11 @@ def find_layers(model: nn.Module, whole: Collection[str] = ()) -> tuple[list[Tra
     for tracked in tracked_layers:
         tracked.tied = any(users[name] > 1 or name in bare for name in tracked.names.values())
     return tracked_layers, bare
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module is called, rather than only holding parameters or modules for another one."""
+    return type(module).forward is not nn.Module.forward
 
 
 def copy_shapes(shape: torch.Size) -> list[tuple[int, ...]]:

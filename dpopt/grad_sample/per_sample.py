@@ -1,27 +1,39 @@
 """Per-sample gradients of a micro-batch: their norms, and what is needed to sum them under weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils._pytree import TreeSpec
 
-from dpopt.grad_sample.modules import TrackedLayer
-from dpopt.grad_sample.norms import Gradients, by_example, exact, memory_order, square_norms
+from dpopt.grad_sample.fallback import LayerFunction
+from dpopt.grad_sample.layout import Layout, joined, split
+from dpopt.grad_sample.modules import TrackedLayer, size_of
+from dpopt.grad_sample.norms import Gradients, at_once, by_example, exact, memory_order, square_norms
 from dpopt.grad_sample.rules import BY_VMAP
 
 
 @dataclass(eq=False)
 class LayerCall:
-    """One call of a unit: its arguments, and the gradient with respect to its output once that has come back.
+    """One call of a layer: its arguments, and the gradient with respect to an output once that has come back.
 
     Attributes:
+        arguments: the leaves of positional and keyword arguments; without those that are None, for a rule.
+        structure: puts the leaves together again; None for a rule, which takes one tensor.
         versions: of the tensors among the arguments when they were read.
         positions: of an example, over its views, at which the layer's weight is used.
         kept: values of an example in arguments and output.
         policy: what is done with the gradients.
-        alone: whether this call is all that the unit's parameters are used for.
+        alone: whether this call is all that the layer's parameters are used for.
+        index: of the output tensor; a layer with several has a call for each.
+        shape: of that tensor.
+        layout: where the examples lie; None until it has been found.
+        hint: a layout that fitted an equal call.
+        wide: whether to compute in float64, since the norm is taken after a scale that may magnify rounding.
+        output: what came out, kept while the layout is not known.
+        scaled: gradients of the output under scaled losses.
     """
 
     tracked: TrackedLayer
@@ -32,6 +44,25 @@ class LayerCall:
     policy: str = "store"
     alone: bool = True
     output_gradient: Tensor | None = None
+    structure: TreeSpec | None = None
+    index: int = 0
+    shape: tuple[int, ...] = ()
+    layout: Layout | None = None
+    hint: Layout | None = None
+    wide: bool = False
+    output: Tensor | None = None
+    scaled: list[Tensor] = field(default_factory=list)
+
+    def signature(self) -> tuple[Any, ...]:
+        """The layer and the shapes of its tensors: equal calls of a model without branches have equal layouts."""
+        shapes = tuple(x.shape if isinstance(x, Tensor) else x for x in self.arguments if not isinstance(x, float))
+        return self.tracked.name, self.index, self.shape, shapes
+
+    def divided(self) -> tuple[bool, ...]:
+        """Which arguments are divided among examples."""
+        if self.structure is None or self.layout is None:
+            return (True,)
+        return tuple(dim is not None for dim in self.layout.inputs)
 
 
 class PerSampleGradients:
@@ -51,7 +82,7 @@ class PerSampleGradients:
 
     def __init__(self, examples: int, scale: Gradients | None = None) -> None:
         self.examples, self.scale = examples, scale
-        self.losses = self.norms = self.layer_norms = torch.empty(0)
+        self.losses = self.norms = self.layer_norms = torch.empty(0, dtype=torch.float32)
         self.layers: list[str] = []
         self._squares: Gradients = {}  # by layer
         self._stored: list[tuple[TrackedLayer | None, Gradients]] = []  # without a unit: by the model's names
@@ -122,23 +153,20 @@ class PerSampleGradients:
 
         with exact(weights.device):
             for tracked, found in self._stored:
-                local = {n: _weighted(g, weight(_layer(tracked, n)), select) for n, g in found.items()}
+                wide = self.scale is not None and tracked is not None and tracked.rule.pull_back is not None
+                local = {n: _weighted(g, weight(_layer(tracked, n)), select, wide) for n, g in found.items()}
                 _add(sums, tracked, local)
             for call in self._kept:
-                tracked = call.tracked
-                layers = dict.fromkeys(_layer(tracked, name) for name in tracked.names)
+                layers = dict.fromkeys(_layer(call.tracked, name) for name in call.tracked.names)
                 arguments, g = split_examples(call, self.examples)
                 if select is not None:
                     g = g.masked_fill(_column(select, g), 0.0)
-                    arguments = tuple(
-                        x.masked_fill(_column(select, x), 0.0) if isinstance(x, Tensor) and x.is_floating_point() else x
-                        for x in arguments
-                    )
-                together = tuple(x.flatten(0, 1)[None] if isinstance(x, Tensor) else x for x in arguments)
+                    arguments = _selected(call, arguments, select)
+                together = _rejoined(call, arguments)
                 for layer in layers if weights.ndim > 1 else ("",):
-                    weighted = g.mul(_column(weight(layer), g)).flatten(0, 1)[None]
-                    local = {name: gradient[0] for name, gradient in apply_rule(tracked, together, weighted).items()}
-                    _add(sums, tracked, local, layer if len(layers) > 1 and weights.ndim > 1 else None)
+                    weighted = _rejoined_output(call, g.mul(_column(weight(layer), g)))
+                    local = {name: gradient[0] for name, gradient in apply_rule(call, together, weighted).items()}
+                    _add(sums, call.tracked, local, layer if len(layers) > 1 and weights.ndim > 1 else None)
 
     def _count(self, squares: Gradients) -> None:
         for layer, square in squares.items():
@@ -165,11 +193,12 @@ def _layer(tracked: TrackedLayer | None, name: str) -> str:
     return (name if tracked is None else tracked.names[name]).rpartition(".")[0]
 
 
-def _by_model_names(tracked: TrackedLayer | None, found: Gradients) -> Gradients:
-    """Per-example gradients of the parameters themselves."""
+def _by_model_names(tracked: TrackedLayer | None, found: Gradients, wide: bool = False) -> Gradients:
+    """Per-sample gradients of the parameters themselves, from at least float32: their sum is pulled back in that."""
     if tracked is None:
         return found
     if (pull_back := tracked.rule.pull_back) is not None:
+        found = {n: g.double() if wide else g.to(max(g.dtype, torch.float32, key=_bits)) for n, g in found.items()}
         found = vmap(lambda one: pull_back(tracked.module, one))(found)
     return {full: found[name] for name, full in tracked.names.items()}
 
@@ -178,16 +207,28 @@ def squares_of(tracked: TrackedLayer | None, found: Gradients, scale: Gradients 
     """Squared norms (B,) of every layer's gradients, scaled first if need be, in float64."""
     if tracked is not None and tracked.rule.square_norms is not None and scale is None:
         return {tracked.name: tracked.rule.square_norms(tracked.module, found)}
+    if tracked is not None and tracked.rule.pull_back is not None and scale is not None:
+        # Pulled back in float64, some examples at a time: a scale may magnify what float32 rounds away.
+        count = at_once(torch.empty(0, dtype=torch.float64, device=next(iter(found.values())).device), size_of(tracked))
+        size = len(next(iter(found.values())))
+        pieces = [{n: g[i : i + count] for n, g in found.items()} for i in range(0, size, count)]
+        parts = [_squares(_by_model_names(tracked, piece, wide=True), scale) for piece in pieces]
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+    return _squares(_by_model_names(tracked, found), scale)
+
+
+def _squares(found: Gradients, scale: Gradients | None) -> Gradients:
     squares: Gradients = {}
-    for name, gradient in _by_model_names(tracked, found).items():
+    for name, gradient in found.items():
         layer = name.rpartition(".")[0]
         square = square_norms(by_example(gradient if scale is None else gradient * scale[name]))
         squares[layer] = squares[layer] + square if layer in squares else square
     return squares
 
 
-def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None) -> Tensor:
+def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None, wide: bool) -> Tensor:
     """Σ weights[i]·gradient[i], (*shape)."""
+    weights = weights.double() if wide else weights
     rows = by_example(gradient).to(weights.dtype)
     if select is not None:
         rows = rows.masked_fill(select[:, None], 0.0)
@@ -196,12 +237,39 @@ def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None) -> Tenso
     return total.permute([order.index(i) for i in range(1, gradient.ndim)])
 
 
-def apply_rule(tracked: TrackedLayer, arguments: tuple[Any, ...], g: Tensor) -> Gradients:
+def apply_rule(call: LayerCall, arguments: tuple[Any, ...], g: Tensor) -> Gradients:
     """The rule's gradients of the trainable parameters; under a function of the parameters, all that it needs."""
-    if tracked.rule is BY_VMAP:
-        return tracked.rule.gradients(tracked.module, arguments, g)
+    tracked = call.tracked
+    if call.structure is not None:
+        assert call.layout is not None
+        layer = LayerFunction(tracked.module, call.structure, call.index)
+        return layer.gradients(arguments, call.divided(), g, call.layout.looped)[0]
     found = tracked.rule.gradients(tracked.module, arguments[0], g)
     return found if tracked.rule.pull_back is not None else {name: found[name] for name in tracked.names}
+
+
+def _selected(call: LayerCall, arguments: tuple[Any, ...], broken: Tensor) -> tuple[Any, ...]:
+    """Arguments with zeros for examples that are not finite."""
+    return tuple(
+        x.masked_fill(_column(broken, x), 0.0) if divided and x.is_floating_point() else x
+        for x, divided in zip(arguments, call.divided(), strict=True)
+    )
+
+
+def _rejoined(call: LayerCall, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of a whole batch as those of one example, (1, …)."""
+    if call.structure is None:
+        return tuple(x.flatten(0, 1)[None] for x in arguments)
+    assert call.layout is not None
+    dims = call.layout.inputs
+    return tuple(x if dim is None else joined(x, dim)[None] for x, dim in zip(arguments, dims, strict=True))
+
+
+def _rejoined_output(call: LayerCall, g: Tensor) -> Tensor:
+    if call.structure is None:
+        return g.flatten(0, 1)[None]
+    assert call.layout is not None
+    return joined(g, call.layout.output)[None]
 
 
 def _column(x: Tensor, like: Tensor) -> Tensor:
@@ -215,13 +283,29 @@ def _bits(dtype: torch.dtype) -> int:
 
 
 def split_examples(call: LayerCall, examples: int) -> tuple[tuple[Any, ...], Tensor]:
-    """Arguments and output gradient, (B, K, …), in one floating-point type: where gradients are not stored as they are
-    formed, that of the sum, since the norm must be the norm of what is summed."""
-    g = call.output_gradient
-    assert g is not None
+    """Split arguments and output gradient by example, in one floating-point type.
+
+    They are (B, K, …) for a rule and, for a layer without one, (B, …) with what the layer takes as a batch. Where
+    gradients are not stored as they are formed, the type is that of the sum: the norm must be the norm of what is
+    summed.
+    """
+    g, layout = call.output_gradient, call.layout
+    assert g is not None and layout is not None
+    if call.structure is not None:
+        dtype = next(call.tracked.module.parameters()).dtype
+        leaves = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.arguments)
+        leaves = tuple(x if d is None else split(x, d, examples) for x, d in zip(leaves, layout.inputs, strict=True))
+        return leaves, split(g.to(dtype), layout.output, examples)
     dtype = g.dtype if call.policy == "store" else max(g.dtype, torch.float32, key=_bits)
+    dtype = torch.float64 if call.wide and call.policy != "store" else dtype
     arguments = tuple(
-        (x.to(dtype) if x.is_floating_point() else x).unflatten(0, (examples, -1)) if isinstance(x, Tensor) else x
-        for x in call.arguments
+        _with_views((x.to(dtype) if x.is_floating_point() else x), layout.output, examples) for x in call.arguments
     )
-    return arguments, g.to(dtype).unflatten(0, (examples, -1))
+    return arguments, _with_views(g.to(dtype), layout.output, examples)
+
+
+def _with_views(x: Tensor, dim: int, examples: int) -> Tensor:
+    """(B, K, …), the examples along any dimension."""
+    return (
+        x.unflatten(0, (examples, -1)) if dim == 0 else x.unflatten(dim, (examples, -1)).movedim((dim, dim + 1), (0, 1))
+    )

@@ -5,7 +5,8 @@ their views, (B, K, …), and returns the gradients of the layer's own parameter
 positions. Read with B = 1, a whole batch as the views of one example, it is the ordinary gradient: so one function
 serves for storing per-example gradients and for summing scaled ones. docs/layer_rule.md adds one.
 
-Layers without a rule are differentiated by `torch.func.vmap`, one layer at a time (`by_vmap`).
+Layers without a rule are differentiated by `torch.func.vmap` or in a loop, one layer at a time
+(`dpopt.grad_sample.fallback`).
 """
 
 import functools
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
 
 from dpopt.grad_sample.conv import (
     conv,
@@ -45,6 +45,8 @@ class Rule:
         pull_back: (layer, these gradients summed over examples) → the gradients of the parameters themselves.
         scaled_ghost_norm: `ghost_norm` of scaled gradients: (layer, input, output gradient, scale by parameter name) →
             (B,), at one position of one view; None where the gradients have to be formed.
+        positionwise: whether the layer treats all dimensions before its features alike, so that examples may lie in
+            any of them.
     """
 
     gradients: Callable[[Any, Any, Tensor], Gradients]
@@ -52,6 +54,7 @@ class Rule:
     square_norms: Callable[[Any, Gradients], Tensor] | None = None
     pull_back: Callable[[Any, Gradients], Gradients] | None = None
     scaled_ghost_norm: Callable[[Any, Tensor, Tensor, Gradients], Tensor] | None = None
+    positionwise: bool = False
 
 
 # Linear
@@ -114,7 +117,7 @@ def _affine(normalised: Tensor, g: Tensor, dims: int) -> Gradients:
 # Embedding
 
 
-def embedding(module: nn.Embedding, a: Tensor, g: Tensor) -> Gradients:
+def embedding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Gradients:
     """A dense gradient for every example; `embedding_ghost_norm` does without."""
     examples, rows = len(a), module.num_embeddings
     places = (a.flatten(1) + rows * torch.arange(examples, device=a.device)[:, None]).flatten()
@@ -130,38 +133,36 @@ def embedding_ghost_norm(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
     return ((g @ g.mT) * (tokens[:, :, None] == tokens[:, None])).flatten(1).sum(1)
 
 
-def _without_padding(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
+def embedding_bag(module: nn.EmbeddingBag, a: Tensor, g: Tensor) -> Gradients:
+    """Bags of one length, (B, K, T): what comes back goes to every token, or its share where the mean is taken."""
+    kept = torch.ones_like(a, dtype=g.dtype) if module.padding_idx is None else (a != module.padding_idx).to(g.dtype)
+    if module.mode == "mean":
+        kept = kept / kept.sum(-1, keepdim=True).clamp(min=1)
+    return embedding(module, a, g[..., None, :] * kept[..., None])
+
+
+def _without_padding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Tensor:
     return g if module.padding_idx is None else g.masked_fill((a == module.padding_idx)[..., None], 0.0)
 
 
 # Anything else
 
 
-def by_vmap(module: nn.Module, a: tuple[Any, ...], g: Tensor) -> Gradients:
-    """One layer under `torch.func.vmap`, with all of its arguments: its own parameters and those of layers in it."""
-    values = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    buffers = dict(module.named_buffers())  # what the layer does to them is forgotten
-    split = tuple(0 if isinstance(x, Tensor) else None for x in a)
-
-    def pulled(g: Tensor, *a: Any) -> Gradients:
-        pull = vjp(lambda values: functional_call(module, (values, buffers), a), values)[1]
-        found: Gradients = pull(g)[0]
-        return found
-
-    result: Gradients = vmap(pulled, in_dims=(0, *split))(g, *a)
-    return result
+def _none(module: nn.Module, a: Tensor, g: Tensor) -> Gradients:
+    raise NotImplementedError("a layer without a rule is differentiated by dpopt.grad_sample.fallback")
 
 
-BY_VMAP = Rule(by_vmap)
+BY_VMAP = Rule(_none)
 RULES: dict[type, Rule] = {
-    nn.Linear: Rule(linear, linear_ghost_norm, scaled_ghost_norm=linear_scaled_ghost_norm),
+    nn.Linear: Rule(linear, linear_ghost_norm, scaled_ghost_norm=linear_scaled_ghost_norm, positionwise=True),
     nn.Conv1d: Rule(conv, conv_ghost_norm),
     nn.Conv2d: Rule(conv, conv_ghost_norm),
     StandardizedConv2d: Rule(standardized_conv, standardized_ghost_norm, standardized_norms, standardized_pull_back),
     nn.GroupNorm: Rule(group_norm),
-    nn.LayerNorm: Rule(layer_norm),
-    nn.RMSNorm: Rule(rms_norm),
-    nn.Embedding: Rule(embedding, embedding_ghost_norm),
+    nn.LayerNorm: Rule(layer_norm, positionwise=True),
+    nn.RMSNorm: Rule(rms_norm, positionwise=True),
+    nn.Embedding: Rule(embedding, embedding_ghost_norm, positionwise=True),
+    nn.EmbeddingBag: Rule(embedding_bag),
 }
 
 
@@ -177,6 +178,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     for kind in type(module).__mro__:
         if kind in rules and type(module).forward is getattr(kind, "forward", None):
             odd = getattr(module, "scale_grad_by_freq", False) or getattr(module, "max_norm", None) is not None
+            odd = odd or (kind is nn.EmbeddingBag and module.mode == "max")
             return None if odd or getattr(module, "_fast_norm", False) else rules[kind]
     return None
 

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from dpopt.grad_sample.engine import GradSampler
-from dpopt.grad_sample.modules import UnsupportedLayerError, copy_shapes
+from dpopt.grad_sample.fallback import output_tensors
+from dpopt.grad_sample.modules import copy_shapes
 from dpopt.grad_sample.norms import Gradients
+from dpopt.grad_sample.outputs import examples_are_independent
 from dpopt.grad_sample.per_sample import PerSampleGradients
 
 
@@ -40,15 +42,10 @@ def validate_against_autograd(engine: GradSampler, inputs: Tensor, targets: Tens
                 p.add_((0.02 * torch.randn(p.shape, generator=generator)).to(p))
         wanted = [_ordinary(engine, parameters, x, y) for x, y in zip(inputs, targets, strict=True)]
         values = {name: p.detach() for name, p in parameters.items()}
-        per_sample = None
-        while per_sample is None and engine.policy != "vmap":
-            try:
-                _fit_bare(engine, inputs[:, 0])
-                per_sample = engine.sample_at(values, inputs, targets)
-            except UnsupportedLayerError as error:
-                engine.keep_whole(error.name)
-        if per_sample is not None:
-            _compare(engine, wanted, per_sample)
+        _fit_bare(engine, inputs[:, 0])
+        per_sample = engine.sample_at(values, inputs, targets)
+        _refuse_mixing(engine, inputs[:, 0])
+        _compare(engine, wanted, per_sample)
         engine.validated = True
     finally:
         engine.precision = precision
@@ -73,9 +70,20 @@ def _ordinary(engine: GradSampler, parameters: dict[str, nn.Parameter], views: T
     return found
 
 
+def _refuse_mixing(engine: GradSampler, inputs: Tensor) -> None:
+    """Refuse a model that does with a batch what it does not do with its examples alone."""
+    with engine.autocast():
+        if examples_are_independent(lambda x: engine.forward({}, x), inputs, engine.precision != "fp32"):
+            return
+    raise ValueError(
+        "the model mixes the examples of a batch: its output for an example is another one when the example comes "
+        "alone, so it has no per-sample gradients; remove the operation over the batch dimension"
+    )
+
+
 def _fit_bare(engine: GradSampler, inputs: Tensor) -> None:
     """Find the shape of a copy per example with which every bare parameter acts on its own example only."""
-    while engine.bare and engine.policy != "vmap":
+    while engine.bare and engine.policy not in ("vmap", "loop"):
         shapes = {name: copy_shapes(engine.model.get_parameter(name).shape) for name in engine.bare}
         for i in range(max(len(candidates) for candidates in shapes.values())):
             guess = {name: candidates[min(i, len(candidates) - 1)] for name, candidates in shapes.items()}
@@ -108,11 +116,16 @@ def _act_alone(engine: GradSampler, shapes: dict[str, tuple[int, ...]], inputs: 
         alone = [engine.forward(one, x[None]) for one, x in zip(different, inputs, strict=True)]
         try:
             together = engine.forward(copies, inputs)
-        except RuntimeError:
+        except Exception:  # the copies do not fit
             return False
-    expected = torch.cat(alone)
-    tolerance = _tolerance(engine) / 30 * expected.abs().max()
-    return together.shape == expected.shape and bool((together - expected).abs().max() <= tolerance)
+    for rows, *singles in zip(*map(output_tensors, (together, *alone)), strict=True):
+        if any(x.ndim == 0 for x in singles):
+            return False
+        expected = torch.cat(singles)
+        tolerance = _tolerance(engine) / 30 * expected.abs().max()
+        if rows.shape != expected.shape or not bool((rows - expected).abs().max() <= tolerance):
+            return False
+    return True
 
 
 def _compare(engine: GradSampler, wanted: list[Gradients], per_sample: PerSampleGradients) -> None:
