@@ -17,6 +17,7 @@ forward as one copy per view. Layers without a rule go through vmap alone, and `
 Before the first batch is taken, `dpopt.grad_sample.validate` compares two examples with ordinary backward passes.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -29,10 +30,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dpopt.grad_sample.hooks import BackwardCollector, layer_call
+from dpopt.grad_sample.losses import per_example_loss
 from dpopt.grad_sample.modules import TrackedLayer, find_layers, size_of
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients
 from dpopt.grad_sample.rules import BY_VMAP
+from dpopt.grad_sample.signature import Validated
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 POLICIES = ("auto", "store", "recompute", "ghost", "vmap")
@@ -67,7 +70,8 @@ class GradSampler:
         compiled: compile forward, backward and rules as one graph, anew for every shape of a batch.
 
     Attributes:
-        proved: whether `dpopt.grad_sample.validate.check` has been passed.
+        validated: whether the gradients of two examples have been compared with autograd's.
+        validations: the states of the model and shapes of inputs that have passed `dpopt.grad_sample.validate`.
         fallbacks: names of layers that go through vmap, for want of a rule.
         policies: what is done with the gradients of every layer, once a batch has been taken.
 
@@ -86,16 +90,17 @@ class GradSampler:
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"engine={policy} must be one of {', '.join(POLICIES)}")
-        self.model, self.loss_fn, self.policy, self.memory = model, loss_fn, policy, memory
+        self.model, self.loss_fn, self.policy, self.memory = model, per_example_loss(loss_fn), policy, memory
         self.precision, self.compiled = precision, compiled
-        self.validated = False
+        self.validated, self.validations = False, Validated()
         self.policies: dict[str, str] = {}
         self._graphs: dict[Any, Callable[..., PerSampleGradients]] = {}
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._whole: set[str] = set()
-        self._split_up()
+        self.split_up()
 
-    def _split_up(self) -> None:
+    def split_up(self) -> None:
+        """Find the layers with a rule, and the parameters held beside layers."""
         self.tracked_layers, self.bare = ([], {}) if self.policy == "vmap" else find_layers(self.model, self._whole)
         everything = [u.name or "the whole model" for u in self.tracked_layers if u.rule is BY_VMAP]
         self.fallbacks = ["the whole model"] if self.policy == "vmap" else everything
@@ -143,6 +148,16 @@ class GradSampler:
         values = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         per_sample = self.sample_at(values, inputs, targets, policy="store")
         return per_sample.gradients(), per_sample.losses
+
+    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of each example over its views, (B,), without gradients."""
+
+        def loss(views: Tensor, target: Tensor) -> Tensor:
+            return self.loss_fn(self.forward({}, views), target.expand(len(views), *target.shape))
+
+        with self.autocast():
+            found: Tensor = vmap(loss)(inputs, targets)
+        return found
 
     def sample_at(
         self,
@@ -209,7 +224,22 @@ class GradSampler:
         if not parent:
             self.policy = "vmap"
         self._whole.add(parent)
-        self._split_up()
+        self.split_up()
+
+    def twin(self, model: nn.Module, loss_fn: LossFn) -> "GradSampler":
+        """Make a sampler of a copy of the model, with the same choices, in full precision."""
+        other = copy.copy(self)
+        other.model, other.loss_fn, other.precision = model, loss_fn, "fp32"
+        other._whole, other.policies, other._graphs = set(self._whole), {}, {}
+        other.split_up()
+        return other
+
+    def adopt(self, other: "GradSampler") -> None:
+        """Take over what was found on a copy of the model: what goes through vmap, and shapes of copies."""
+        self.policy, self._whole = other.policy, set(other._whole)
+        self.split_up()
+        self.bare = dict(other.bare)
+        self._graphs.clear()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes."""

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from dpopt.grad_sample.engine import GradSampler, LossFn
+from dpopt.grad_sample.losses import per_example_loss
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
-from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.grad_sample.validate import covered, validate
 from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.noise import add_count_noise, add_noise
@@ -95,9 +96,11 @@ class PrivateGradient:
         if clip is not None and not hasattr(clip, "sensitivity"):
             raise TypeError(f"clip={clip!r} is no clip rule: pass one of dpopt.clipping, for example Flat(1.0)")
         check_model(model, private=clip is not None)
-        self.model, self.loss_fn, self.plan, self.clip = model, loss_fn, plan, clip
+        self.model, self.loss_fn, self.plan, self.clip = model, per_example_loss(loss_fn), plan, clip
         self.step = start
-        self.engine = GradSampler(model, loss_fn, engine, precision=precision) if isinstance(engine, str) else engine
+        if isinstance(engine, str):
+            engine = GradSampler(model, self.loss_fn, engine, precision=precision)
+        self.engine = engine
         self.diagnostics = diagnostics
         self.pre_clip_scale, self.query_points = pre_clip_scale, query_points
         self.step_info = self._constants()
@@ -185,6 +188,7 @@ class PrivateGradient:
                 if self.clip is None:
                     self._add_plain(sums, inputs[mask], targets[mask], points, raw)
                     continue
+                self._validate(inputs, targets, mask)
                 size = len(inputs) if len(points) == 1 else self._explicit(total)
                 for x, y, present in zip(inputs.split(size), targets.split(size), mask.split(size), strict=True):
                     per_sample = self._per_sample_gradients(x, y, by_name, points)
@@ -232,12 +236,15 @@ class PrivateGradient:
         self.clip.observe(count, self.plan.batch_size)
         self.step_info["clip_rate"] = self.clip.clip_rate
 
+    def _validate(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> None:
+        """Validate model and loss before the first micro-batch, and after every change."""
+        if not covered(self.engine, inputs, self.takes_gradients):
+            validate(self.engine, inputs, targets, mask, self.takes_gradients)
+
     def _per_sample_gradients(
         self, inputs: Tensor, targets: Tensor, scale: Gradients | None, points: list[Point]
     ) -> PerSampleGradients:
         """The per-example gradients of a micro-batch, combined over points."""
-        if not self.engine.validated:
-            validate_against_autograd(self.engine, inputs, targets)
         if len(points) == 1:
             return self.engine(inputs, targets, scale)
         combined: Gradients = {}
