@@ -8,7 +8,8 @@ either: capacities and cumulative sums do.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -38,30 +39,31 @@ class Limits:
     exact: nn.Module | None
 
 
-def check_independence(model: nn.Module, forward: Forward, inputs: Tensor, outputs: Any, limits: Limits) -> None:
+def check_independence(
+    model: nn.Module, forward: Forward, inputs: Tensor, outputs: Any, values: Iterable[Tensor], limits: Limits
+) -> None:
     """Refuse a model in which a replaced example changes another's outputs.
 
     Args:
         model: for names.
         forward: (N, …) → outputs.
-        inputs: N examples, no two of them equal if possible.
+        inputs: N examples.
         outputs: those of `forward` on the inputs, all finite.
+        values: what takes the place of the examples in `places`, one batch after the other.
         limits: what rounding may do.
 
     Raises:
         ValueError: naming the layer, where one can be told.
     """
-    count, accepted, rounded = len(inputs), 0, []
-    places = sorted({0, count // 2, count - 1})
-    others = torch.tensor([i for i in range(count) if i not in places], dtype=torch.long, device=inputs.device)
-    if len(others) == 0:
-        places, others = places[:1], torch.arange(1, count, device=inputs.device)
+    accepted, rounded = 0, []
+    where = places(len(inputs))
+    others = torch.tensor([i for i in range(len(inputs)) if i not in where], device=inputs.device)
     accepts = _probe(model, inputs)
-    for values in replacements(inputs, len(places)):
-        if not accepts(values):
+    for new in values:
+        if not accepts(new):
             continue
         changed = inputs.clone()
-        changed[places] = values
+        changed[where] = new
         try:
             found = forward(changed)
         except Exception:  # what the model does not accept cannot enter it
@@ -74,35 +76,84 @@ def check_independence(model: nn.Module, forward: Forward, inputs: Tensor, outpu
             rounded.append(changed)
     if not accepted:
         raise ValueError(
-            f"{called(model, None)} accepts none of the inputs with which its examples are told apart (another example, "
-            "zeros, noise): pass inputs of the shape and range that the data have"
+            f"{called(model, None)} accepts none of the inputs with which its examples are told apart (another "
+            "example, zeros, noise): pass inputs of the shape and range that the data have"
         )
     if rounded and limits.exact is not None:
         _decide_in_float64(model, limits.exact, inputs, rounded, others, forward)
 
 
+def places(count: int) -> list[int]:
+    """First, middle and last of at least four examples."""
+    return [0, count // 2, count - 1]
+
+
+def crowd(inputs: Tensor) -> Tensor:
+    """Return the first example again and again, from the middle on with small changes.
+
+    Neighbors meet here, and the capacity of an expert is exceeded.
+    """
+    crowded = inputs[:1].expand_as(inputs).clone()
+    half = len(inputs) // 2
+    if inputs.is_floating_point() or inputs.is_complex():
+        noise = torch.randn(crowded[half:].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float32)
+        crowded[half:] *= 1 + 0.01 * noise.to(inputs)  # no sign changes, which a logarithm would not take
+    elif inputs.ndim == 1:
+        crowded[half:] = inputs[half:]
+    else:
+        crowded[half:, ..., -1] = inputs[half:, ..., -1]
+    return crowded
+
+
+def short(inputs: Tensor) -> Iterator[Tensor]:
+    """Yield inputs with an empty second half: a model may cut a batch to its longest row."""
+    if inputs.ndim < 2 or inputs.shape[1] < 2:
+        return
+    floating = inputs.is_floating_point() or inputs.is_complex()
+    for value in [0] if floating else {int(inputs.min()), int(inputs.max())}:
+        cut = inputs.clone()
+        cut[:, (inputs.shape[1] + 1) // 2 :] = value
+        yield cut
+
+
 def check_places(model: nn.Module, forward: Forward, inputs: Tensor, outputs: Any, limits: Limits) -> None:
-    """Refuse a model in which an example's outputs depend on its place or on the size of the batch.
+    """Refuse outputs that depend on an example's place, its neighbors or the batch's size.
 
     Raises:
         ValueError: in one sentence.
     """
-    count = len(inputs)
-    repeated = forward(inputs[:1].expand_as(inputs).contiguous())
-    first = [x[:1].expand_as(x) for x in tensors_in(repeated)]
-    few = torch.tensor(sorted({0, count // 2, count - 1}), device=inputs.device)
-    together, alone = [x[few] for x in tensors_in(outputs)], tensors_in(forward(inputs[few].contiguous()))
-    for expected, found, what in (
-        (first, tensors_in(repeated), "place in the batch"),
-        (together, alone, "batch's size"),
-    ):
-        if any(x.shape != y.shape for x, y in zip(expected, found, strict=True)) or not (
-            max(relative(x, y) for x, y in zip(expected, found, strict=True)) <= limits.rounding
-        ):
+    half, first = [], []
+    for number, base in enumerate([crowd(inputs), *short(inputs)]):
+        try:
+            found = forward(base)
+        except Exception:  # rows that the model does not accept
+            continue
+        if not all(bool(x.isfinite().all()) for x in tensors_in(found)):
+            continue
+        check_independence(
+            model, forward, base, found, itertools.islice(replacements(inputs), 1 + (number == 0)), limits
+        )
+        if number == 0:
+            half = [x[: len(inputs) // 2] for x in tensors_in(found)]
+            first = [x[:1].expand_as(x) for x in half]
+    few = torch.tensor(places(len(inputs)), device=inputs.device)
+    together = [x[few] for x in tensors_in(outputs)]
+    try:
+        alone = tensors_in(forward(inputs[few].contiguous()))
+    except Exception:  # a model that wants batches of one size
+        alone = []
+    for expected, found, what in ((first, half, "place in the batch"), (together, alone, "batch's size")):
+        if not _agree(expected, found, limits.rounding):
             raise ValueError(
-                f"{called(model, None)} gives an example other outputs with its {what}, which the other examples decide "
-                f"(a capacity, a cumulative sum, statistics of the batch): {_FIX}"
+                f"{called(model, None)} gives an example other outputs with its {what}, which the other examples "
+                f"decide (a capacity, a cumulative sum, statistics of the batch): {_FIX}"
             )
+
+
+def _agree(expected: list[Tensor], found: list[Tensor], rounding: float) -> bool:
+    if len(expected) != len(found) or any(x.shape != y.shape for x, y in zip(expected, found, strict=True)):
+        return False
+    return all(relative(x, y) <= rounding for x, y in zip(expected, found, strict=True))
 
 
 def check_outputs(model: nn.Module, outputs: Any, count: int) -> None:
@@ -114,8 +165,8 @@ def check_outputs(model: nn.Module, outputs: Any, count: int) -> None:
     found = tensors_in(outputs)
     if not found:
         raise ValueError(
-            f"{called(model, None)} returns a {type(outputs).__name__} without tensors: return a tensor, or a tuple, list "
-            "or dict of tensors"
+            f"{called(model, None)} returns a {type(outputs).__name__} without tensors: return a tensor, or a tuple, "
+            "list or dict of tensors"
         )
     for tensor in found:
         if tensor.ndim == 0 or len(tensor) != count:
@@ -125,12 +176,12 @@ def check_outputs(model: nn.Module, outputs: Any, count: int) -> None:
             )
 
 
-def replacements(inputs: Tensor, count: int) -> Iterator[Tensor]:
-    """Yield values (count, …) for the examples in `count` places, the most harmless first."""
+def replacements(inputs: Tensor) -> Iterator[Tensor]:
+    """Yield what takes the place of the examples in `places`, the most harmless first."""
     generator = torch.Generator().manual_seed(3)
-    shape = (count, *inputs.shape[1:])
-    spread = inputs.roll(1 + len(inputs) // 3, 0)
-    rows = spread[torch.linspace(0, len(inputs) - 1, count).long()]
+    where = places(len(inputs))
+    count, shape = len(where), (len(where), *inputs.shape[1:])
+    rows = inputs.roll(1 + len(inputs) // 3, 0)[where]
     if inputs.is_floating_point() or inputs.is_complex():
         normal = torch.randn(shape, generator=generator, dtype=torch.promote_types(inputs.dtype, torch.float32))
         noise = normal.to(inputs)
@@ -138,8 +189,9 @@ def replacements(inputs: Tensor, count: int) -> Iterator[Tensor]:
         yield torch.stack([mild[i % 3] for i in range(count)])
         yield torch.stack([mild[(i + 1) % 3] for i in range(count)])
         yield 1e4 * noise
+        yield -1e4 * noise
         yield torch.stack([torch.full_like(rows[0], 1e30 * (-1) ** i) for i in range(count)])
-        yield torch.full_like(rows, float("nan"))
+        yield torch.stack([torch.full_like(rows[0], float("inf" if i == 1 else "nan")) for i in range(count)])
         return
     low, high = inputs.min(), inputs.max()
     flat = inputs.flatten()
@@ -152,16 +204,14 @@ def replacements(inputs: Tensor, count: int) -> Iterator[Tensor]:
     yield (low.double() + drawn.double()).floor().clamp(max=high.double()).to(inputs.dtype)
 
 
-def _refuse_mixing(
-    model: nn.Module, forward: Forward, inputs: Tensor, changed: Tensor, others: Tensor
-) -> NoReturn:
+def _refuse_mixing(model: nn.Module, forward: Forward, inputs: Tensor, changed: Tensor, others: Tensor) -> NoReturn:
     try:
         name = first_difference(model, lambda: forward(inputs), lambda: forward(changed), others, len(inputs))
     except Exception:  # hooks that the model does not bear
         name = None
     raise ValueError(
-        f"{called(model, name)} mixes the examples of a batch: replacing the input of one changes the outputs of others, "
-        f"so no example has a gradient that a clip could bound: {_FIX}"
+        f"{called(model, name)} mixes the examples of a batch: replacing the input of one changes the outputs of "
+        f"others, so no example has a gradient that a clip could bound: {_FIX}"
     )
 
 

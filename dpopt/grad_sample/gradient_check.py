@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.forward_check import places, replacements
 from dpopt.grad_sample.losses import loss_in_float64
 from dpopt.grad_sample.modules import UnsupportedLayerError, copy_shapes
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
-from dpopt.grad_sample.snapshot import undisturbed
+from dpopt.grad_sample.snapshot import Snapshot, undisturbed
 from dpopt.grad_sample.trial import differ, float64_copy, in_float64, perturb, trials
 
 Pair = tuple[Tensor, Tensor]  # two examples (2, K, …) and their targets
@@ -70,6 +71,49 @@ def validate_losses(engine: GradSampler, inputs: Tensor, targets: Tensor) -> Non
         )
 
 
+def check_gradient_independence(engine: GradSampler, inputs: Tensor, targets: Tensor, rounding: float) -> None:
+    """Refuse a backward pass in which a replaced example changes another's gradient.
+
+    Args:
+        engine: whose gradients of single examples are right for two of them.
+        inputs: at least four examples (B, K, …).
+        targets: (B, …).
+        rounding: of a gradient, relative.
+
+    Raises:
+        ValueError: naming the parameters.
+    """
+    values = {name: p.detach() for name, p in engine.model.named_parameters() if p.requires_grad}
+    where = places(len(inputs))
+    found: list[Gradients] = []
+    before = Snapshot(engine.model)
+    for new in [None, *replacements(inputs)][::3]:  # as they are, noise of size 1e4, and NaN; or other tokens
+        changed = inputs.clone()
+        if new is not None:
+            changed[where] = new
+        try:
+            per_sample = engine.sample_at(values, changed, targets)
+        except Exception:
+            if new is None:
+                raise
+            continue  # what the model does not accept cannot enter it
+        finally:
+            before.restore()  # an iteration of the layer's own, as in spectral norm
+        weights = torch.ones(len(inputs), dtype=per_sample.norms.dtype, device=inputs.device)
+        weights[where] = 0.0
+        sums = {name: torch.zeros_like(p, dtype=weights.dtype) for name, p in values.items()}
+        per_sample.add_weighted_sum(sums, weights)
+        found.append(sums)
+        length = torch.stack([g.norm() for g in found[0].values()]).norm()
+        wrong = [n for n, g in sums.items() if not (g - found[0][n]).norm() <= rounding * length]
+        if wrong:
+            raise ValueError(
+                f"the backward pass mixes the examples of a batch: replacing one changes the gradients of others for "
+                f"{', '.join(wrong[:3])}, so that no clip bounds what an example does: take out what scales or rounds "
+                "gradients over the batch (a hook, a backward of its own)"
+            )
+
+
 def _tested(engine: GradSampler, inputs: Tensor, targets: Tensor) -> tuple[GradSampler, Pair, list[Gradients]]:
     """Choose float64 copy or model, and two examples with finite gradients; return them and the gradients."""
     problem: Exception | None = None
@@ -122,12 +166,17 @@ def _ordinary(engine: GradSampler, pair: Pair) -> list[Gradients]:
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         unused &= {name for name, g in zip(parameters, gradients, strict=True) if g is None}
         rows.append(
-            {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+            {
+                n: torch.zeros_like(p) if g is None else g
+                for (n, p), g in zip(parameters.items(), gradients, strict=True)
+            }
         )
     if unused:
+        named = [name for name in parameters if name in unused]
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         raise ValueError(
-            f"the loss does not depend on {', '.join(name for name in parameters if name in unused)}, so only noise "
-            "would move them: freeze them with requires_grad_(False) or remove them from the model"
+            f"the loss does not depend on {', '.join(named[:5])}{more}, so only noise would move them: freeze "
+            "them with requires_grad_(False) or remove them from the model"
         )
     return rows
 
@@ -156,8 +205,8 @@ def _unsampled(engine: GradSampler, inputs: Tensor, error: Exception) -> str:
     reason = f"{type(error).__name__}: {line}" if inputs.is_floating_point() else type(error).__name__
     fix = "use engine=vmap, or replace" if engine.policy != "vmap" else "replace"
     return (
-        f"no gradients of single examples can be taken of the model ({type(engine.model).__name__}; {reason}): {fix} the "
-        "layer that raises"
+        f"no gradients of single examples can be taken of the model ({type(engine.model).__name__}; {reason}): {fix} "
+        "the layer that raises"
     )
 
 

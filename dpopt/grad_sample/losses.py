@@ -102,16 +102,16 @@ def check_loss(loss_fn: LossFn, model: nn.Module, outputs: Any, targets: Tensor,
         with torch.enable_grad():
             for number, chosen in enumerate(_draws(loss_fn, outputs, targets, views)):
                 singles = _compare(loss_fn, model, outputs, chosen, views)
+                written = {} if before is None else before.differences()
+                if any(isinstance(value, Tensor | float | tuple) for value in written.values()):
+                    raise ValueError(
+                        f"the loss keeps what it sees of the data in {next(iter(written))}, past clip and noise: make "
+                        "it a function of outputs and targets alone"
+                    )
                 if number == 0:
                     by_vmap = losses_by_vmap(loss_fn, outputs, chosen, views).detach()
                     if not _close(by_vmap, singles, outputs):
                         raise ValueError(_NO_MEAN)
-        written = {} if before is None else before.differences()
-        if any(isinstance(value, Tensor | float | tuple) for value in written.values()):
-            raise ValueError(
-                f"the loss keeps what it sees of the data in {next(iter(written))}, past clip and noise: make it a "
-                "function of outputs and targets alone"
-            )
     finally:
         if before is not None:
             before.restore()
@@ -133,12 +133,12 @@ def _compare(loss_fn: LossFn, model: nn.Module, outputs: Any, targets: Tensor, v
     finite = [i for i, loss in enumerate(singles) if bool(loss.isfinite())]
     if not finite:
         raise ValueError(
-            "the loss of one example alone is not finite: return the mean over examples of a loss that each example has "
-            "without the others"
+            "the loss of one example alone is not finite: return the mean over examples of a loss that each example "
+            "has without the others"
         )
     pairs = list(itertools.combinations(finite, 2))
     # Among several targets some may be ignored: a mean over all of them weights examples by how many they have.
-    pairs = [pair for pair in pairs if counts[pair[0]] == counts[pair[1]]] or pairs
+    pairs = [pair for pair in pairs if counts[pair[0]] == counts[pair[1]]]
     for group in [*pairs[:6], (finite[0], finite[0])]:
         together = _loss_of(loss_fn, outputs, targets, list(group), views).detach()
         if not _close(together, torch.stack([singles[i] for i in group]).mean(), outputs):

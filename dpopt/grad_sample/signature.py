@@ -61,7 +61,7 @@ def _structure(model: nn.Module, written: set[tuple[int, str]]) -> tuple[Any, ..
             continue
         seen.add(module)
         attributes = module.__dict__
-        found += (module, type(module))
+        found += (module, type(module), type(module).forward)
         if written:
             own = id(module)
             found += [v for k, v in attributes.items() if type(v) in _SCALARS and (own, k) not in written]

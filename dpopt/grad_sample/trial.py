@@ -35,16 +35,24 @@ def trials(model: nn.Module, rows: Tensor, count: int, noise_first: bool = False
         chosen = torch.randint(len(flat), (count * rows[0].numel(),), generator=generator)
         yield flat[chosen.to(flat.device)].view(shape)
     known = sorted({m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)})
-    for size in [n for n in known if n > max(1, high)][:1] + [2]:
+    for size in [*[n for n in known if n > max(1, high)][:1], 2]:
         yield torch.randint(size, shape, generator=generator).to(rows)
     yield rows[torch.arange(count, device=rows.device) % len(rows)]
 
 
-def other_than(inputs: Tensor) -> Tensor:
+def other_than(inputs: Tensor, forward: Callable[[Tensor], Any]) -> Tensor:
     """Return a batch of other examples that the model accepts, too."""
     if inputs.is_floating_point() or inputs.is_complex():
-        return 0.5 * inputs.flip(0)
-    return inputs.flatten()[0].expand_as(inputs).contiguous()
+        candidates = [0.5 * inputs.flip(0), inputs[:1].expand_as(inputs).contiguous()]
+    else:
+        candidates = [inputs.flatten()[0].expand_as(inputs).contiguous(), inputs[:1].expand_as(inputs).contiguous()]
+    for other in candidates:
+        try:
+            forward(other)
+        except Exception:  # out of its range
+            continue
+        return other
+    return inputs
 
 
 def differ(rows: Tensor) -> bool:
@@ -77,8 +85,8 @@ def accepted(
             return inputs, outputs
     if problem is not None:
         raise ValueError(
-            f"{called(model, None)} raised {type(problem).__name__} on inputs of shape {tuple(inputs.shape[1:])} and type "
-            f"{inputs.dtype}: pass inputs that it accepts, or change the model"
+            f"{called(model, None)} raised {type(problem).__name__} on inputs of shape {tuple(inputs.shape[1:])} and "
+            f"type {inputs.dtype}: pass inputs that it accepts, or change the model"
         ) from problem
     raise ValueError(
         f"{called(model, None)} has outputs that are not finite, on noise as on the data, so nothing can be validated: "

@@ -7,8 +7,8 @@ Four checks on one micro-batch of the real shape; afterwards the model is what i
     loss        the loss of a batch is the mean of the losses of its examples (`losses`)
     gradients   per-sample gradients equal those of ordinary backward passes (`gradient_check`)
 
-Loss and gradients are compared in a float64 copy to 1e-6, so that rounding hides nothing. Parameters are moved a little,
-since a layer behind zeros shows nothing of what it does. What comes out not finite is not validated.
+Loss and gradients are compared in a float64 copy to 1e-6, so that rounding hides nothing. Parameters are moved a
+little, since a layer behind zeros shows nothing of what it does. What comes out not finite is not validated.
 """
 
 from typing import Any
@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dpopt.grad_sample.engine import GradSampler
-from dpopt.grad_sample.forward_check import Limits, check_independence, check_outputs, check_places
-from dpopt.grad_sample.gradient_check import validate_against_autograd, validate_losses
+from dpopt.grad_sample.forward_check import Limits, check_independence, check_outputs, check_places, replacements
+from dpopt.grad_sample.gradient_check import (
+    check_gradient_independence,
+    validate_against_autograd,
+    validate_losses,
+)
 from dpopt.grad_sample.losses import check_loss, loss_in_float64
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.snapshot import undisturbed
@@ -60,16 +64,22 @@ def validate(
     real, labels = (inputs, targets) if present is None else (inputs[present], targets[present])
     empty = len(real) == 0
     real, labels = (torch.zeros_like(inputs[:1]), targets[:1]) if empty else (real, labels)
+    views, rounding = inputs.shape[1], 0.1 if engine.precision == "bf16" else _rounding(model)
     with undisturbed(model), torch.no_grad():
         perturb(model)
-        exact = float64_copy(model)
-        rows = max(_FEW, len(inputs) * inputs.shape[1])
-        examples, written = _validate_forward(engine, exact, real.flatten(0, 1), rows)
-        _validate_loss(engine, exact, examples, labels, inputs.shape[1])
-    if gradients:
-        validate_against_autograd(engine, real, labels)
-    else:
+        limits = Limits(rounding, float64_copy(model))
+        examples, written = _validate_forward(engine, limits, real.flatten(0, 1), max(_FEW, len(inputs)) * views)
+        _validate_loss(engine, limits.exact, examples, labels, views)
+    if not gradients:
         validate_losses(engine, real, labels)
+    else:
+        validate_against_autograd(engine, real, labels)
+        if len(inputs) > 1:
+            with undisturbed(model):
+                perturb(model)
+                examples = examples.unflatten(0, (-1, views))
+                targets = labels[torch.arange(len(examples), device=labels.device) % len(labels)]
+                check_gradient_independence(engine, examples, targets, rounding)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         engine.validations.written |= {(id(module), key) for key in module.__dict__ if prefix + key in written}
@@ -77,9 +87,7 @@ def validate(
         engine.validations.add(model, engine.loss_fn, inputs, gradients)
 
 
-def _validate_forward(
-    engine: GradSampler, exact: nn.Module | None, rows: Tensor, count: int
-) -> tuple[Tensor, set[str]]:
+def _validate_forward(engine: GradSampler, limits: Limits, rows: Tensor, count: int) -> tuple[Tensor, set[str]]:
     """Check what a forward of `count` examples writes and mixes; return the examples, and what it writes."""
     model = engine.model
 
@@ -94,11 +102,10 @@ def _validate_forward(
     def outputs_of(outputs: Any, rows: int) -> None:
         check_outputs(model, outputs, rows)
 
-    examples, _ = accepted(model, forward, outputs_of, trials(model, rows, count))
-    written = check_state(model, direct, examples, other_than(examples))
-    outputs = check_repeatable(model, forward, examples)
-    limits = Limits(0.1 if engine.precision == "bf16" else _rounding(model), exact)
-    check_independence(model, forward, examples, outputs, limits)
+    examples, outputs = accepted(model, forward, outputs_of, trials(model, rows, count))
+    written = check_state(model, direct, examples, other_than(examples, forward))
+    outputs = check_repeatable(model, forward, examples, outputs)
+    check_independence(model, forward, examples, outputs, replacements(examples), limits)
     check_places(model, forward, examples, outputs, limits)
     return examples, written
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dpopt.grad_sample.engine import GradSampler, LossFn
-from dpopt.grad_sample.losses import per_example_loss
+from dpopt.grad_sample.losses import ExampleWeighted, losses_by_vmap, per_example_loss
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
@@ -42,8 +42,13 @@ class PrivateGradient:
     """Turns Poisson batches into privatised gradients in `p.grad`.
 
     Args:
-        model: every trainable parameter must have a per-example gradient (no BatchNorm, no active dropout).
+        model: every trainable parameter must have a per-example gradient (no BatchNorm in train mode, no active
+            dropout). It is validated at the first micro-batch, and again when its modes, modules, settings or the shape
+            of its inputs change: no example may enter another's outputs, no forward may write what it sees.
         loss_fn: (outputs (K, …), targets (K, …)) → the mean loss, a scalar; `torch.nn.functional.cross_entropy`, say.
+            The loss of a batch must be the mean of the losses of its examples. Class weights of
+            `nn.CrossEntropyLoss(weight=w)` and `nn.NLLLoss(weight=w)` weight each example: its loss is w[y]·ℓ, the sum
+            over its targets divided by the number of those that are not ignored, and no more divided by the weights.
         plan: the noise, q, N and the number of steps.
         clip: the clip rule. None is the non-private control: no clipping, allowed only with a plan without noise.
         start: number of steps already taken (a resumed run).
@@ -283,7 +288,11 @@ class PrivateGradient:
         for weight, displacement in points:
             with displaced(displacement if len(points) > 1 else None):
                 with self.engine.autocast():
-                    loss = self.loss_fn(self.model(inputs.flatten(0, 1)), targets.repeat_interleave(views, 0))
+                    outputs = self.model(inputs.flatten(0, 1))
+                    if isinstance(self.loss_fn, ExampleWeighted):
+                        loss = losses_by_vmap(self.loss_fn, outputs, targets, views).mean()
+                    else:
+                        loss = self.loss_fn(outputs, targets.repeat_interleave(views, 0))
                 gradients = torch.autograd.grad(weight * loss * count, parameters, materialize_grads=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient

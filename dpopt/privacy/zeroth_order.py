@@ -13,7 +13,6 @@ gradient, and holds whatever the smoothing. z is drawn from the plan's key.
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.clipping import Adaptive
