@@ -23,7 +23,7 @@ _CHOICES = {
     "randomness": ("secret", "research"),
     "ledger": ("on", "off"),
     "holdout_by": ("content", "position"),
-    "engine": ("auto", "store", "recompute", "ghost", "vmap"),
+    "engine": ("auto", "store", "recompute", "ghost", "vmap", "loop"),
 }
 
 
@@ -77,7 +77,7 @@ class Config:
     workers: int = 2  # data-loading processes, for image folders
     micro_batch: Any = "auto"  # examples whose gradients are held at once; auto: what fits into memory
     memory: Optional[float] = None  # noqa: UP045 (GB for auto; a quarter of the machine's, or half of the GPU's)
-    engine: str = "auto"  # per-example gradients: auto, store, recompute, ghost or vmap
+    engine: str = "auto"  # per-example gradients: auto, store, recompute, ghost, vmap or loop
     compile: bool = False  # forward, backward and per-example gradients as one compiled graph
 
     @classmethod

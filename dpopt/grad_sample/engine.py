@@ -25,12 +25,14 @@ batch, or in every batch if the model moves rows by the data. What cannot be tol
 Before the first batch is taken, `dpopt.grad_sample.validate` compares two examples with ordinary backward passes.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -45,12 +47,14 @@ from dpopt.grad_sample.fallback import (
 )
 from dpopt.grad_sample.hooks import BackwardCollector, LayerHooks
 from dpopt.grad_sample.layout import Layout, RowProbe, UnsureLayoutError
+from dpopt.grad_sample.losses import per_example_loss
 from dpopt.grad_sample.modules import UnsupportedLayerError, find_layers, has_forward
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.outputs import example_losses, same_outputs
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients
 from dpopt.grad_sample.policies import choose_policies
 from dpopt.grad_sample.rules import BY_VMAP
+from dpopt.grad_sample.signature import Validated
 
 __all__ = ["POLICIES", "GradSampler", "LossFn", "per_example_gradients"]
 POLICIES = ("auto", "store", "recompute", "ghost", "vmap", "loop")
@@ -69,7 +73,8 @@ class GradSampler:
         compiled: compile forward, backward and rules as one graph, recompiled for each batch shape.
 
     Attributes:
-        validated: whether `dpopt.grad_sample.validate.validate_against_autograd` has passed.
+        validated: whether the gradients of two examples have been compared with autograd's.
+        validations: the states of the model and shapes of inputs that have passed `dpopt.grad_sample.validate`.
         policies: what is done with the gradients of every layer, once a batch has been taken.
         data_dependent: whether the model moves rows or takes branches by the data, so that every batch is checked.
 
@@ -88,9 +93,10 @@ class GradSampler:
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"engine={policy} must be one of {', '.join(POLICIES)}")
-        self.model, self.loss_fn, self.policy, self.memory = model, loss_fn, policy, memory
+        self.model, self.loss_fn, self.policy, self.memory = model, per_example_loss(loss_fn), policy, memory
         self.precision, self.compiled = precision, compiled
         self.validated = self.data_dependent = False
+        self.validations = Validated()
         self.policies: dict[str, str] = {}
         self.bare: dict[str, tuple[int, ...]] = {}
         self._graphs: dict[Any, Callable[..., PerSampleGradients]] = {}
@@ -102,9 +108,10 @@ class GradSampler:
         self._layouts: dict[Any, list[Layout | None]] = {}  # by the shapes of a batch and of its layers' calls
         self._unsure: dict[Any, set[str]] = {}  # parameters whose copies had no gradient in a batch of these shapes
         self._checked = False  # whether the last batch left nothing open about its layouts
-        self._split_up()
+        self.split_up()
 
-    def _split_up(self) -> None:
+    def split_up(self) -> None:
+        """Find the layers with a rule, and the parameters held beside layers."""
         rules = self.policy not in ("vmap", "loop")
         self.tracked_layers, bare = find_layers(self.model, self._whole) if rules else ([], {})
         self.bare = {name: self.bare.get(name, shape) for name, shape in bare.items()}
@@ -164,6 +171,16 @@ class GradSampler:
         per_sample = self.sample_at(values, inputs, targets, policy="store")
         return per_sample.gradients(), per_sample.losses
 
+    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of each example over its views, (B,), without gradients."""
+
+        def loss(views: Tensor, target: Tensor) -> Tensor:
+            return self.loss_fn(self.forward({}, views), target.expand(len(views), *target.shape))
+
+        with self.autocast():
+            found: Tensor = vmap(loss)(inputs, targets)
+        return found
+
     def sample_at(
         self,
         values: Gradients,
@@ -197,7 +214,7 @@ class GradSampler:
                     self.policy = "loop" if self.policy == "vmap" else "vmap"
                 else:
                     self.policy, self._whole, self._expanded = before
-                    self._split_up()
+                    self.split_up()
                     if isinstance(error, ValueError):
                         raise
                     message = (str(error).strip().splitlines() or [""])[0][:200]
@@ -205,7 +222,7 @@ class GradSampler:
                         f"the model or its loss fails on a single example ({type(error).__name__}: {message}): "
                         "mend what an ordinary forward and backward pass of one example shows"
                     ) from error
-            self._split_up()
+            self.split_up()
 
     def _attempt(
         self, values: Gradients, inputs: Tensor, targets: Tensor, scale: Gradients | None, policy: str | None
@@ -306,7 +323,25 @@ class GradSampler:
             self._whole.add(parent)
         else:
             self.policy = "vmap"
-        self._split_up()
+        self.split_up()
+
+    def twin(self, model: nn.Module, loss_fn: LossFn) -> "GradSampler":
+        """Make a sampler of a copy of the model, with the same choices, in full precision."""
+        other = copy.copy(self)
+        other.model, other.loss_fn, other.precision = model, loss_fn, "fp32"
+        other._whole, other._looped, other._expanded = set(self._whole), set(self._looped), dict(self._expanded)
+        other.policies, other._graphs, other._layouts, other._unsure = {}, {}, {}, {}
+        other.split_up()
+        return other
+
+    def adopt(self, other: "GradSampler") -> None:
+        """Take over what was found on a copy of the model: what goes through vmap, and shapes of copies."""
+        self.policy, self._whole, self._expanded = other.policy, set(other._whole), dict(other._expanded)
+        self.split_up()
+        self.bare = dict(other.bare)
+        self.data_dependent |= other.data_dependent
+        for known in (self._graphs, self._layouts, self._unsure):
+            known.clear()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Make the context of forward passes."""

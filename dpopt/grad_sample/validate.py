@@ -1,153 +1,131 @@
-"""Before an engine is trusted with a model: its gradients of two examples beside those of ordinary backward passes."""
+"""Validate a model, its loss and its per-sample gradients before data enter, and again whenever something changes.
+
+Four checks on one micro-batch of the real shape; afterwards the model is what it was, to the bit:
+
+    state       a forward leaves nothing of the data in the model (`state_check`)
+    forward     no example's input enters another's output (`forward_check`)
+    loss        the loss of a batch is the mean of the losses of its examples (`losses`)
+    gradients   per-sample gradients equal those of ordinary backward passes (`gradient_check`)
+
+Loss and gradients are compared in a float64 copy to 1e-6, so that rounding hides nothing. Parameters are moved a
+little, since a layer behind zeros shows nothing of what it does. What comes out not finite is not validated.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from dpopt.grad_sample.engine import GradSampler
-from dpopt.grad_sample.fallback import output_tensors
-from dpopt.grad_sample.modules import copy_shapes
-from dpopt.grad_sample.norms import Gradients
-from dpopt.grad_sample.outputs import examples_are_independent
-from dpopt.grad_sample.per_sample import PerSampleGradients
+from dpopt.grad_sample.forward_check import Limits, check_independence, check_outputs, check_places, replacements
+from dpopt.grad_sample.gradient_check import (
+    check_gradient_independence,
+    validate_against_autograd,
+    validate_losses,
+)
+from dpopt.grad_sample.losses import check_loss, loss_in_float64
+from dpopt.grad_sample.model_check import check_model
+from dpopt.grad_sample.snapshot import undisturbed
+from dpopt.grad_sample.state_check import check_repeatable, check_state
+from dpopt.grad_sample.trial import accepted, float64_copy, in_float64, other_than, perturb, trials
+
+__all__ = ["covered", "validate", "validate_against_autograd"]
+_FEW = 4  # rows that a forward is tried on at least, and examples whose losses are compared
 
 
-def validate_against_autograd(engine: GradSampler, inputs: Tensor, targets: Tensor) -> None:
-    """Before the first batch: hold the engine against ordinary backward passes of two examples.
+def covered(engine: GradSampler, inputs: Tensor, gradients: bool = True) -> bool:
+    """Tell whether inputs (B, K, …) of this shape may enter the model in its present state."""
+    return engine.validations.covers(engine.model, engine.loss_fn, inputs, gradients)
 
-    Images are replaced by noise and parameters moved a little, since a layer behind zeros or in front of them has no
-    gradient to compare; the model is left as it was. Also found here is the shape in which parameters beside submodules
-    enter, and what has to go through vmap after all.
+
+def validate(
+    engine: GradSampler,
+    inputs: Tensor,
+    targets: Tensor,
+    present: Tensor | None = None,
+    gradients: bool = True,
+) -> None:
+    """Validate the engine's model, loss and gradients on a micro-batch.
 
     Args:
-        engine: the engine, changed where it has to be.
+        engine: changed where layers must go through vmap.
         inputs: a micro-batch (B, K, …).
         targets: its targets (B, …).
+        present: (B,), False on pads; None for no pads. With pads alone, noise takes their place, and the next
+            micro-batch is validated again.
+        gradients: whether gradients are taken; otherwise losses only.
 
     Raises:
-        ValueError: for a parameter that the loss does not depend on, or whose gradient comes out otherwise.
+        ValueError: naming the layer, the reason and the fix.
     """
-    if len(inputs) > 1:
-        inputs, targets = inputs[:2], targets[:2]
+    model = engine.model
+    check_model(model, private=True)
+    real, labels = (inputs, targets) if present is None else (inputs[present], targets[present])
+    empty = len(real) == 0
+    real, labels = (torch.zeros_like(inputs[:1]), targets[:1]) if empty else (real, labels)
+    views, rounding = inputs.shape[1], 0.1 if engine.precision == "bf16" else _rounding(model)
+    with undisturbed(model), torch.no_grad():
+        perturb(model)
+        limits = Limits(rounding, float64_copy(model))
+        examples, written = _validate_forward(engine, limits, real.flatten(0, 1), max(_FEW, len(inputs)) * views)
+        _validate_loss(engine, limits.exact, examples, labels, views)
+    if not gradients:
+        validate_losses(engine, real, labels)
     else:
-        inputs, targets = torch.cat([inputs, inputs.roll(1, -1)]), torch.cat([targets, targets])
-    parameters = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
-    generator = torch.Generator().manual_seed(0)
-    if inputs.is_floating_point():
-        inputs = torch.randn(inputs.shape, generator=generator).to(inputs)
-    before, precision = [p.detach().clone() for p in parameters.values()], engine.precision
-    try:
-        engine.precision = "fp32"  # without autocast: the rules are the same, the rounding is not
-        with torch.no_grad():
-            for p in parameters.values():
-                p.add_((0.02 * torch.randn(p.shape, generator=generator)).to(p))
-        wanted = [_ordinary(engine, parameters, x, y) for x, y in zip(inputs, targets, strict=True)]
-        values = {name: p.detach() for name, p in parameters.items()}
-        _fit_bare(engine, inputs[:, 0])
-        per_sample = engine.sample_at(values, inputs, targets)
-        _refuse_mixing(engine, inputs[:, 0])
-        _compare(engine, wanted, per_sample)
-        engine.validated = True
-    finally:
-        engine.precision = precision
-        with torch.no_grad():
-            for p, old in zip(parameters.values(), before, strict=True):
-                p.copy_(old)
+        validate_against_autograd(engine, real, labels)
+        if len(inputs) > 1:
+            with undisturbed(model):
+                perturb(model)
+                examples = examples.unflatten(0, (-1, views))
+                targets = labels[torch.arange(len(examples), device=labels.device) % len(labels)]
+                check_gradient_independence(engine, examples, targets, rounding)
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        engine.validations.written |= {(id(module), key) for key in module.__dict__ if prefix + key in written}
+    if not empty:
+        engine.validations.add(model, engine.loss_fn, inputs, gradients)
 
 
-def _ordinary(engine: GradSampler, parameters: dict[str, nn.Parameter], views: Tensor, target: Tensor) -> Gradients:
-    """The gradient of one example by an ordinary backward pass."""
-    with torch.enable_grad(), engine.autocast():
-        outputs = engine.forward({}, views)
-        loss = engine.loss_fn(outputs, target.expand(len(views), *target.shape))
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    found = dict(zip(parameters, gradients, strict=True))
-    unused = [name for name, gradient in found.items() if gradient is None]
-    if unused:
-        raise ValueError(
-            f"the loss does not depend on {', '.join(unused)}, so only noise would move them: "
-            "freeze them with requires_grad_(False) or remove them from the model"
-        )
-    return found
+def _validate_forward(engine: GradSampler, limits: Limits, rows: Tensor, count: int) -> tuple[Tensor, set[str]]:
+    """Check what a forward of `count` examples writes and mixes; return the examples, and what it writes."""
+    model = engine.model
+
+    def forward(x: Tensor) -> Any:
+        with engine.autocast():
+            return engine.forward({}, x)
+
+    def direct(x: Tensor) -> Any:
+        with engine.autocast():
+            return model(x)
+
+    def outputs_of(outputs: Any, rows: int) -> None:
+        check_outputs(model, outputs, rows)
+
+    examples, outputs = accepted(model, forward, outputs_of, trials(model, rows, count))
+    written = check_state(model, direct, examples, other_than(examples, forward))
+    outputs = check_repeatable(model, forward, examples, outputs)
+    check_independence(model, forward, examples, outputs, replacements(examples), limits)
+    check_places(model, forward, examples, outputs, limits)
+    return examples, written
 
 
-def _refuse_mixing(engine: GradSampler, inputs: Tensor) -> None:
-    """Refuse a model that does with a batch what it does not do with its examples alone."""
-    with engine.autocast():
-        if examples_are_independent(lambda x: engine.forward({}, x), inputs, engine.precision != "fp32"):
-            return
-    raise ValueError(
-        "the model mixes the examples of a batch: its output for an example is another one when the example comes "
-        "alone, so it has no per-sample gradients; remove the operation over the batch dimension"
-    )
-
-
-def _fit_bare(engine: GradSampler, inputs: Tensor) -> None:
-    """Find the shape of a copy per example with which every bare parameter acts on its own example only."""
-    while engine.bare and engine.policy not in ("vmap", "loop"):
-        shapes = {name: copy_shapes(engine.model.get_parameter(name).shape) for name in engine.bare}
-        for i in range(max(len(candidates) for candidates in shapes.values())):
-            guess = {name: candidates[min(i, len(candidates) - 1)] for name, candidates in shapes.items()}
-            if _act_alone(engine, guess, inputs):
-                engine.bare = guess
-                return
-        found = {}
-        for name, candidates in shapes.items():
-            fitting = [shape for shape in candidates if _act_alone(engine, {name: shape}, inputs)]
-            if not fitting:
-                engine.keep_whole(name)
-                break
-            found[name] = fitting[0]
-        else:
-            engine.bare = found
-            return
-
-
-def _act_alone(engine: GradSampler, shapes: dict[str, tuple[int, ...]], inputs: Tensor) -> bool:
-    """Whether the model with different copies for two examples does with each what it does with that copy alone."""
-    generator = torch.Generator().manual_seed(1)
-    different = []
-    for _ in inputs:
-        parameters = {name: engine.model.get_parameter(name).detach() for name in shapes}
-        different.append(
-            {n: p + (0.5 * torch.randn(p.shape, generator=generator)).to(p) for n, p in parameters.items()}
-        )
-    copies = {n: torch.stack([one[n] for one in different]).view(len(inputs), *s[1:]) for n, s in shapes.items()}
-    with torch.no_grad(), engine.autocast():
-        alone = [engine.forward(one, x[None]) for one, x in zip(different, inputs, strict=True)]
+def _validate_loss(engine: GradSampler, exact: nn.Module | None, examples: Tensor, targets: Tensor, views: int) -> None:
+    """Check the loss on outputs of a few examples, in float64 where model and loss can."""
+    count = min(_FEW, max(2, len(examples) // views))
+    examples = examples[torch.arange(count * views, device=examples.device) % len(examples)]
+    targets = targets[torch.arange(count, device=targets.device) % len(targets)]
+    loss_fn, outputs = engine.loss_fn, None
+    if exact is not None:
         try:
-            together = engine.forward(copies, inputs)
-        except Exception:  # the copies do not fit
-            return False
-    for rows, *singles in zip(*map(output_tensors, (together, *alone)), strict=True):
-        if any(x.ndim == 0 for x in singles):
-            return False
-        expected = torch.cat(singles)
-        tolerance = _tolerance(engine) / 30 * expected.abs().max()
-        if rows.shape != expected.shape or not bool((rows - expected).abs().max() <= tolerance):
-            return False
-    return True
+            outputs, loss_fn = exact(in_float64(examples)), loss_in_float64(engine.loss_fn)
+            loss_fn(tree_map(lambda x: x[:views], outputs), targets[:1].repeat_interleave(views, 0))
+        except Exception:  # code that wants the dtype of the model
+            outputs, loss_fn = None, engine.loss_fn
+    check_loss(loss_fn, engine.model, engine.forward({}, examples) if outputs is None else outputs, targets, views)
 
 
-def _compare(engine: GradSampler, wanted: list[Gradients], per_sample: PerSampleGradients) -> None:
-    """Refuse gradients that differ by more than rounding explains."""
-    relative = _tolerance(engine)
-    for i, gradients in enumerate(wanted):
-        sums = {n: torch.zeros_like(g, dtype=per_sample.norms.dtype) for n, g in gradients.items()}
-        per_sample.add_weighted_sum(sums, torch.eye(2, dtype=per_sample.norms.dtype, device=per_sample.norms.device)[i])
-        length = torch.stack([g.double().norm() for g in gradients.values()]).norm()
-        errors = {name: (sums[name] - g).double().norm() for name, g in gradients.items()}
-        wrong = [n for n, e in errors.items() if e > relative * (gradients[n].double().norm() + length / 30)]
-        if not wrong and abs(per_sample.norms[i] - length) > relative / 2 * length:
-            wrong = ["the norm"]
-        if wrong:
-            raise ValueError(
-                f"the per-layer gradient of {', '.join(wrong[:3])} is not the one of an ordinary backward pass (a "
-                "layer's parameters are used outside of it, its input has the examples not in the first dimension, "
-                "or it mixes them): use engine=vmap"
-            )
-
-
-def _tolerance(engine: GradSampler) -> float:
-    """Relative difference of two gradients that rounding may make: it turns a ReLU here and there on or off, which is
-    worth up to half a percent of a gradient in fp32. Structural mistakes are worth a multiple of that."""
-    return {8: 1e-6, 4: 0.03}.get(min(p.element_size() for p in engine.model.parameters()), 0.3)
+def _rounding(model: nn.Module) -> float:
+    """What rounding may do to outputs in the model's dtype, relative to the largest."""
+    known = {torch.float64: 1e-9, torch.float32: 1e-3}
+    return max(known.get(p.dtype, 0.1) for p in model.parameters() if p.is_floating_point())

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from dpopt.grad_sample.engine import GradSampler, LossFn
+from dpopt.grad_sample.losses import ExampleWeighted, losses_by_vmap, per_example_loss
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
-from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.grad_sample.validate import covered, validate
 from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
@@ -42,8 +43,13 @@ class PrivateGradient:
     """Turns Poisson batches into privatised gradients in `p.grad`.
 
     Args:
-        model: every trainable parameter must have a per-example gradient (no BatchNorm, no active dropout).
+        model: every trainable parameter must have a per-example gradient (no BatchNorm in train mode, no active
+            dropout). It is validated at the first micro-batch, and again when its modes, modules, settings or the shape
+            of its inputs change: no example may enter another's outputs, no forward may write what it sees.
         loss_fn: (outputs (K, …), targets (K, …)) → the mean loss, a scalar; `torch.nn.functional.cross_entropy`, say.
+            The loss of a batch must be the mean of the losses of its examples. Class weights of
+            `nn.CrossEntropyLoss(weight=w)` and `nn.NLLLoss(weight=w)` weight each example: its loss is w[y]·ℓ, the sum
+            over its targets divided by the number of those that are not ignored, and no more divided by the weights.
         plan: the noise, q, N and the number of steps.
         clip: the clip rule. None is the non-private control: no clipping, allowed only with a plan without noise.
         start: number of steps already taken (a resumed run).
@@ -100,9 +106,11 @@ class PrivateGradient:
         if clip is not None and not hasattr(clip, "sensitivity"):
             raise TypeError(f"clip={clip!r} is no clip rule: pass one of dpopt.clipping, for example Flat(1.0)")
         check_model(model, private=clip is not None)
-        self.model, self.loss_fn, self.plan, self.clip = model, loss_fn, plan, clip
+        self.model, self.loss_fn, self.plan, self.clip = model, per_example_loss(loss_fn), plan, clip
         self.step = start
-        self.engine = GradSampler(model, loss_fn, engine, precision=precision) if isinstance(engine, str) else engine
+        if isinstance(engine, str):
+            engine = GradSampler(model, self.loss_fn, engine, precision=precision)
+        self.engine = engine
         self.diagnostics = diagnostics
         self.pre_clip_scale, self.query_points, self.canaries = pre_clip_scale, query_points, canaries
         self.step_info = self._constants()
@@ -200,6 +208,7 @@ class PrivateGradient:
                 if self.clip is None:
                     self._add_plain(sums, inputs[mask], targets[mask], points, raw)
                     continue
+                self._validate(inputs, targets, mask)
                 size = len(inputs) if len(points) == 1 else self._explicit(total)
                 for x, y, present in zip(inputs.split(size), targets.split(size), mask.split(size), strict=True):
                     per_sample = self._per_sample_gradients(x, y, by_name, points)
@@ -247,12 +256,15 @@ class PrivateGradient:
         self.clip.observe(count, self.plan.batch_size)
         self.step_info["clip_rate"] = self.clip.clip_rate
 
+    def _validate(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> None:
+        """Validate model and loss before the first micro-batch, and after every change."""
+        if not covered(self.engine, inputs, self.takes_gradients):
+            validate(self.engine, inputs, targets, mask, self.takes_gradients)
+
     def _per_sample_gradients(
         self, inputs: Tensor, targets: Tensor, scale: Gradients | None, points: list[Point]
     ) -> PerSampleGradients:
         """The per-example gradients of a micro-batch, combined over points."""
-        if not self.engine.validated:
-            validate_against_autograd(self.engine, inputs, targets)
         if len(points) == 1:
             return self.engine(inputs, targets, scale)
         combined: Gradients = {}
@@ -291,7 +303,11 @@ class PrivateGradient:
         for weight, displacement in points:
             with displaced(displacement if len(points) > 1 else None):
                 with self.engine.autocast():
-                    loss = self.loss_fn(self.model(inputs.flatten(0, 1)), targets.repeat_interleave(views, 0))
+                    outputs = self.model(inputs.flatten(0, 1))
+                    if isinstance(self.loss_fn, ExampleWeighted):
+                        loss = losses_by_vmap(self.loss_fn, outputs, targets, views).mean()
+                    else:
+                        loss = self.loss_fn(outputs, targets.repeat_interleave(views, 0))
                 gradients = torch.autograd.grad(weight * loss * count, parameters, materialize_grads=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient

@@ -13,8 +13,6 @@ gradient, and holds whatever the smoothing. z is drawn from the plan's key.
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import vmap
 
 from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.clipping import Adaptive
@@ -65,10 +63,12 @@ class ZerothOrder(PrivateGradient):
         for inputs, targets, mask in batch:
             inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
             targets, mask = targets.to(reference.device), mask.to(reference.device)
+            if self.clip is not None:
+                self._validate(inputs, targets, mask)
             sides = []
             for sign in (1, -1):
                 with displaced({p: sign * self.smoothing * piece for p, piece in z.items()}):
-                    sides.append(self._losses(inputs, targets))
+                    sides.append(self.engine.losses(inputs, targets))
             slope = ((sides[0] - sides[1]) / (2 * self.smoothing)).to(dtype)
             norm = slope.abs()
             valid = mask & norm.isfinite()
@@ -86,13 +86,3 @@ class ZerothOrder(PrivateGradient):
         self._observe(raw)
         for p in parameters:
             p.grad = z[p] * total[0].to(p.dtype)
-
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of each example over its views, (B,); under vmap no example can enter another's."""
-
-        def loss(views: Tensor, target: Tensor) -> Tensor:
-            return self.loss_fn(self.engine.forward({}, views), target.expand(len(views), *target.shape))
-
-        with self.engine.autocast():
-            losses: Tensor = vmap(loss)(inputs, targets)
-        return losses

@@ -94,10 +94,11 @@ def _gradients(about: RunDescription, engine: GradSampler, micro_batch: int) -> 
         return f"of whole {size}"
     if not about.per_sample:
         return f"none: two losses per example, {size}"
-    how = "by vmap" if engine.policy == "vmap" else f"by per-layer rules ({engine.policy})"
-    if engine.policy != "vmap" and engine.fallbacks:
+    whole = {"vmap": "by vmap", "loop": "by a loop"}
+    how = whole.get(engine.policy, f"by per-layer rules ({engine.policy})")
+    if engine.policy not in whole and engine.fallbacks:
         more = len(engine.fallbacks) - 3
-        how += f", {', '.join(engine.fallbacks[:3])}{f' and {more} more' if more > 0 else ''} by vmap"
+        how += f", {', '.join(engine.fallbacks[:3])}{f' and {more} more' if more > 0 else ''} without a rule"
     return f"per example {how}, {size}{', compiled' if about.compiled else ''}"
 
 

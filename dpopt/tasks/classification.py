@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpopt.data.datasets import DataSpec
+from dpopt.grad_sample.modes import eval_mode
 
 
 class Classification:
@@ -48,16 +49,13 @@ class Classification:
         """
         spec, reference = self.spec, next(model.parameters())
         inputs = torch.zeros(2, *spec.shape, dtype=reference.dtype, device=reference.device)
-        was_training = model.training
-        model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), eval_mode(model):
                 shape = tuple(model(inputs).shape)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ValueError(
                 f"the model does not accept {spec.name}'s inputs of shape {spec.shape} ({str(error).splitlines()[0]}): "
                 "change the model's arguments or the dataset's image_size"
             ) from error
-        model.train(was_training)
         if shape != (2, spec.classes):
             raise ValueError(f"the model's output has shape {shape[1:]} where {spec.name} has {spec.classes} classes")

@@ -21,7 +21,7 @@ from dpopt.data.pretraining import check_pretraining
 from dpopt.data.sources import Source, as_source
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.model_check import check_model
-from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.grad_sample.validate import validate
 from dpopt.models.pretrained import describe_weights, is_named_by_configuration
 from dpopt.optim.schedules import ClipRate
 from dpopt.privacy.canaries import Canaries
@@ -171,8 +171,9 @@ def _prepare_engine(components: Components) -> int:
     config, engine = components.config, components.engine
     inputs, target = components.example
     estimator = build("estimator", config.estimator).func  # type: ignore[attr-defined]
-    if config.private and estimator.takes_gradients:
-        validate_against_autograd(engine, inputs[None], target[None])
+    if config.private:  # on noise; the first batch is validated, too
+        no_data = torch.zeros(1, dtype=torch.bool, device=inputs.device)
+        validate(engine, inputs[None], target[None], no_data, estimator.takes_gradients)
     budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
     # A batch of many micro-batches wastes little on padding the last one.
     most = min(config.batch_size, max(64, config.batch_size // 8))

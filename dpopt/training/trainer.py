@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dpopt import files
 from dpopt.data.fingerprint import FingerprintKey, home
 from dpopt.data.sources import Source
+from dpopt.grad_sample.modes import eval_mode
 from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.audit import AuditResult
 from dpopt.privacy.canaries import Canaries
@@ -305,19 +306,17 @@ def evaluate(
     Returns:
         `{prefix}accuracy` in [0, 1] and `{prefix}loss` in nats, for classification.
     """
-    was_training = model.training
-    model.eval()
     reference = next(model.parameters())
     autocast = torch.autocast(reference.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
     sums: dict[str, float] = {}
     count = 0
-    for inputs, targets in source.plain(512):
-        with autocast:
-            outputs = model(inputs.to(reference.dtype))
-        for name, value in task.metric_sums(outputs, targets).items():
-            sums[name] = sums.get(name, 0.0) + value
-        count += len(targets)
-    model.train(was_training)
+    with eval_mode(model):
+        for inputs, targets in source.plain(512):
+            with autocast:
+                outputs = model(inputs.to(reference.dtype))
+            for name, value in task.metric_sums(outputs, targets).items():
+                sums[name] = sums.get(name, 0.0) + value
+            count += len(targets)
     return {f"{prefix}{name}": value / max(count, 1) for name, value in sums.items()}
 
 

@@ -122,7 +122,7 @@ def test_a_secret_key_serves_one_training():
     assert model[0].weight.grad is None
 
 
-def test_the_probe_leaves_no_trace_of_an_example():
+def test_a_buffer_of_raw_statistics_is_refused_and_left_alone():
     class Running(nn.Linear):
         def __init__(self):
             super().__init__(5, 3)
@@ -133,7 +133,10 @@ def test_the_probe_leaves_no_trace_of_an_example():
             return super().forward(x)
 
     model = Running().double()
-    train(make_plan(), model, small_data(), torch.optim.SGD(model.parameters(), lr=0.1), stop=2)
+    with pytest.raises(
+        ValueError, match=r"the model \(Running\) writes what it sees of the data into the buffer running"
+    ):
+        train(make_plan(), model, small_data(), torch.optim.SGD(model.parameters(), lr=0.1), stop=2)
     assert (model.running == 0).all()
 
 

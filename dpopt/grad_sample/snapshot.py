@@ -1,0 +1,181 @@
+"""Record everything that a model holds, compare it after a forward pass, and put it back to the bit.
+
+Parameters, buffers, and what lies in attributes of modules: tensors, arrays, numbers, generators, also inside lists,
+dicts, tuples and plain objects.
+"""
+
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_OPAQUE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype)
+_DEPTH = 8  # of containers within containers
+
+
+class Snapshot:
+    """What a model held at one moment.
+
+    Args:
+        model: recorded now; its tensors are copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._containers: list[tuple[Any, Any]] = []  # the container, and a shallow copy
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._others: list[tuple[Any, Any]] = []  # arrays and generators
+        self._values: dict[str, Any] = {}
+        self._versions: dict[str, int] = {}
+        self.parameters: set[str] = set()  # paths
+        copies: dict[int, Tensor] = {}
+        for path, value in _leaves(model, self._containers):
+            if isinstance(value, Tensor):
+                if id(value) not in copies:
+                    copies[id(value)] = _copy(value)
+                    self._tensors.append((value, copies[id(value)]))
+                self._values[path] = copies[id(value)]
+                if isinstance(value, nn.Parameter):
+                    self._versions[path] = value._version
+                    self.parameters.add(path)
+            else:
+                self._values[path] = _frozen(value)
+                if isinstance(value, np.ndarray | torch.Generator):
+                    kept = value.copy() if isinstance(value, np.ndarray) else value.get_state()
+                    self._others.append((value, kept))
+
+    def differences(self) -> dict[str, Any]:
+        """Return what is different now: a copy by path, None for what is gone."""
+        found: dict[str, Any] = {}
+        seen = set()
+        for path, value in _leaves(self.model, []):
+            seen.add(path)
+            written = isinstance(value, nn.Parameter) and value._version != self._versions.get(path)
+            if written or path not in self._values or not same(self._values[path], _frozen(value)):
+                found[path] = _copy(value) if isinstance(value, Tensor) else _frozen(value)
+        return found | {path: None for path in self._values if path not in seen}
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        for container, copy in self._containers:
+            if isinstance(container, dict):
+                if not _same_items(container, copy):
+                    container.clear()
+                    container.update(copy)
+            elif isinstance(container, list):
+                container[:] = copy
+            elif isinstance(container, set | deque):
+                container.clear()
+                (container.update if isinstance(container, set) else container.extend)(copy)
+        for tensor, copy in self._tensors:
+            if tensor.shape != copy.shape:
+                tensor.data = copy.to(tensor.device)
+            elif not same(copy, tensor.detach()):
+                tensor.data.copy_(copy)  # .data: the version of a tensor in somebody's graph stays
+        for other, copy in self._others:
+            if isinstance(other, torch.Generator):
+                other.set_state(copy)
+            else:
+                other[...] = copy
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore the model and the global random generators afterwards."""
+    import random
+
+    before, python, array = Snapshot(model), random.getstate(), np.random.get_state()
+    devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        before.restore()
+        random.setstate(python)
+        np.random.set_state(array)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two recorded values are the same to the bit, NaN being NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        if one.layout != torch.strided or other.layout != torch.strided:
+            return one.layout == other.layout and same(one.to_dense(), other.to_dense())
+        other = other.detach().to(one.device)
+        return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+    return type(one) is type(other) and bool(one == other or (one != one and other != other))
+
+
+def _same_items(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    return list(one) == list(other) and all(one[key] is other[key] for key in one)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    try:
+        return tensor.detach().clone()
+    except torch.OutOfMemoryError:
+        return tensor.detach().cpu()
+
+
+def _frozen(value: Any) -> Any:
+    """A comparable copy of a leaf that is no tensor."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    return value.get_state() if isinstance(value, torch.Generator) else value
+
+
+def _leaves(model: nn.Module, containers: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
+    """All tensors, arrays, numbers and generators by path; containers are recorded on the way."""
+    visited: dict[int, Any] = {}  # keeps what it has seen alive, so that no id comes twice
+
+    def module_leaves(path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
+        prefix = f"{path}." if path else ""
+        containers.append((module.__dict__, dict(module.__dict__)))
+        for key, value in list(module.__dict__.items()):
+            if key in ("_parameters", "_buffers", "_modules"):
+                containers.append((value, dict(value)))
+                for name, one in list(value.items()):
+                    yield from leaves(prefix + name, one, 0)
+            elif "_hooks" in key:
+                if isinstance(value, dict):
+                    containers.append((value, dict(value)))
+            elif key != "training":
+                yield from leaves(prefix + key, value, 0)
+
+    def leaves(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, (Tensor, np.ndarray, torch.Generator, *_SCALARS)):
+            yield path, value
+            return
+        if depth > _DEPTH or isinstance(value, _OPAQUE) or id(value) in visited:
+            return
+        visited[id(value)] = value
+        if isinstance(value, nn.Module):
+            yield from module_leaves(path, value)
+        elif isinstance(value, dict):
+            containers.append((value, dict(value)))
+            for key, one in list(value.items()):
+                yield from leaves(f"{path}[{key!r}]", one, depth + 1)
+        elif isinstance(value, list | tuple | deque):
+            if not isinstance(value, tuple):
+                containers.append((value, list(value)))
+            for index, one in enumerate(list(value)):
+                yield from leaves(f"{path}[{index}]", one, depth + 1)
+        elif isinstance(value, set):
+            containers.append((value, set(value)))
+            for index, one in enumerate(sorted(value, key=repr)):
+                yield from leaves(f"{path}[{index}]", one, depth + 1)
+        elif type(value).__module__.partition(".")[0] not in ("torch", "builtins", "functools") and hasattr(
+            value, "__dict__"
+        ):
+            containers.append((value.__dict__, dict(value.__dict__)))
+            for key, one in list(value.__dict__.items()):
+                yield from leaves(f"{path}.{key}", one, depth + 1)
+
+    yield from leaves("", model, 0)
