@@ -15,9 +15,9 @@ the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
 A parameter that a module holds beside its submodules (a class token, a position embedding, a skip gain) enters the
 forward as one copy per view. So does the output of a layer that all examples share (an embedding of positions).
 
-Where the examples lie in the tensors of a layer is verified (`dpopt.grad_sample.layout`), once for every shape of a
-batch and every branch that the model takes, or in every batch if it moves rows by the data. What cannot be told apart falls back, step by step, and
-`fallbacks` says how far:
+Where the examples lie in the tensors of a layer is verified (`dpopt.grad_sample.layout`): once for every shape of a
+batch and every branch that the model takes, or in every batch if the model moves rows by the data. What cannot be told
+apart falls back, step by step, and `fallbacks` says how far:
 
     a rule → the layer under vmap → the layer in a loop over examples → the module around it, likewise → …
            → the whole model under vmap → the whole model in a loop over examples
