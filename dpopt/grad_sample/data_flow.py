@@ -15,14 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _ALWAYS = {
-    *("nonzero", "nonzero_static", "masked_select", "_local_scalar_dense", "equal", "unique_dim", "_unique2"),
-    *("unique_consecutive", "repeat_interleave", "_pack_padded_sequence", "_nested_tensor_from_mask"),
+    *("nonzero", "nonzero_static", "masked_select", "unique_dim", "_unique2", "unique_consecutive"),
+    *("repeat_interleave", "_pack_padded_sequence", "_nested_tensor_from_mask"),
 }
 _BY_INDEX = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
 _ALONG_DIM = {
     *("index_select", "gather", "index_add", "index_add_", "index_copy", "index_copy_", "index_fill", "index_fill_"),
     *("scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"),
 }
+_READS = {"_local_scalar_dense", "equal"}
+_ANSWERS = {"__bool__", "__int__", "__index__", "item", "equal", "allclose", "is_nonzero"}  # what `Answers` records
 _TO_PYTHON = {"tolist", "numpy", "__array__", "__dlpack__"}
 
 
@@ -34,13 +36,15 @@ class DataFlow(TorchDispatchMode):
         layers: name → module, of layers that alone should read their trainable parameters.
 
     Attributes:
-        moves_rows: whether rows were moved, or Python was told values, by data.
+        moves_rows: whether rows were moved by the data, or values of it reached Python unseen.
+        answers: whether Python was told values that `Answers` can record: a model that branches, say.
         used_outside: the name of a layer with a parameter that something else has read.
     """
 
     def __init__(self, inputs: Tensor, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.views, self.moves_rows, self.used_outside = len(inputs), False, ""
+        self.views, self.moves_rows, self.answers, self.used_outside = len(inputs), False, False, ""
+        self.asked = ""  # the function that Python called last
         self._mark, self._layers, self._active = object(), layers, [""]
         self._python = _ToPython(self)
         self._hooks: list[Any] = []
@@ -96,6 +100,9 @@ class DataFlow(TorchDispatchMode):
     def _moves_rows(self, name: str, args: Any) -> bool:
         if name in _ALWAYS:
             return True
+        if name in _READS:
+            self.answers |= self.asked in _ANSWERS
+            return self.asked not in _ANSWERS
         if name == "embedding":
             return self.of_data(args[0])
         if name in _BY_INDEX:
@@ -130,13 +137,39 @@ def _place(x: Tensor) -> Any:
 
 
 class _ToPython(TorchFunctionMode):
-    """Notices values that reach Python past the dispatcher."""
+    """Notices which function is called, and values that reach Python past the dispatcher."""
 
     def __init__(self, flow: DataFlow) -> None:
         super().__init__()
         self.flow = flow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _TO_PYTHON and args and self.flow.of_data(args[0]):
+        name = getattr(func, "__name__", "")
+        if name in _TO_PYTHON and args and self.flow.of_data(args[0]):
             self.flow.moves_rows = True
-        return func(*args, **(kwargs or {}))
+        self.flow.asked = name
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self.flow.asked = ""
+        if self.flow.answers and isinstance(result, float):
+            self.flow.moves_rows = True  # too many values to remember
+        return result
+
+
+class Answers(TorchFunctionMode):
+    """Records what tensors told Python in a forward pass: with equal answers, a model takes the same branches.
+
+    Attributes:
+        values: in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, bool | int) and getattr(func, "__name__", "") in _ANSWERS:
+            self.values.append(result)
+        return result

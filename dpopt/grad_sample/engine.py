@@ -15,9 +15,9 @@ the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
 A parameter that a module holds beside its submodules (a class token, a position embedding, a skip gain) enters the
 forward as one copy per view. So does the output of a layer that all examples share (an embedding of positions).
 
-Where the examples lie in the tensors of a layer is verified (`dpopt.grad_sample.layout`), once for every shape of a
-batch, or in every batch if the model moves rows by the data. What cannot be told apart falls back, step by step, and
-`fallbacks` says how far:
+Where the examples lie in the tensors of a layer is verified (`dpopt.grad_sample.layout`): once for every shape of a
+batch and every branch that the model takes, or in every batch if the model moves rows by the data. What cannot be told
+apart falls back, step by step, and `fallbacks` says how far:
 
     a rule → the layer under vmap → the layer in a loop over examples → the module around it, likewise → …
            → the whole model under vmap → the whole model in a loop over examples
@@ -37,7 +37,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpopt.grad_sample.backward import backpropagate
-from dpopt.grad_sample.data_flow import DataFlow
+from dpopt.grad_sample.data_flow import Answers, DataFlow
 from dpopt.grad_sample.fallback import (
     LossFn,
     call_module,
@@ -76,7 +76,7 @@ class GradSampler:
         validated: whether the gradients of two examples have been compared with autograd's.
         validations: the states of the model and shapes of inputs that have passed `dpopt.grad_sample.validate`.
         policies: what is done with the gradients of every layer, once a batch has been taken.
-        data_dependent: whether the model moves rows or takes branches by the data, so that every batch is checked.
+        data_dependent: whether the model moves rows by the data, so that every batch is checked.
 
     Raises:
         ValueError: for an unknown policy.
@@ -107,6 +107,7 @@ class GradSampler:
         self._trial = ""  # the last of them, while it is not known whether that works
         self._layouts: dict[Any, list[Layout | None]] = {}  # by the shapes of a batch and of its layers' calls
         self._unsure: dict[Any, set[str]] = {}  # parameters whose copies had no gradient in a batch of these shapes
+        self._branching = False  # whether branches depend on the data, and nothing else about layouts does
         self._checked = False  # whether the last batch left nothing open about its layouts
         self.split_up()
 
@@ -141,7 +142,7 @@ class GradSampler:
             return self.sample_at(values, inputs, targets, scale)
         if shapes not in self._graphs:
             per_sample = self.sample_at(values, inputs, targets)
-            if self.policy == "loop" or self._looped or self.data_dependent or not self._checked:
+            if self.policy == "loop" or self._looped or self.data_dependent or self._branching or not self._checked:
                 return per_sample  # a graph has no branches
             self._graphs[shapes] = self._compile(values, inputs, targets)
         return self._graphs[shapes](values, inputs, targets)
@@ -246,11 +247,13 @@ class GradSampler:
         hooks = LayerHooks(self.tracked_layers, collector, (examples, views), self._expanded, root, keep)
         # A checkpointed layer would run again in the backward pass, with other parameters.
         unsaved = torch.autograd.graph.disable_saved_tensors_hooks("checkpoints need a loop over examples")
+        answers = Answers()
         with unsaved, hooks, torch.enable_grad(), self.autocast():
-            outputs = self.forward({**values, **copies}, inputs.flatten(0, 1))
+            with answers if self._branching else nullcontext():
+                outputs = self.forward({**values, **copies}, inputs.flatten(0, 1))
             losses = example_losses(self.loss_fn, outputs, targets, examples, views)
         calls = hooks.calls
-        key = (batch, *(call.signature() for call in calls))
+        key = (batch, *answers.values, *(call.signature() for call in calls))
         if key in self._layouts and not self.data_dependent:
             for call, layout in zip(calls, self._layouts[key], strict=True):
                 call.layout = layout
@@ -283,6 +286,9 @@ class GradSampler:
         with flow, torch.enable_grad(), self.autocast():
             plain = self.forward(values, views)
         self.data_dependent |= flow.moves_rows
+        if flow.answers and not flow.moves_rows and not self._branching:
+            self._branching = True
+            raise UnsureLayoutError  # once more, with the answers
         if flow.used_outside:
             raise UnsupportedLayerError(flow.used_outside, "has a parameter that is used outside of the layer")
         if (self.bare or self._expanded) and not same_outputs(outputs, plain, self.precision != "fp32"):
