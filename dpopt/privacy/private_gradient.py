@@ -34,6 +34,7 @@ from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.noise import add_count_noise, add_noise
 from dpopt.privacy.plan import PrivacyPlan
+from dpopt.privacy.raw_statistics import RawStatistics
 from dpopt.privacy.sampling import PoissonBatch
 
 Point = tuple[float, dict[nn.Parameter, Tensor] | None]  # weight c and displacement d; None for no displacement
@@ -244,7 +245,7 @@ class PrivateGradient:
             parts.append(part.detach().flatten().to(total))
         return torch.cat([*parts, total.new_ones(len(total) - sum(map(len, parts)))])  # canaries are not scaled
 
-    def _observe(self, raw: "RawStatistics") -> None:
+    def _observe(self, raw: RawStatistics) -> None:
         """Noise the count of an adaptive clip rule, and let it move the clip norm."""
         if self.clip is None:
             return
@@ -279,7 +280,7 @@ class PrivateGradient:
         return per_sample.finish(losses)
 
     def _add_clipped(
-        self, sums: Gradients, per_sample: PerSampleGradients, mask: Tensor, sensitivity: float, raw: "RawStatistics"
+        self, sums: Gradients, per_sample: PerSampleGradients, mask: Tensor, sensitivity: float, raw: RawStatistics
     ) -> None:
         assert self.clip is not None
         valid = mask & per_sample.norms.isfinite()
@@ -293,7 +294,7 @@ class PrivateGradient:
             raw.add(per_sample.losses[valid], clipped, int(mask.sum()))
 
     def _add_plain(
-        self, sums: Gradients, inputs: Tensor, targets: Tensor, points: list[Point], raw: "RawStatistics"
+        self, sums: Gradients, inputs: Tensor, targets: Tensor, points: list[Point], raw: RawStatistics
     ) -> None:
         """The non-private control: the ordinary batched gradient of the summed losses."""
         if len(inputs) == 0:
@@ -334,27 +335,3 @@ def displaced(displacement: dict[nn.Parameter, Tensor] | None) -> Iterator[None]
         with torch.no_grad():
             for p, old in before.items():
                 p.copy_(old)
-
-
-class RawStatistics:
-    """Sums of private statistics over the micro-batches of one step; kept only for diagnostics."""
-
-    def __init__(self) -> None:
-        self.loss, self.clipped, self.count, self.valid = 0.0, 0.0, 0, 0
-        self.unclipped = 0.0  # the centred count of an adaptive clip rule
-
-    def add(self, losses: Tensor, clipped: Tensor, count: int) -> None:
-        self.loss += float(losses.double().sum())
-        self.clipped += float(clipped.sum())
-        self.count += count
-        self.valid += len(losses)
-
-    def summary(self, sums: dict[str, Tensor], noise_std: float) -> dict[str, float]:
-        dimension = sum(total.numel() for total in sums.values())
-        signal = sum(float(total.double().square().sum()) for total in sums.values()) ** 0.5
-        return {
-            "private/train_loss": self.loss / max(self.valid, 1),
-            "private/clipped_fraction": self.clipped / max(self.valid, 1),
-            "private/signal_to_noise": signal / (noise_std * dimension**0.5) if noise_std else float("inf"),
-            "private/batch_size": float(self.count),
-        }

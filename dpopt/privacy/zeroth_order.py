@@ -16,7 +16,8 @@ import torch
 
 from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.clipping import Adaptive
-from dpopt.privacy.private_gradient import PrivateGradient, RawStatistics, displaced
+from dpopt.privacy.private_gradient import PrivateGradient, displaced
+from dpopt.privacy.raw_statistics import RawStatistics
 from dpopt.privacy.sampling import PoissonBatch
 
 
