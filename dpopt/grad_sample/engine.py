@@ -97,10 +97,9 @@ class GradSampler:
         self._graphs: dict[Any, Callable[..., PerSampleGradients]] = {}
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._whole: set[str] = set()
-        self.split_up()
+        self._split_up()
 
-    def split_up(self) -> None:
-        """Find the layers with a rule, and the parameters held beside layers."""
+    def _split_up(self) -> None:
         self.tracked_layers, self.bare = ([], {}) if self.policy == "vmap" else find_layers(self.model, self._whole)
         everything = [u.name or "the whole model" for u in self.tracked_layers if u.rule is BY_VMAP]
         self.fallbacks = ["the whole model"] if self.policy == "vmap" else everything
@@ -224,20 +223,24 @@ class GradSampler:
         if not parent:
             self.policy = "vmap"
         self._whole.add(parent)
-        self.split_up()
+        self._split_up()
 
-    def twin(self, model: nn.Module, loss_fn: LossFn) -> "GradSampler":
-        """Make a sampler of a copy of the model, with the same choices, in full precision."""
+    def twin(self, model: nn.Module, loss_fn: LossFn, precision: str = "fp32") -> "GradSampler":
+        """Make a sampler of the model or a copy of it, with the same choices."""
         other = copy.copy(self)
-        other.model, other.loss_fn, other.precision = model, loss_fn, "fp32"
-        other._whole, other.policies, other._graphs = set(self._whole), {}, {}
-        other.split_up()
+        for name, value in vars(self).items():
+            if isinstance(value, dict | set):
+                setattr(other, name, copy.copy(value))
+        other.model, other.loss_fn, other.precision = model, loss_fn, precision
+        other._graphs = {}
+        other._split_up()
+        other.bare = {name: self.bare.get(name, shape) for name, shape in other.bare.items()}
         return other
 
     def adopt(self, other: "GradSampler") -> None:
-        """Take over what was found on a copy of the model: what goes through vmap, and shapes of copies."""
+        """Take over what a twin found: what goes through vmap, and shapes of copies."""
         self.policy, self._whole = other.policy, set(other._whole)
-        self.split_up()
+        self._split_up()
         self.bare = dict(other.bare)
         self._graphs.clear()
 
