@@ -33,10 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dpopt.grad_sample.backward import backpropagate
+from dpopt.grad_sample.compiled import compile_sampler
 from dpopt.grad_sample.data_flow import Answers, DataFlow
 from dpopt.grad_sample.fallback import (
     LossFn,
@@ -144,27 +143,8 @@ class GradSampler:
             per_sample = self.sample_at(values, inputs, targets)
             if self.policy == "loop" or self._looped or self.data_dependent or self._branching or not self._checked:
                 return per_sample  # a graph has no branches
-            self._graphs[shapes] = self._compile(values, inputs, targets)
+            self._graphs[shapes] = compile_sampler(self.sample_at, values, inputs, targets)
         return self._graphs[shapes](values, inputs, targets)
-
-    def _compile(self, values: Gradients, inputs: Tensor, targets: Tensor) -> Callable[..., PerSampleGradients]:
-        """Trace `sample_at` once through its backward and hooks, and compile it."""
-        traced: list[Any] = []
-
-        def flat(*tensors: Tensor) -> tuple[Any, ...]:
-            per_sample = self.sample_at(dict(zip(values, tensors, strict=False)), tensors[-2], tensors[-1])
-            leaves, structure = tree_flatten(per_sample.tensors())
-            traced[:] = per_sample.form(), structure
-            return tuple(leaves)
-
-        example: list[Any] = [*values.values(), inputs, targets]
-        compiled = torch._inductor.compile(make_fx(flat)(*example), example)  # what has been traced needs no Dynamo
-        form, structure = traced
-
-        def run(values: Gradients, inputs: Tensor, targets: Tensor) -> PerSampleGradients:
-            return form.filled(tree_unflatten(list(compiled(*values.values(), inputs, targets)), structure))
-
-        return run
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Gradients, Tensor]:
         """Take the gradients themselves, (B, *shape) by parameter name, and the losses (B,)."""
@@ -331,17 +311,19 @@ class GradSampler:
             self.policy = "vmap"
         self.split_up()
 
-    def twin(self, model: nn.Module, loss_fn: LossFn) -> "GradSampler":
-        """Make a sampler of a copy of the model, with the same choices, in full precision."""
+    def twin(self, model: nn.Module, loss_fn: LossFn, precision: str = "fp32") -> "GradSampler":
+        """Make a sampler of the model or a copy of it, with the same choices."""
         other = copy.copy(self)
-        other.model, other.loss_fn, other.precision = model, loss_fn, "fp32"
-        other._whole, other._looped, other._expanded = set(self._whole), set(self._looped), dict(self._expanded)
-        other.policies, other._graphs, other._layouts, other._unsure = {}, {}, {}, {}
+        for name, value in vars(self).items():
+            if isinstance(value, dict | set):
+                setattr(other, name, copy.copy(value))
+        other.model, other.loss_fn, other.precision = model, loss_fn, precision
+        other._graphs, other._layouts, other._unsure = {}, {}, {}
         other.split_up()
         return other
 
     def adopt(self, other: "GradSampler") -> None:
-        """Take over what was found on a copy of the model: what goes through vmap, and shapes of copies."""
+        """Take over what a twin found: what goes without rules, and shapes of copies."""
         self.policy, self._whole, self._expanded = other.policy, set(other._whole), dict(other._expanded)
         self.split_up()
         self.bare = dict(other.bare)

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dpopt.grad_sample.state_check import called, equal_outputs, first_difference, tensors_in
+from dpopt.grad_sample.nested import tensors_in
+from dpopt.grad_sample.state_check import called, equal_outputs, first_difference
 from dpopt.grad_sample.trial import in_float64
 
 Forward = Callable[[Tensor], Any]
@@ -69,7 +70,7 @@ def check_independence(
         except Exception:  # what the model does not accept cannot enter it
             continue
         accepted += 1
-        difference = _difference(outputs, found, others)
+        difference = _difference(outputs, found, others, len(inputs))
         if difference > 0:
             if difference > limits.rounding or limits.exact is None:
                 _refuse_mixing(model, forward, inputs, changed, others)
@@ -134,10 +135,10 @@ def check_places(model: nn.Module, forward: Forward, inputs: Tensor, outputs: An
             model, forward, base, found, itertools.islice(replacements(inputs), 1 + (number == 0)), limits
         )
         if number == 0:
-            half = [x[: len(inputs) // 2] for x in tensors_in(found)]
+            half = [x[: len(inputs) // 2] for x in tensors_in(found) if has_rows(x, len(inputs))]
             first = [x[:1].expand_as(x) for x in half]
     few = torch.tensor(places(len(inputs)), device=inputs.device)
-    together = [x[few] for x in tensors_in(outputs)]
+    together = [x[few] if has_rows(x, len(inputs)) else x for x in tensors_in(outputs)]
     try:
         alone = tensors_in(forward(inputs[few].contiguous()))
     except Exception:  # a model that wants batches of one size
@@ -157,23 +158,28 @@ def _agree(expected: list[Tensor], found: list[Tensor], rounding: float) -> bool
 
 
 def check_outputs(model: nn.Module, outputs: Any, count: int) -> None:
-    """Refuse outputs that do not hold one row per example.
+    """Refuse outputs without a row per example.
 
     Raises:
-        ValueError: naming the type or the shape.
+        ValueError: naming the type or the shapes.
     """
     found = tensors_in(outputs)
     if not found:
         raise ValueError(
             f"{called(model, None)} returns a {type(outputs).__name__} without tensors: return a tensor, or a tuple, "
-            "list or dict of tensors"
+            "list, dict or dataclass of tensors"
         )
-    for tensor in found:
-        if tensor.ndim == 0 or len(tensor) != count:
-            raise ValueError(
-                f"{called(model, None)} returns a tensor of shape {tuple(tensor.shape)} for {count} examples: return "
-                "tensors with the examples in the first dimension"
-            )
+    if not any(has_rows(x, count) for x in found):
+        shapes = ", ".join(str(tuple(x.shape)) for x in found)
+        raise ValueError(
+            f"{called(model, None)} returns tensors of shape {shapes} for {count} examples: return the examples in the "
+            "first dimension"
+        )
+
+
+def has_rows(tensor: Tensor, count: int) -> bool:
+    """Tell whether a tensor has a row per example; one that has not must be the same for all batches."""
+    return tensor.ndim > 0 and len(tensor) == count
 
 
 def replacements(inputs: Tensor) -> Iterator[Tensor]:
@@ -224,7 +230,7 @@ def _decide_in_float64(
     except Exception:  # code that wants the dtype of the model
         _refuse_mixing(model, forward, inputs, changed[0], others)
     for x, found in zip(changed, outputs[1:], strict=True):
-        if _difference(outputs[0], found, others) > 1e-9:
+        if _difference(outputs[0], found, others, len(inputs)) > 1e-9:
             _refuse_mixing(model, forward, inputs, x, others)
 
 
@@ -251,14 +257,15 @@ def _probe(model: nn.Module, inputs: Tensor) -> Callable[[Tensor], bool]:
     return accepts
 
 
-def _difference(expected: Any, found: Any, rows: Tensor) -> float:
+def _difference(expected: Any, found: Any, rows: Tensor, count: int) -> float:
     """Largest difference in these rows, relative to the largest output; infinite where one is not finite."""
     left, right = tensors_in(expected), tensors_in(found)
     if len(left) != len(right) or any(x.shape != y.shape for x, y in zip(left, right, strict=True)):
         return float("inf")
-    if equal_outputs([x[rows] for x in left], [x[rows] for x in right]):
+    left, right = ([x[rows] if has_rows(x, count) else x for x in part] for part in (left, right))
+    if equal_outputs(left, right):
         return 0.0
-    return max(relative(x[rows], y[rows]) for x, y in zip(left, right, strict=True))
+    return max(relative(x, y) for x, y in zip(left, right, strict=True))
 
 
 def relative(one: Tensor, other: Tensor) -> float:

@@ -8,6 +8,7 @@ from dpopt.grad_sample.fallback import output_tensors
 from dpopt.grad_sample.forward_check import places, replacements
 from dpopt.grad_sample.losses import loss_in_float64
 from dpopt.grad_sample.modules import copy_shapes
+from dpopt.grad_sample.nested import map_tensors
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
 from dpopt.grad_sample.snapshot import Snapshot, undisturbed
@@ -35,17 +36,11 @@ def validate_against_autograd(engine: GradSampler, inputs: Tensor, targets: Tens
     Raises:
         ValueError: for a parameter that the loss does not depend on, or whose gradient comes out otherwise.
     """
-    precision = engine.precision
     with undisturbed(engine.model):
         perturb(engine.model)
-        try:
-            engine.precision = "fp32"  # without autocast: the rules are the same, the rounding is not
-            tested, pair, references = _tested(engine, inputs, targets)
-            _compare(tested, pair, references, _sample(tested, pair))
-        finally:
-            engine.precision = precision
-    if tested is not engine:
-        engine.adopt(tested)
+        tested, pair, references = _tested(engine, inputs, targets)
+        _compare(tested, pair, references, _sample(tested, pair))
+    engine.adopt(tested)
     engine.validated = True
 
 
@@ -84,6 +79,7 @@ def check_gradient_independence(engine: GradSampler, inputs: Tensor, targets: Te
     Raises:
         ValueError: naming the parameters.
     """
+    engine = engine.twin(engine.model, engine.loss_fn, engine.precision)  # what NaN does to it must not last
     values = {name: p.detach() for name, p in engine.model.named_parameters() if p.requires_grad}
     where = places(len(inputs))
     found: list[Gradients] = []
@@ -119,14 +115,14 @@ def _tested(engine: GradSampler, inputs: Tensor, targets: Tensor) -> tuple[GradS
     """Choose float64 copy or model, and two examples with finite gradients; return them and the gradients."""
     problem: Exception | None = None
     exact = float64_copy(engine.model)
-    for tested in [engine] if exact is None else [engine.twin(exact, loss_in_float64(engine.loss_fn)), engine]:
-        tested.split_up()
+    own = engine.twin(engine.model, engine.loss_fn)
+    for tested in [own] if exact is None else [engine.twin(exact, loss_in_float64(engine.loss_fn)), own]:
         for pair in _pairs(tested, inputs, targets):
             try:
                 references = _ordinary(tested, pair)
-            except ValueError:
-                raise
             except Exception as error:  # code that wants float32, a value that a model does not take
+                if _raised_here(error):
+                    raise
                 problem = error
                 continue
             if all(bool(g.isfinite().all()) for gradients in references for g in gradients.values()):
@@ -188,10 +184,19 @@ def _sample(engine: GradSampler, pair: Pair) -> PerSampleGradients:
     try:
         _fit_bare(engine, pair[0][:, 0])
         return engine.sample_at(values, *pair)
-    except ValueError:
-        raise
     except Exception as error:  # an operation that has no gradient of single examples
+        if _raised_here(error):
+            raise
         raise ValueError(_unsampled(engine, pair[0], error)) from error
+
+
+def _raised_here(error: Exception) -> bool:
+    """Tell a refusal of this package, a sentence for the user, from an error inside of a model."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return isinstance(error, ValueError) and name.startswith("dpopt.")
 
 
 def _unsampled(engine: GradSampler, inputs: Tensor, error: Exception) -> str:
@@ -293,7 +298,7 @@ def _rounding(engine: GradSampler, pair: Pair, references: list[Gradients]) -> f
     views = inputs.shape[1]
     with torch.enable_grad():
         outputs = engine.forward({}, inputs.flatten(0, 1))
-        mine = torch.utils._pytree.tree_map(lambda x: x[:views], outputs)
+        mine = map_tensors(lambda x: x[:views] if x.ndim else x, outputs)
         loss = engine.loss_fn(mine, targets[0].expand(views, *targets[0].shape))
     found = torch.autograd.grad(loss.reshape(()), list(parameters.values()), materialize_grads=True)
     length = torch.stack([g.double().norm() for g in references[0].values()]).norm()

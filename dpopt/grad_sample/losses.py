@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_leaves, tree_map
 
+from dpopt.grad_sample.nested import map_tensors, tensors_in
 from dpopt.grad_sample.snapshot import Snapshot, same
 
 LossFn = Callable[[Any, Tensor], Tensor]
@@ -96,7 +96,7 @@ def check_loss(loss_fn: LossFn, model: nn.Module, outputs: Any, targets: Tensor,
     Raises:
         ValueError: in one sentence.
     """
-    outputs = _map(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), outputs)
+    outputs = map_tensors(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), outputs)
     before = Snapshot(holder) if (holder := _holder(loss_fn)) is not None else None
     try:
         with torch.enable_grad():
@@ -152,7 +152,7 @@ def losses_by_vmap(loss_fn: LossFn, outputs: Any, targets: Tensor, views: int) -
     Raises:
         ValueError: for a loss that `torch.func.vmap` cannot batch.
     """
-    split = _map(lambda x: x.unflatten(0, (-1, views)), outputs)
+    split = map_tensors(lambda x: x.unflatten(0, (-1, views)), outputs)
     try:
         found: Tensor = vmap(loss_fn)(split, targets[:, None].expand(len(targets), views, *targets.shape[1:]))
     except RuntimeError as error:
@@ -202,11 +202,13 @@ def _draws(loss_fn: LossFn, outputs: Any, targets: Tensor, views: int) -> list[T
 
 def _loss_of(loss_fn: LossFn, outputs: Any, targets: Tensor, group: list[int], views: int) -> Tensor:
     rows = torch.tensor([i * views + k for i in group for k in range(views)], device=targets.device)
-    chosen, wanted = _map(lambda x: x[rows], outputs), targets[group].repeat_interleave(views, 0)
+    total = len(targets) * views
+    chosen = map_tensors(lambda x: x[rows] if x.ndim > 0 and len(x) == total else x, outputs)
+    wanted = targets[group].repeat_interleave(views, 0)
     try:
         loss = loss_fn(chosen, wanted)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        shapes = [tuple(x.shape) for x in tree_leaves(chosen) if isinstance(x, Tensor)]
+        shapes = [tuple(x.shape) for x in tensors_in(chosen)]
         raise ValueError(
             f"the loss raised {type(error).__name__} on outputs of shape {', '.join(map(str, shapes))} and targets of "
             f"shape {tuple(wanted.shape)} and type {wanted.dtype}: make loss_fn(outputs, targets) take both"
@@ -219,7 +221,7 @@ def _loss_of(loss_fn: LossFn, outputs: Any, targets: Tensor, group: list[int], v
 
 def _check_graph(loss: Tensor, model: nn.Module, outputs: Any) -> None:
     """Refuse a loss that depends on tensors with a gradient other than the outputs."""
-    allowed = tree_leaves(outputs)
+    allowed = tensors_in(outputs)
     names = {id(p): name for name, p in model.named_parameters()}
     todo, seen = [loss.grad_fn], set()
     while todo:
@@ -239,7 +241,7 @@ def _check_graph(loss: Tensor, model: nn.Module, outputs: Any) -> None:
 
 def _used(loss: Tensor, outputs: Any, example: int, views: int) -> tuple[int, ...]:
     """How many outputs of an example its loss depends on: fewer where targets are ignored."""
-    leaves = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+    leaves = [x for x in tensors_in(outputs) if x.requires_grad]
     if not loss.requires_grad:
         return (0,)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -248,13 +250,9 @@ def _used(loss: Tensor, outputs: Any, example: int, views: int) -> tuple[int, ..
 
 def _close(found: Tensor, expected: Tensor, outputs: Any) -> bool:
     """Tell whether losses agree up to rounding; where one is not finite, so must the other be."""
-    dtypes = [found.dtype, *(x.dtype for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point())]
+    dtypes = [found.dtype, *(x.dtype for x in tensors_in(outputs) if x.is_floating_point())]
     tolerance = max({torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 0.05) for dtype in dtypes)
     if not bool((found.isfinite() == expected.isfinite()).all()):
         return False
     found, expected = found[found.isfinite()].double(), expected[expected.isfinite()].double()
     return bool(((found - expected).abs() <= tolerance * (1e-3 + expected.abs())).all())
-
-
-def _map(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
-    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, outputs)

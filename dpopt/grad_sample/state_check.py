@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from dpopt.grad_sample.nested import tensors_in
 from dpopt.grad_sample.snapshot import Snapshot, same
 
 Forward = Callable[[Tensor], Any]
@@ -81,11 +81,6 @@ def equal_outputs(one: Any, other: Any) -> bool:
     """Tell whether two outputs hold the same tensors to the bit."""
     left, right = tensors_in(one), tensors_in(other)
     return len(left) == len(right) and all(same(x.detach(), y.detach()) for x, y in zip(left, right, strict=True))
-
-
-def tensors_in(outputs: Any) -> list[Tensor]:
-    """Return the tensors of a nested output."""
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def called(model: nn.Module, name: str | None) -> str:

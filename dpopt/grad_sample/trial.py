@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpopt.grad_sample.state_check import called, tensors_in
+from dpopt.grad_sample.nested import tensors_in
+from dpopt.grad_sample.state_check import called
 
 
 def trials(model: nn.Module, rows: Tensor, count: int, noise_first: bool = False) -> Iterator[Tensor]:
@@ -76,12 +77,12 @@ def accepted(
             problem = problem or error
             continue
         check(outputs, len(inputs))
-        finite = finite_rows(outputs)
+        finite = finite_rows(outputs, len(inputs))
         if not bool(finite.all()) and bool(finite.any()):
             kept = inputs[finite]
             inputs = kept[torch.arange(len(inputs), device=inputs.device) % len(kept)]
             outputs = forward(inputs)
-        if bool(finite_rows(outputs).all()):
+        if bool(finite_rows(outputs, len(inputs)).all()):
             return inputs, outputs
     if problem is not None:
         raise ValueError(
@@ -94,9 +95,10 @@ def accepted(
     )
 
 
-def finite_rows(outputs: Any) -> Tensor:
+def finite_rows(outputs: Any, count: int) -> Tensor:
     """Tell which rows of the outputs are finite, (N,)."""
-    return torch.stack([x.isfinite().reshape(len(x), -1).all(1) for x in tensors_in(outputs)]).all(0)
+    rows = [x for x in tensors_in(outputs) if x.ndim > 0 and len(x) == count]
+    return torch.stack([x.isfinite().reshape(count, -1).all(1) for x in rows]).all(0)
 
 
 @torch.no_grad()

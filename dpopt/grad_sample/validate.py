@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.forward_check import Limits, check_independence, check_outputs, check_places, replacements
@@ -26,6 +25,7 @@ from dpopt.grad_sample.gradient_check import (
 )
 from dpopt.grad_sample.losses import check_loss, loss_in_float64
 from dpopt.grad_sample.model_check import check_model
+from dpopt.grad_sample.nested import map_tensors
 from dpopt.grad_sample.snapshot import undisturbed
 from dpopt.grad_sample.state_check import check_repeatable, check_state
 from dpopt.grad_sample.trial import accepted, float64_copy, in_float64, other_than, perturb, trials
@@ -119,7 +119,7 @@ def _validate_loss(engine: GradSampler, exact: nn.Module | None, examples: Tenso
     if exact is not None:
         try:
             outputs, loss_fn = exact(in_float64(examples)), loss_in_float64(engine.loss_fn)
-            loss_fn(tree_map(lambda x: x[:views], outputs), targets[:1].repeat_interleave(views, 0))
+            loss_fn(map_tensors(lambda x: x[:views] if x.ndim else x, outputs), targets[:1].repeat_interleave(views, 0))
         except Exception:  # code that wants the dtype of the model
             outputs, loss_fn = None, engine.loss_fn
     check_loss(loss_fn, engine.model, engine.forward({}, examples) if outputs is None else outputs, targets, views)
