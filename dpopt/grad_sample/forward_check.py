@@ -125,11 +125,11 @@ def check_places(model: nn.Module, forward: Forward, inputs: Tensor, outputs: An
     """
     half, first = [], []
     for number, base in enumerate([crowd(inputs), *short(inputs)]):
-        try:
-            found = forward(base)
-        except Exception:  # rows that the model does not accept
-            continue
-        if not all(bool(x.isfinite().all()) for x in tensors_in(found)):
+        found = _finite(forward, base)
+        if found is None and number == 0:  # out of its range: without the small changes, then
+            base = inputs[:1].expand_as(inputs).contiguous()
+            found = _finite(forward, base)
+        if found is None:
             continue
         check_independence(
             model, forward, base, found, itertools.islice(replacements(inputs), 1 + (number == 0)), limits
@@ -149,6 +149,15 @@ def check_places(model: nn.Module, forward: Forward, inputs: Tensor, outputs: An
                 f"{called(model, None)} gives an example other outputs with its {what}, which the other examples "
                 f"decide (a capacity, a cumulative sum, statistics of the batch): {_FIX}"
             )
+
+
+def _finite(forward: Forward, inputs: Tensor) -> Any:
+    """Return the outputs; None where the model does not accept the inputs, or its outputs are not finite."""
+    try:
+        outputs = forward(inputs)
+    except Exception:  # a model may raise anything
+        return None
+    return outputs if all(bool(x.isfinite().all()) for x in tensors_in(outputs)) else None
 
 
 def _agree(expected: list[Tensor], found: list[Tensor], rounding: float) -> bool:
@@ -191,12 +200,12 @@ def replacements(inputs: Tensor) -> Iterator[Tensor]:
     if inputs.is_floating_point() or inputs.is_complex():
         normal = torch.randn(shape, generator=generator, dtype=torch.promote_types(inputs.dtype, torch.float32))
         noise = normal.to(inputs)
-        mild = [rows[0], torch.zeros_like(rows[0]), noise[0]]
-        yield torch.stack([mild[i % 3] for i in range(count)])
-        yield torch.stack([mild[(i + 1) % 3] for i in range(count)])
+        yield torch.stack([rows[0], torch.zeros_like(rows[0]), rows[-1]])
+        yield torch.stack([torch.zeros_like(rows[0]), rows[0], noise[0]])
         yield 1e4 * noise
         yield -1e4 * noise
-        yield torch.stack([torch.full_like(rows[0], 1e30 * (-1) ** i) for i in range(count)])
+        large = min(1e30, torch.finfo(inputs.dtype).max / 2)
+        yield torch.stack([torch.full_like(rows[0], large * (-1) ** i) for i in range(count)])
         yield torch.stack([torch.full_like(rows[0], float("inf" if i == 1 else "nan")) for i in range(count)])
         return
     low, high = inputs.min(), inputs.max()

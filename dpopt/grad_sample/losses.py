@@ -152,10 +152,17 @@ def losses_by_vmap(loss_fn: LossFn, outputs: Any, targets: Tensor, views: int) -
     Raises:
         ValueError: for a loss that `torch.func.vmap` cannot batch.
     """
-    split = map_tensors(lambda x: x.unflatten(0, (-1, views)), outputs)
+    count = len(targets) * views
+    rows = [x.unflatten(0, (-1, views)) for x in tensors_in(outputs) if x.ndim > 0 and len(x) == count]
+
+    def one(target: Tensor, *parts: Tensor) -> Tensor:
+        left = iter(parts)
+        own = map_tensors(lambda x: next(left) if x.ndim > 0 and len(x) == count else x, outputs)
+        return loss_fn(own, target).reshape(())
+
     try:
-        found: Tensor = vmap(loss_fn)(split, targets[:, None].expand(len(targets), views, *targets.shape[1:]))
-    except RuntimeError as error:
+        found: Tensor = vmap(one)(targets[:, None].expand(len(targets), views, *targets.shape[1:]), *rows)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"the loss cannot be taken for many examples at once ({type(error).__name__} in torch.func.vmap): write it "
             "without .item(), in-place writes and branches on values"
