@@ -18,6 +18,8 @@ from dpopt.grad_sample import rules
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
 
+pytestmark = pytest.mark.slow
+
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

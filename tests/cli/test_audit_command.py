@@ -11,6 +11,8 @@ from dpopt.runs.audit_report import read_audit
 from dpopt.runs.identity import run_name
 from dpopt.training import trainer
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("experiment=quickstart", "model=linear", "steps=8", "batch_size=64", "eval_every=8", "randomness=research")
 
 

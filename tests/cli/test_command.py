@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 import dpopt
 from dpopt.cli import VERBS, main, overview
 
+pytestmark = pytest.mark.slow
+
 CALL = "import sys; sys.argv[0] = 'dpopt'; from dpopt.cli import main; code = main()"
 
 

@@ -10,6 +10,8 @@ from helpers import ROOT
 from dpopt.cli.rerun import verdict
 from dpopt.runs import directory as run_files
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_table_survives_an_interruption_and_a_failing_cell(command, tmp_path):
     """Two cells, then more: the finished ones keep their files; one that cannot run is named with its error."""

@@ -18,6 +18,8 @@ from helpers import ROOT, configure
 import dpopt
 import dpopt.training.run
 
+pytestmark = pytest.mark.slow
+
 # The quickstart, shrunk to a few seconds. Small noise is dear to account for, hence ε = 1.
 SHORT = (
     "experiment=quickstart",
@@ -320,10 +322,10 @@ def test_damaged_and_foreign_checkpoints_are_refused(command, tmp_path):
     assert path.read_bytes() == whole[: len(whole) // 2] and "Traceback" not in damaged.stderr
     path.write_bytes(whole)
     state = torch.load(path, weights_only=True)
-    state["facts"]["data_set"] = "another"
+    state["facts"]["dataset"] = "another"
     torch.save(state, path)
     foreign = command("train", *SHORT)
-    assert foreign.returncode != 0 and "another data set" in foreign.stderr and "Traceback" not in foreign.stderr
+    assert foreign.returncode != 0 and "another dataset" in foreign.stderr and "Traceback" not in foreign.stderr
     assert command("train", *SHORT, "fresh=true").returncode == 0
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import CONF, ROOT
 
+pytestmark = pytest.mark.slow
+
 CALL = "import sys; sys.argv[0] = 'dpopt'; from dpopt.cli import main; sys.exit(main())"
 
 

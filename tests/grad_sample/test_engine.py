@@ -16,6 +16,8 @@ from dpopt.privacy.clipping import Flat
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.sampling import PoissonBatch
 
+pytestmark = pytest.mark.slow
+
 
 class Product(nn.Module):
     """A layer with two inputs, which no rule knows."""

@@ -7,6 +7,8 @@ import torchvision
 from helpers import assert_exact
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 

@@ -19,6 +19,8 @@ from dpopt.rng import RandomKey
 sys.path.insert(0, str(ROOT / "scripts"))
 import audit_versions
 
+pytestmark = pytest.mark.slow
+
 
 def audited(count=800, steps=60):
     """Audit a small training, of ε = 5.8 in 60 steps."""

@@ -16,6 +16,8 @@ from dpopt.privacy import private_gradient
 from dpopt.privacy.clipping import Flat
 from dpopt.privacy.private_gradient import PrivateGradient
 
+pytestmark = pytest.mark.slow
+
 
 def refused(model, *arguments, words="mixes the examples|other outputs", **options):
     with pytest.raises(ValueError, match=words):

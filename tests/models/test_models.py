@@ -8,6 +8,8 @@ from dpopt.grad_sample.engine import per_example_gradients
 from dpopt.grad_sample.model_check import check_model
 from dpopt.models.layers import StandardizedConv2d
 
+pytestmark = pytest.mark.slow
+
 
 def count(model):
     return sum(p.numel() for p in model.parameters())

@@ -105,7 +105,7 @@ TRANSCRIBED = {
     "dp_sgd": (dict(lr=0.1), partial(sgd, lr=0.1)),
     "dp_adam": ({}, partial(adam, lr=3e-3)),
     "dp_adam_ac": ({}, partial(adam, lr=3e-3)),  # its clip and learning rate: test_adaptive.py
-    "dp_adam_stp": ({}, partial(adam, lr=3e-3)),  # its scale: test_scale.py
+    "dp_adam_stp": ({}, partial(adam, lr=3e-3)),  # its scale: test_scale_then_privatize.py
     "dp_adamw": (dict(weight_decay=0.1), partial(adam, lr=3e-3, decay=0.1)),
     "dp_adambc": (dict(floor=1e-3), partial(adam, lr=3e-3, corrected=True, floor=1e-3)),
     "dp_adamw_bc": (dict(weight_decay=0.1), partial(adam, lr=3e-3, corrected=True, floor=1e-6, decay=0.1)),

@@ -19,6 +19,8 @@ from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.sampling import sample_indices
 from dpopt.privacy.zeroth_order import ZerothOrder
 
+pytestmark = pytest.mark.slow
+
 # FACTS of 2,500 steps at q = 4096/50000 and δ = 1e-5: by σ and m, the ideal GDP bound of another implementation, which
 # has the same union over all thresholds. Its other bounds have a wider union over numbers of guesses than ours.
 REFERENCE = {(2.576, 500): 5.51, (2.576, 2000): 5.79, (2.576, 10_000): 6.95, (1.288, 500): 15.0, (1.288, 2000): 17.4}

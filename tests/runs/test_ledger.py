@@ -13,6 +13,8 @@ from dpopt.runs.ledger import Ledger, by_data, spending, total_epsilon
 from dpopt.training import trainer
 from dpopt.training.run import run
 
+pytestmark = pytest.mark.slow
+
 ABOUT = {"name": "a", "dataset": "digits", "data": "ff" * 32, "key_id": "k"}
 
 

@@ -10,6 +10,8 @@ from helpers import ROOT
 from dpopt.tables import figures, render, reproduce_page, spec
 from dpopt.training.run import run
 
+pytestmark = pytest.mark.slow
+
 NAMES = spec.names()
 PROTOCOL = {"what", "value", "source", "protocol", "dataset", "model", "train_size", "epsilon", "delta"}
 TUNED = {"digits_tuning": ("experiment=quickstart",), "cifar10_tuning": ("size=cpu",)}  # where the rates are used

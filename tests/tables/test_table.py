@@ -9,6 +9,8 @@ from helpers import ROOT
 from dpopt.cli.table import table
 from dpopt.tables import figures, render
 
+pytestmark = pytest.mark.slow
+
 
 def test_tables_are_not_overwritten_by_emptier_ones(tmp_path, monkeypatch, capsys):
     words = ["dp_psasc", "--size", "full", "--output", str(tmp_path)]

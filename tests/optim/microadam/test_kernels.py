@@ -12,6 +12,8 @@ from torch import nn
 
 from dpopt.optim import MicroAdam
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (1, 2, 63, 1025, 4096, 4097, 100_003)
 HAVE = {"c": DEVICE == "cpu" and shutil.which("cc"), "triton": importlib.util.find_spec("triton")}

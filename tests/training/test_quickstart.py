@@ -5,6 +5,8 @@ import json
 import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 GROUPS = ("optimizer", "clipping", "schedule", "filter", "estimator")
 
 

@@ -1,6 +1,8 @@
 """The configuration tree: every YAML is a valid call, names are what they should be, presets behave."""
 
+import hashlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -110,7 +112,7 @@ CHANGED = dict(
     batch_size=["batch_size=100"],
     views=["views=4"],
     holdout=["holdout=0.1"],
-    holdout_by=["holdout_by=position"],
+    holdout_by=["holdout=0.1", "holdout_by=position"],
     ema=["ema=0.5"],
     precision=["precision=bf16"],
     seed=["seed=1"],
@@ -143,6 +145,32 @@ def test_what_makes_a_run(key, preset):
     base, changed = configure(f"experiment={preset}"), configure(f"experiment={preset}", *CHANGED[key])
     assert getattr(base, key) != getattr(changed, key)
     assert (run_name(base) == run_name(changed)) == (key in NOT_IDENTITY)
+
+
+def test_a_split_by_position_is_what_earlier_versions_did():
+    """The key came later: position, their split, leaves the name as it was, and without a hold-out it does nothing."""
+    words = ("experiment=quickstart", "holdout=0.1")
+    by = {how: run_name(configure(*words, f"holdout_by={how}")) for how in ("content", "position")}
+    assert by["content"] != by["position"] == run_name_of_the_first_release(configure(*words))
+    assert run_name(configure(words[0], "holdout_by=position")) == run_name(configure(words[0]))
+
+
+def run_name_of_the_first_release(config: Config) -> str:
+    """Without the keys that came later."""
+    later = {"holdout_by", "randomness", "allow_large_delta", "ledger", "audit", "canaries"}
+    values = {key: value for key, value in asdict(config).items() if key not in later | NOT_IDENTITY}
+    values["optimizer"] = {key: value for key, value in values["optimizer"].items() if key != "kernels"}
+    text = json.dumps(canonical(values | {"secure_rng": config.randomness == "secret"}), sort_keys=True)
+    stem = run_name(config).rpartition("-")[0]
+    return f"{stem}-{hashlib.blake2b(text.encode(), digest_size=5).hexdigest()}"
+
+
+def canonical(value):
+    if isinstance(value, dict):
+        return {key: canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    return value if isinstance(value, bool | str) or value is None else repr(float(value))
 
 
 def test_numbers_are_numbers():

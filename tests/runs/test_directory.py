@@ -18,6 +18,8 @@ from dpopt.runs.identity import locate, run_name
 from dpopt.training import checkpoint, trainer
 from dpopt.training.run import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tmp_path) -> Config:

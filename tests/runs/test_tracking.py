@@ -10,6 +10,8 @@ from helpers import ROOT
 
 from dpopt.runs.tracking import CsvOnly, Metrics
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("experiment=quickstart", "steps=4", "batch_size=64", "eval_every=2", "epsilon=1")
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from dpopt.optim import MicroAdam
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def bench_optim(monkeypatch):
