@@ -12,7 +12,7 @@ from torch import nn
 
 from dpopt.config.components import build
 from dpopt.config.overrides import from_hydra
-from dpopt.training.cost import optimizer_state_bytes
+from dpopt.training.cost import STEP_INFO, optimizer_state_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 1_000_000
@@ -64,6 +64,8 @@ def state_bytes(name: str) -> float:
     parameter = nn.Parameter(torch.zeros(SIZE))
     parameter.grad = torch.randn(SIZE)
     optimizer = build("optimizer", config.optimizer)([parameter])
+    for group in optimizer.param_groups:  # as `PrivateGradient.update_param_groups` does
+        group.update({key: value for key, value in STEP_INFO.items() if key in group})
     optimizer.step()
     return optimizer_state_bytes(optimizer) / SIZE
 

@@ -19,7 +19,7 @@ from dpopt.privacy.plan import PrivacyPlan
 from dpopt.runs.result import Estimate
 
 _ACTIVATIONS = 1.3  # of what the forward keeps: gradients of activations and working memory come on top
-_STEP_INFO = {"noise_std": 0.0, "pre_clip_scaled": True}  # what optimizers must be told before a step
+STEP_INFO = {"noise_std": 0.0, "pre_clip_scaled": True}  # what optimizers must be told before a step
 _PROBE_SECONDS = 0.2  # long enough to time, short enough not to be noticed
 
 
@@ -125,7 +125,7 @@ def _state_on_shapes(model: nn.Module, make_optimizer: Callable[..., torch.optim
     try:
         optimizer = make_optimizer(trainable)
         for group in optimizer.param_groups:  # as `PrivateGradient.update_param_groups` does
-            group.update({name: value for name, value in _STEP_INFO.items() if name in group})
+            group.update({name: value for name, value in STEP_INFO.items() if name in group})
         for parameter in trainable:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()

@@ -62,7 +62,8 @@ def test_a_wheel_trains_outside_a_checkout(checkout, tmp_path):
 def test_an_editable_install_is_found_from_the_parent_folder(checkout):
     """There the folder `dpopt` would hide a finder, but not a path."""
     site = install(checkout, "editable")
-    code = f"import site; site.addsitedir({str(site)!r}); import dpopt; print(dpopt.__version__, dpopt.__file__)"
+    code = f"import site, sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]; site.addsitedir({str(site)!r}); "
+    code += "import dpopt; print(dpopt.__version__, dpopt.__file__)"
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, cwd=checkout.parent, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.split()[1] == str(checkout / "dpopt/__init__.py"), done.stderr

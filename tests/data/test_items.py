@@ -311,7 +311,8 @@ def test_own_data_in_a_run(case, message):
     )
     components = build_components(config)
     with pytest.raises(ValueError) as caught:
-        load_data(components)
+        load_data(components.config, components.task.spec, components.device)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-    data = load_data(build_components(replace(config, dataset=config.dataset | {"case": ""})))
+    fine = build_components(replace(config, dataset=config.dataset | {"case": ""}))
+    data = load_data(fine.config, fine.task.spec, fine.device)
     assert data.fingerprint == data.train.fingerprint() and len(data.test) == 40

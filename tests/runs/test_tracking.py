@@ -12,7 +12,7 @@ from dpopt.runs.tracking import CsvOnly, Metrics
 
 pytestmark = pytest.mark.slow
 
-SHORT = ("experiment=quickstart", "steps=4", "batch_size=64", "eval_every=2", "epsilon=1")
+SHORT = ("experiment=quickstart", "steps=4", "batch_size=64", "eval_every=2", "epsilon=1", "randomness=research")
 
 
 class Broken:
