@@ -198,10 +198,11 @@ class GradSampler:
                     self.split_up()
                     if isinstance(error, ValueError):
                         raise
-                    message = (str(error).strip().splitlines() or [""])[0][:200]
+                    # Of tokens, which are data, an error may repeat one.
+                    message = (str(error).strip().splitlines() or [""])[0][:200] if inputs.is_floating_point() else ""
                     raise ValueError(
-                        f"the model or its loss fails on a single example ({type(error).__name__}: {message}): "
-                        "mend what an ordinary forward and backward pass of one example shows"
+                        f"the model or its loss fails on a single example ({type(error).__name__}"
+                        f"{message and f': {message}'}): mend what an ordinary forward and backward pass of it shows"
                     ) from error
             self.split_up()
 
