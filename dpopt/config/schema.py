@@ -49,9 +49,7 @@ class Config:
     delta: float = 1e-5  # δ; below 1/N to mean anything
     accountant: str = "pld"  # what computes ε: pld (tightest), rdp or prv
     clip_norm: float = 1.0  # C, what every example's gradient is clipped to
-    randomness: str = (
-        "secret"  # key of all draws: secret (of the operating system), or research (of the seed: no claim)
-    )
+    randomness: str = "secret"  # key of all draws: secret, of the operating system; research, of the seed: no claim
     ledger: str = "on"  # on: add what a private run spends to the user's ledger (dpopt ledger); off
     allow_large_delta: bool = False  # accept δ ≥ 1/N, which permits publishing an example outright
     # Training. Together with the components and the budget this is what makes a run.
