@@ -19,7 +19,7 @@ class _Shapes:
 
 
 class Validated:
-    """The models, as they were, and shapes of inputs that passed validation.
+    """The model as it was validated last, and the shapes of inputs that passed.
 
     Attributes:
         written: (module, attribute) of the numbers that a forward writes, whatever its inputs.
@@ -27,25 +27,29 @@ class Validated:
 
     def __init__(self) -> None:
         self.written: set[tuple[int, str]] = set()
+        self._structure: Any = None
         self._shapes: dict[Any, _Shapes] = {}
 
     def covers(self, model: nn.Module, loss_fn: Any, inputs: Tensor, gradients: bool) -> bool:
         """Tell whether a model in its present state may take inputs (B, K, …) of this shape and dtype."""
-        shapes = self._shapes.get(self._key(model, loss_fn, inputs, gradients))
-        if shapes is None:
+        shapes = self._shapes.get((inputs.dtype, inputs.ndim, gradients))
+        if shapes is None or self._structure != self._structure_of(model, loss_fn):
             return False
         return all(a <= n <= b for a, n, b in zip(shapes.low, inputs.shape, shapes.high, strict=True))
 
     def add(self, model: nn.Module, loss_fn: Any, inputs: Tensor, gradients: bool) -> None:
         """Record a passed validation; shapes between two validated ones count as validated."""
+        structure = self._structure_of(model, loss_fn)
+        if structure != self._structure:
+            self._structure, self._shapes = structure, {}
         shape = tuple(inputs.shape)
-        shapes = self._shapes.setdefault(self._key(model, loss_fn, inputs, gradients), _Shapes(shape, shape))
+        shapes = self._shapes.setdefault((inputs.dtype, inputs.ndim, gradients), _Shapes(shape, shape))
         shapes.low = tuple(map(min, shapes.low, shape))
         shapes.high = tuple(map(max, shapes.high, shape))
 
-    def _key(self, model: nn.Module, loss_fn: Any, inputs: Tensor, gradients: bool) -> Any:
+    def _structure_of(self, model: nn.Module, loss_fn: Any) -> Any:
         loss = _structure(loss_fn, self.written) if isinstance(loss_fn, nn.Module) else id(loss_fn)
-        return _structure(model, self.written), loss, inputs.dtype, inputs.ndim, gradients
+        return _structure(model, self.written), loss
 
 
 def _structure(model: nn.Module, written: set[tuple[int, str]]) -> tuple[Any, ...]:
