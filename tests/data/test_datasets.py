@@ -87,6 +87,7 @@ def test_image_folders(folder):
         load(data.imagenet("birds"), folder)
 
 
+@pytest.mark.slow
 def test_training_on_an_image_folder(command, folder):
     """Every row of the table from file to result: workers, views, transforms, NF-ResNet-50."""
     done = command(
@@ -164,6 +165,7 @@ def test_folders_that_cannot_be_used(folder):
         load(data.imagenet("pets/empty", train_size=12, classes=2), folder)
 
 
+@pytest.mark.slow
 def test_a_damaged_image_does_not_block_the_run_once_repaired(cli, folder):
     """It is named before there is a run directory, in a run that begins and in one that is resumed."""
     short = [

@@ -17,8 +17,6 @@ from dpopt.privacy.clipping import PerLayer
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.sampling import PoissonBatch
 
-pytestmark = pytest.mark.slow
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop", "ignore:.*nested tensor.*", "ignore:.*lengths.*"
 )

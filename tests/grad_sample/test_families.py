@@ -7,9 +7,7 @@ import torchvision
 from helpers import assert_exact
 from torch import nn
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:There is a performance drop")]
 
 
 def independent(model):

@@ -7,9 +7,10 @@ from helpers import assert_exact
 from test_layouts import tokens
 from torch import nn
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor"),
+]
 FULL, RAGGED = [8] * 8, [8, 8, 8, 3, 5, 8, 8, 2]
 
 

@@ -11,8 +11,6 @@ from dpopt.privacy.clipping import Flat
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.sampling import PoissonBatch
 
-pytestmark = pytest.mark.slow
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop", "ignore:.*nested tensor.*", "ignore:.*lengths.*"
 )

@@ -46,6 +46,7 @@ def slope_noise_over_the_smoothing(patch):
     patch.setattr(ZerothOrder, "_std", lambda self, sensitivity: self.plan.noise_multiplier * self.smoothing)
 
 
+@pytest.mark.slow
 def test_zeroth_order_noise(monkeypatch):
     check_zeroth_order_noise()
     assert_caught(check_zeroth_order_noise, slope_noise_over_the_smoothing, monkeypatch)

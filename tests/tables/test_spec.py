@@ -57,6 +57,7 @@ def test_rows_are_what_the_words_sweep(tmp_path):
     assert names == {p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_command_comes_twice(name, nothing_run):
     lines = spec.commands(name, next(iter(spec.read(name)["sizes"])))
@@ -64,6 +65,7 @@ def test_no_command_comes_twice(name, nothing_run):
     assert bool(lines) == bool(spec.read(name)["tables"])
 
 
+@pytest.mark.slow
 def test_every_command_survives_the_shells_on_its_way(tmp_path, nothing_run):
     """As the Makefile sends them: what arrives is what was meant, `${steps}` included."""
     recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "--commands" in line)

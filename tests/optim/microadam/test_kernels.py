@@ -12,14 +12,13 @@ from torch import nn
 
 from dpopt.optim import MicroAdam
 
-pytestmark = pytest.mark.slow
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (1, 2, 63, 1025, 4096, 4097, 100_003)
 HAVE = {"c": DEVICE == "cpu" and shutil.which("cc"), "triton": importlib.util.find_spec("triton")}
 C, TRITON = (pytest.param(k, marks=pytest.mark.skipif(not have, reason=f"no {k} here")) for k, have in HAVE.items())
 
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # the interpreter is NumPy
+# Triton interprets on NumPy.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")]
 
 
 def trained(kernels, dtype=torch.float32, steps=3, sizes=SIZES, **options):
