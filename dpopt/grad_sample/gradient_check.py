@@ -63,7 +63,7 @@ def validate_losses(engine: GradSampler, inputs: Tensor, targets: Tensor) -> Non
     if not bool(((together - alone).abs() <= 0.03 * (1e-3 + alone.abs())).all()):
         raise ValueError(
             "the losses of several examples at once, under torch.func.vmap, are not those of single examples, or not "
-            "finite: replace layers that keep a state or have a batching rule of their own"
+            "finite: set engine=loop, or replace layers that keep a state or have a batching rule of their own"
         )
 
 
@@ -203,9 +203,10 @@ def _unsampled(engine: GradSampler, inputs: Tensor, error: Exception) -> str:
     """What to say of an error inside of the model; of tokens, which are data, it must repeat nothing."""
     line = (str(error).splitlines() or [""])[0][:160]
     reason = f"{type(error).__name__}: {line}" if inputs.is_floating_point() else type(error).__name__
+    loop = "" if engine.policy == "loop" else "set engine=loop, or "
     return (
-        f"no gradients of single examples can be taken of the model ({type(engine.model).__name__}; {reason}): replace "
-        "the layer that raises"
+        f"no gradients of single examples can be taken of the model ({type(engine.model).__name__}; {reason}): {loop}"
+        "replace the layer that raises"
     )
 
 

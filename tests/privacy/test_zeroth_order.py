@@ -69,6 +69,37 @@ def test_a_model_that_mixes_examples_is_refused(engine):
         private.backward(batch_of(plan, inputs, targets))
 
 
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(x) * torch.where(x.sum(1, keepdim=True) > 0, 1.0, 2.0)
+
+
+class ByBranch(Product):
+    """The same function, of branches that depend on the data, which vmap cannot follow."""
+
+    def forward(self, x):
+        return torch.stack([self.head(row) if row.sum() > 0 else 2 * self.head(row) for row in x])
+
+
+def test_a_loop_takes_the_losses_that_vmap_cannot():
+    inputs, targets = 5 * torch.randn(16, 5, dtype=torch.float64), torch.arange(16) % 3
+    plan = make_plan(sigma=0.0)
+
+    def gradient(model, engine):
+        private = ZerothOrder(model.double(), F.cross_entropy, plan, Flat(1.0), engine=engine)
+        private.backward(batch_of(plan, inputs, targets))
+        return model.head.weight.grad
+
+    torch.testing.assert_close(gradient(ByBranch(), "loop"), gradient(Product(), "vmap"))
+    with pytest.raises(ValueError, match=r"ByBranch.*engine=loop"):
+        gradient(ByBranch(), "vmap")
+
+
 def test_zeroth_order_refuses_what_it_has_not():
     model, plan = small_model(), make_plan()
     for options in (dict(pre_clip_scale=lambda p: None), dict(query_points=lambda: [(1.0, None)])):
