@@ -8,7 +8,6 @@ code is refuted, or shows less than 0.6 of the claim, or a wrong version passes.
 """
 
 import argparse
-import re
 import shlex
 import sys
 import time
@@ -29,11 +28,12 @@ import dpopt
 from dpopt.privacy.audit import AuditResult
 from dpopt.privacy.canaries import CHECKS, Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule, Flat, PerLayer
+from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.zeroth_order import ZerothOrder
 from dpopt.runs.audit_report import roc_figure
-from dpopt.runs.provenance import device_name, versions
+from dpopt.runs.provenance import processor, versions
 
 OUT = Path(__file__).resolve().parents[1] / "experiments" / "results" / "audit"
 LEAST = 0.6  # of the claim, which the GDP bound must reach for the true code
@@ -143,17 +143,12 @@ def page(results: dict[str, AuditResult], arguments: argparse.Namespace, seconds
         "",
         "![ROC of the audits](audit.png)",
         "",
-        f"Seed {arguments.seed}; {seconds:.0f} s in {arguments.jobs} processes on {_processor()}; "
+        f"Seed {arguments.seed}; {seconds:.0f} s in {arguments.jobs} processes on {processor()}; "
+        f"noise version {NOISE_VERSION}; "
         f"{', '.join(f'{name} {version}' for name, version in versions().items())}. "
         f"Command: `python scripts/audit_mutants.py{' ' + shlex.join(sys.argv[1:]) if sys.argv[1:] else ''}`.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else device_name(torch.device("cpu"))
 
 
 def main() -> int:

@@ -29,6 +29,7 @@ from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.clipping import Flat
+from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.training.cost import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 
 PLAIN = "not private"
@@ -313,7 +314,8 @@ def main() -> None:
     precision = "bf16 autocast" if kind == "cuda" else "fp32"
     command = f"`python scripts/bench_engine.py {shlex.join(sys.argv[1:])}`"
     header = (
-        f"# A private gradient beside an ordinary one\n\n{machine}, {precision}; {versions()}. {command}: "
+        f"# A private gradient beside an ordinary one\n\n{machine}, {precision}; {versions()}, "
+        f"noise version {NOISE_VERSION}. {command}: "
         f"{arguments.rounds} rounds, all variants in turn.\nRatios to the plain step are medians within a round.\n\n"
         f"![](bench_engine_{kind}.png)"
     )

@@ -27,7 +27,7 @@ from dpopt.models import wrn_16_4
 from dpopt.optim import MicroAdam
 from dpopt.privacy.noise import add_noise
 from dpopt.rng import RandomKey
-from dpopt.runs.provenance import git_commit
+from dpopt.runs.provenance import git_commit, processor
 from dpopt.training.cost import optimizer_state_bytes
 
 BASELINE = "AdamW (fused)"
@@ -282,9 +282,7 @@ def hardware(device: torch.device | str) -> str:
     """The name of the GPU, or of the processor with its cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} CPU cores, {names[0] if names else platform.processor()}"
+    return f"{os.cpu_count()} CPU cores, {processor()}"
 
 
 def versions() -> str:

@@ -101,10 +101,11 @@ def status(name: str, size: str) -> list[str]:
     once = {run["run"]: run for run in runs}.values()
     hours = sum(float(run["wall_seconds"]) for run in once) / 3600
     where = ", ".join(sorted({run["device"] for run in runs}))
+    noise = ", ".join(sorted({str(run.get("noise_version", 1)) for run in runs}))
     missing = "not run" if about["tables"] else "a figure, no table"
     page = folder / "table.md"
     done = f"[{name}/{size}/{page.name}]({LINK}/{name}/{size}/{page.name})" if page.exists() else missing
-    cost = f", {len(once)} runs, {hours:.1f} process hours on {where}" if runs else ""
+    cost = f", {len(once)} runs, {hours:.1f} process hours on {where}, noise version {noise}" if runs else ""
     expected = [f"; expected hours on {on}: {h}" for on, h in about.get("hours", {}).get(size, {}).items()]
     lines = [f"- `make table-{name} SIZE={size}`: {done}{cost}{''.join(expected)}"]
     for figure in sorted(figure["name"] for figure in about.get("figures", [])):
