@@ -26,7 +26,7 @@ class Validated:
     """
 
     def __init__(self) -> None:
-        self.written: set[tuple[int, str]] = set()
+        self.written: set[tuple[nn.Module, str]] = set()
         self._structure: Any = None
         self._shapes: dict[Any, _Shapes] = {}
 
@@ -48,14 +48,14 @@ class Validated:
         shapes.high = tuple(map(max, shapes.high, shape))
 
     def _structure_of(self, model: nn.Module, loss_fn: Any) -> Any:
-        loss = _structure(loss_fn, self.written) if isinstance(loss_fn, nn.Module) else id(loss_fn)
+        loss = _structure(loss_fn, self.written) if isinstance(loss_fn, nn.Module) else loss_fn
         return _structure(model, self.written), loss
 
 
-def _structure(model: nn.Module, written: set[tuple[int, str]]) -> tuple[Any, ...]:
+def _structure(model: nn.Module, written: set[tuple[nn.Module, str]]) -> tuple[Any, ...]:
     """Modules, modes, settings, hooks, and which parameters are trained; 1 to 2 µs per module.
 
-    Modules enter as themselves, not by id, so that a new one is never taken for the one whose memory it got.
+    Modules and hooks enter as themselves, not by id, so that a new one is never taken for the one whose memory it got.
     """
     found: list[Any] = [tuple(torch_module._global_forward_hooks), tuple(torch_module._global_forward_pre_hooks)]
     todo, seen = [model], set()
@@ -67,13 +67,12 @@ def _structure(model: nn.Module, written: set[tuple[int, str]]) -> tuple[Any, ..
         attributes = module.__dict__
         found += (module, type(module), type(module).forward)
         if written:
-            own = id(module)
-            found += [v for k, v in attributes.items() if type(v) in _SCALARS and (own, k) not in written]
+            found += [v for k, v in attributes.items() if type(v) in _SCALARS and (module, k) not in written]
         else:
             found += [v for v in attributes.values() if type(v) in _SCALARS]
         for name in _HOOKS:
             if hooks := attributes.get(name):
-                found += [id(hook) for hook in hooks.values()]
+                found += hooks.values()
         if "forward" in attributes:
             found.append(attributes["forward"])
         found += [p if p is None else (p.requires_grad, p.dtype) for p in attributes["_parameters"].values()]

@@ -82,7 +82,7 @@ def validate(
                 check_gradient_independence(engine, examples, targets, rounding)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        engine.validations.written |= {(id(module), key) for key in module.__dict__ if prefix + key in written}
+        engine.validations.written |= {(module, key) for key in module.__dict__ if prefix + key in written}
     if not empty:
         engine.validations.add(model, engine.loss_fn, inputs, gradients)
 

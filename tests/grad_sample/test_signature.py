@@ -6,6 +6,7 @@ from helpers import batch_of, make_plan
 from mixing import Layer, data, network
 from torch import nn
 
+from dpopt.grad_sample.signature import Validated
 from dpopt.grad_sample.validate import covered
 from dpopt.privacy.clipping import Flat
 from dpopt.privacy.private_gradient import PrivateGradient
@@ -68,3 +69,20 @@ def test_longer_inputs_are_validated_and_shorter_ones_need_not():
     assert covered(private.engine, inputs[:, None, :5]) and not covered(private.engine, inputs[:, None].repeat(1, 1, 2))
     with pytest.raises(ValueError, match="mixes the examples"):
         private.backward(batch_of(plan, inputs.repeat(1, 2), targets, 4))
+
+
+def test_a_new_loss_or_hook_at_the_old_ones_address_is_new():
+    """CPython gives a function the memory of one that went: an id proves nothing."""
+    model, (inputs, _) = network(nn.Flatten()), data()
+    validated = Validated()
+    hook = model[1].register_forward_hook(lambda module, inputs, output: None)
+    validated.add(model, lambda outputs, targets: outputs.mean(), inputs[:, None], True)
+    for _ in range(100):  # each is dropped at once
+        assert not validated.covers(model, lambda outputs, targets: outputs.sum(), inputs[:, None], True)
+    validated.add(model, F.cross_entropy, inputs[:, None], True)
+    assert validated.covers(model, F.cross_entropy, inputs[:, None], True)
+    hook.remove()
+    for _ in range(100):
+        hook = model[1].register_forward_hook(lambda module, inputs, output: output - output.mean(0))
+        assert not validated.covers(model, F.cross_entropy, inputs[:, None], True)
+        hook.remove()
