@@ -1,6 +1,7 @@
 """The structure of the package: floors that imports go down, and the sizes that keep it readable."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,27 @@ def test_few_files_receive_the_configuration():
         if argument.annotation is not None and "Config" in ast.unparse(argument.annotation).replace("DictConfig", "")
     }
     assert len(receiving) <= 8, sorted(receiving)
+
+
+def bound_twice(source: str) -> list[str]:
+    """Names that a file binds twice at its top level: the second silently replaces the first."""
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_name_is_bound_twice(path):
+    assert not bound_twice(path.read_text())
+
+
+def test_a_name_that_is_bound_twice_is_found():
+    assert bound_twice("pytestmark = 1\ndef f(): pass\npytestmark: int = 2\ndef f(): pass\ng = 1") == [
+        "pytestmark",
+        "f",
+    ]
