@@ -6,7 +6,7 @@ The names below load when first used, so that `import dpopt` (and with it `run.p
     private   = dpopt.PrivateGradient(model, loss_fn, plan, clip=dpopt.clipping.Flat(1.0))
     optimizer = dpopt.optim.MicroAdam(model.parameters(), lr=1e-3)
     for batch in dpopt.poisson_batches(dataset, plan):
-        private.backward(batch)     # p.grad now holds the privatised mean
+        private.backward(batch)     # p.grad now holds the privatized mean
         optimizer.step()
 """
 

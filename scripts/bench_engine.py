@@ -47,7 +47,7 @@ VARIANTS = {
 
 
 def plain_convolutions(module: nn.Module) -> nn.Module:
-    """The model with ordinary convolutions in place of the standardised ones."""
+    """The model with ordinary convolutions in place of the standardized ones."""
     for name, child in list(module.named_children()):
         if isinstance(child, StandardizedConv2d):
             kernel, stride = child.kernel_size[0], child.stride[0]

@@ -5,7 +5,7 @@
 
 All variants share parameters and gradients and take turns, round by round; a figure is the median over the rounds, with
 the quartiles, and a ratio is the median of the ratios within a round. `paper` is the algorithm of 2511.20509 rendered
-literally: tensor by tensor, nothing quantised. `normal_` draws the noise of the alternatives into one buffer and does
+literally: tensor by tensor, nothing quantized. `normal_` draws the noise of the alternatives into one buffer and does
 no more; `normal_, added` also adds it and divides by qN, as ours does.
 """
 

@@ -32,7 +32,7 @@ NOTES = """\
 - `dp_adambc` and `dp_adamw_bc` subtract the variance of the noise, so they want noise that is the same in every
   coordinate: not with `filter=kalman`, a scale (`dp_adam_stp`, `dp_microadam_stp`) or `estimator=zeroth_order`. Under
   `clipping=adaptive` they follow the noise of every step.
-- `schedule=clip_rate` follows a privatised clip rate: it wants `clipping=adaptive`.
+- `schedule=clip_rate` follows a privatized clip rate: it wants `clipping=adaptive`.
 - `estimator=zeroth_order` releases one number per step: no scale, no filter, no clip by layer. Its clip norm is one of
   slopes along a random direction.
 - `clipping=adaptive` gives a part of the budget to the count of unclipped examples: with the noise of its count at a

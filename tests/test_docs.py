@@ -1,10 +1,13 @@
 """The documentation, followed to the letter."""
 
+import inspect
 import json
+import pkgutil
 import re
 import shlex
 import sys
 from dataclasses import fields
+from importlib import import_module
 
 import pytest
 import torch
@@ -17,8 +20,10 @@ from dpopt.config.schema import Config
 from dpopt.grad_sample import rules
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.runs.identity import NOT_IDENTITY
 
 pytestmark = pytest.mark.slow
+NAME = r"`(dpopt(?:\.\w+)+|[A-Z]\w+\.\w+)"  # in backticks
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -88,6 +93,11 @@ def test_the_page_of_keys_is_up_to_date_and_whole():
     assert all(f"| `{f.name}`" in page for f in fields(Config))
 
 
+def test_the_keys_outside_of_a_runs_identity_are_listed():
+    listed = re.search(r"Not in the hash: `([a-z_\s]+)`", (ROOT / "docs" / "concepts.md").read_text())[1].split()
+    assert set(listed) == NOT_IDENTITY
+
+
 def test_readme_library_example():
     example = next(b for b in blocks("README.md", "python") if "PrivateGradient" in b)
     inputs = torch.randn(1000, 4)
@@ -136,3 +146,34 @@ def test_every_page_of_results_is_linked():
     }
     results = {*(ROOT / "experiments/results").rglob("*.md"), *(ROOT / "experiments/results").rglob("*.png")}
     assert results and results <= linked
+
+
+def classes() -> dict[str, type]:
+    """The classes of the package, by name."""
+    names = [m.name for m in pkgutil.walk_packages(dpopt.__path__, "dpopt.") if "triton" not in m.name]
+    return {n: c for m in names for n, c in vars(import_module(m)).items() if inspect.isclass(c)}
+
+
+def exists(name: str, known: dict[str, type]) -> bool:
+    """Whether `dpopt.a.b` or `Class.attribute` is there; a class of others counts."""
+    first, *rest = name.split(".")
+    if first == "dpopt":
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            return False
+        return True
+    if first not in known:
+        return True
+    kind, attribute = known[first], rest[0]
+    return (
+        hasattr(kind, attribute) or re.search(rf"\b(self\.)?{attribute}\b *[:=]", inspect.getsource(kind)) is not None
+    )
+
+
+def test_names_in_docs_and_docstrings_exist():
+    known = classes()
+    pages = [*(ROOT / "dpopt").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    found = {(str(page), name) for page in pages for name in re.findall(NAME, page.read_text())}
+    assert len(found) > 20 and not [(page, name) for page, name in found if not exists(name, known)]
+    assert not exists("PrivateGradient.inform", known) and not exists("dpopt.optim.Adamm", known)

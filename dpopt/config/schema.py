@@ -53,7 +53,7 @@ class Config:
     ledger: str = "on"  # on: add what a private run spends to the user's ledger (dpopt ledger); off
     allow_large_delta: bool = False  # accept δ ≥ 1/N, which permits publishing an example outright
     # Training. Together with the components and the budget this is what makes a run.
-    batch_size: int = 4096  # expected; the realised size is Poisson
+    batch_size: int = 4096  # expected; the realized size is Poisson
     views: int = 1  # K, augmented views per example, whose gradients are averaged before the clip
     holdout: float = 0.0  # fraction of the training set that is not trained on
     holdout_by: str = "content"  # content: a coin per example; position: a fixed number, as papers split

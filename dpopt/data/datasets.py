@@ -100,7 +100,7 @@ def fashion_mnist(augment: bool = False) -> DataSpec:
 
 
 def cifar10(augment: bool = True, image_size: int = 32) -> DataSpec:
-    """CIFAR-10 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32×32.
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 + 10,000 color images of 32×32.
 
     Args:
         augment: shift by up to four pixels (reflected) and mirror.
@@ -115,7 +115,7 @@ def cifar100(augment: bool = True, image_size: int = 32) -> DataSpec:
 
 
 def cifar10_scattering(groups: int = 27) -> DataSpec:
-    """CIFAR-10 as scattering features (J = 2, 8 orientations), each example normalised over groups of channels.
+    """CIFAR-10 as scattering features (J = 2, 8 orientations), each example normalized over groups of channels.
 
     The features, 1.9 GB in half precision, are computed once, kept beside the images, and read from there by all
     processes; they depend on one example each, so they cost no privacy. Setting: Tramèr & Boneh, 2011.11660.

@@ -4,7 +4,7 @@ With wavelets ψ_{j,θ} of scales 2^j, j < J, and L orientations, and a Gaussian
 
     x ⋆ φ_J,    |x ⋆ ψ_{j,θ}| ⋆ φ_J,    ||x ⋆ ψ_{j,θ}| ⋆ ψ_{j',θ'}| ⋆ φ_J    for j < j',
 
-taken every 2^J pixels: 1 + JL + L²J(J−1)/2 maps per colour. With J = 2, L = 8, each example normalised over groups of
+taken every 2^J pixels: 1 + JL + L²J(J−1)/2 maps per color. With J = 2, L = 8, each example normalized over groups of
 channels, and a linear classifier they are the strongest small private model on CIFAR-10 (Tramèr & Boneh, 2011.11660).
 Convolutions are products in the Fourier domain, on images that are continued by reflection; what a wavelet has made
 smooth is kept at the resolution that it needs, by folding its spectrum. Averages are separable: two matrix products.
@@ -35,7 +35,7 @@ def scatter(images: Tensor, scales: int = 2, orientations: int = 8) -> Tensor:
         orientations: L, the number of their directions.
 
     Returns:
-        (N, C·(1 + JL + L²J(J−1)/2), H/2^J, W/2^J), the features of a colour one after the other: averages, first order
+        (N, C·(1 + JL + L²J(J−1)/2), H/2^J, W/2^J), the features of a color one after the other: averages, first order
         by scale, second order.
 
     Raises:

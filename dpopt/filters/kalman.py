@@ -1,4 +1,4 @@
-"""DiSK (2410.03883): a simplified Kalman filter over privatised gradients, around any optimizer.
+"""DiSK (2410.03883): a simplified Kalman filter over privatized gradients, around any optimizer.
 
 With d = θ_t − θ_{t−1} the last move, the gradient of an example is taken ahead of and at the present point,
 

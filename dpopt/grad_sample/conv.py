@@ -1,4 +1,4 @@
-"""The rules of convolutions, plain and weight-standardised (`dpopt.grad_sample.rules` says what a rule is)."""
+"""The rules of convolutions, plain and weight-standardized (`dpopt.grad_sample.rules` says what a rule is)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +87,12 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
     return result.squeeze(3) if module.weight.ndim == 3 else result
 
 
-# Weight standardisation: the convolution sees s·τ·h, where h = (w − mean(w))/τ, filter by filter.
+# Weight standardization: the convolution sees s·τ·h, where h = (w − mean(w))/τ, filter by filter.
 
 
 @dataclass(frozen=True)
 class _Standardization:
-    """With G = ∂/∂(standardised weight): ∂/∂w = s·(G − mean(G) − p·h·(h·G)) and ∂/∂gain = c·(h·G), for every filter.
+    """With G = ∂/∂(standardized weight): ∂/∂w = s·(G − mean(G) − p·h·(h·G)) and ∂/∂gain = c·(h·G), for every filter.
 
     Attributes:
         direction: h, (out, n), the filter without its mean, over τ, about its norm.
@@ -125,7 +125,7 @@ def _standardization(module: Any) -> _Standardization:
 
 
 def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
-    """The plain convolution's gradients, with respect to the standardised weight."""
+    """The plain convolution's gradients, with respect to the standardized weight."""
     return {"bias": g.flatten(3).sum((1, 3)), "weight": _conv_weight(module, _padded_to_same(module, a), g)}
 
 
@@ -220,7 +220,7 @@ def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
-    """From the standardised weight to weight and gain."""
+    """From the standardized weight to weight and gain."""
     through, gradient = _standardization(module), sums["weight"].flatten(1)
     along = (through.direction * gradient).sum(1)
     rest = gradient - gradient.mean(1, keepdim=True) - (through.project * along)[:, None] * through.direction

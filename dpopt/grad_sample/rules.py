@@ -83,7 +83,7 @@ def linear_scaled_ghost_norm(module: nn.Linear, a: Tensor, g: Tensor, scale: Gra
     return (g * by_output).sum(1)
 
 
-# Normalisation
+# Normalization
 
 
 def group_norm(module: nn.GroupNorm, a: Tensor, g: Tensor) -> Gradients:
@@ -110,8 +110,8 @@ def rms_norm(module: nn.RMSNorm, a: Tensor, g: Tensor) -> Gradients:
     return _affine(F.rms_norm(a, shape, None, module.eps), g, len(shape))
 
 
-def _affine(normalised: Tensor, g: Tensor, dims: int) -> Gradients:
-    return {"weight": (normalised * g).flatten(1, -1 - dims).sum(1), "bias": g.flatten(1, -1 - dims).sum(1)}
+def _affine(normalized: Tensor, g: Tensor, dims: int) -> Gradients:
+    return {"weight": (normalized * g).flatten(1, -1 - dims).sum(1), "bias": g.flatten(1, -1 - dims).sum(1)}
 
 
 # Embedding

@@ -1,4 +1,4 @@
-"""The weight-standardised convolution (Qiao et al., 1903.10520; scaling of Brock et al., 2101.08692).
+"""The weight-standardized convolution (Qiao et al., 1903.10520; scaling of Brock et al., 2101.08692).
 
 Each filter is used with its mean removed and its norm fixed:
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution with standardised filters, initialised N(0, 1/fan_in), zero-padded to keep the size at stride 1.
+    """A convolution with standardized filters, initialized N(0, 1/fan_in), zero-padded to keep the size at stride 1.
 
     Args:
         in_channels: channels of the input.

@@ -1,8 +1,8 @@
-"""NF-ResNet-50 (Brock et al., 2101.08692), the normaliser-free network of De et al.'s ImageNet results (2204.13650).
+"""NF-ResNet-50 (Brock et al., 2101.08692), the normalizer-free network of De et al.'s ImageNet results (2204.13650).
 
 A block computes x + α·g·F(act(x)·β): act is a ReLU scaled to keep unit variance, β = 1/std(x) is the reciprocal of the
-standard deviation expected at initialisation (the variance grows by α² per block and restarts at 1 + α² behind a
-projection), g the learned gain of the skip ("skip gain"). Convolutions are standardised and have neither gain nor
+standard deviation expected at initialization (the variance grows by α² per block and restarts at 1 + α² behind a
+projection), g the learned gain of the skip ("skip gain"). Convolutions are standardized and have neither gain nor
 bias: 25,503,928 parameters with 1,000 classes.
 """
 

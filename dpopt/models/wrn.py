@@ -1,4 +1,4 @@
-"""Wide residual networks for private training as De et al. (2204.13650) published them, with standardised convs.
+"""Wide residual networks for private training as De et al. (2204.13650) published them, with standardized convs.
 
 Inside a block ReLU comes before GroupNorm(16) before the convolution; a group's first block has its own ReLU, GroupNorm
 and 1×1 convolution on the shortcut. WRN-16-4 has 2,753,818 parameters, WRN-40-4 8,961,306 (10 classes).
@@ -11,7 +11,7 @@ from dpopt.models.layers import StandardizedConv2d
 
 
 class _NormConv(nn.Module):
-    """ReLU → GroupNorm → standardised convolution."""
+    """ReLU → GroupNorm → standardized convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__()

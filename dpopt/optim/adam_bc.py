@@ -7,8 +7,8 @@ private training that is nearly all of it. With m̂ and v̂ as in Adam, the step
     θ ← θ(1 − lr·weight_decay) − lr·m̂/√max(v̂ − Φ̂, floor)          floor is the paper's γ′; there is no further ε
 
 Public code differs: the code released with DP-MicroAdam (2511.20509) subtracts the noise of a σ that it was given once,
-not of the σ that is used. Here s is an option of the parameter groups, `noise_std`, into which `PrivateGradient.inform`
-writes that of every step; under adaptive clipping it moves.
+not of the σ that is used. Here s is an option of the parameter groups, `noise_std`. Before every step
+`PrivateGradient.update_param_groups` writes it there; under adaptive clipping it moves.
 """
 
 from typing import Any

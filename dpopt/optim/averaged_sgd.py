@@ -1,9 +1,9 @@
-"""The variance reduction of DP-PSASC (2411.03059): SGD along an average of past privatised gradients.
+"""The variance reduction of DP-PSASC (2411.03059): SGD along an average of past privatized gradients.
 
     m ← γ·m + (1 − γ)·g,   m₁ = g₁
     θ ← θ(1 − lr·weight_decay) − lr·g     in the first `plain_steps` steps,     − lr·m     after them
 
-The average is over *privatised* gradients, so it is post-processing: an average of raw sums would let one example into
+The average is over *privatized* gradients, so it is post-processing: an average of raw sums would let one example into
 several releases. The paper's schedule was not at hand: that averaging begins with the first step, and is used after
 `plain_steps` of them, is our reading. Its clip rule is `clipping=psasc`.
 """

@@ -1,4 +1,4 @@
-"""DP-LAMB (You et al., 1904.00962; on privatised gradients Mehta et al., 2205.02973): Adam with a step size per tensor.
+"""DP-LAMB (You et al., 1904.00962; on privatized gradients Mehta et al., 2205.02973): Adam with a step size per tensor.
 
 With m̂ and v̂ as in Adam,
 

@@ -1,6 +1,6 @@
-"""Scale-then-privatise (2507.01129, algorithm 8): gradients are clipped and noised in the optimizer's own geometry.
+"""Scale-then-privatize (2507.01129, algorithm 8): gradients are clipped and noised in the optimizer's own geometry.
 
-From the raw second moment v of the privatised gradients so far, the optimizer offers a scale, elementwise:
+From the raw second moment v of the privatized gradients so far, the optimizer offers a scale, elementwise:
 
     s = 1/(√(v + eps_root) + eps_scale),  and s = 1 before the first step
     ḡ = (Σ clip(s∘g_i) + noise)/(qN)/s     by `PrivateGradient(..., pre_clip_scale=optimizer.pre_clip_scale)`

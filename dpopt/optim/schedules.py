@@ -11,9 +11,9 @@ class ClipRate(LRScheduler):
 
         lr ← lr·exp(rate·(target − ρ)), within `bounds` times its first value
 
-    ρ is the privatised clip rate of an adaptive clip rule, which `PrivateGradient.inform` writes into the parameter
-    groups; without one, as in a run without privacy, the learning rate stays. The paper's law was not at hand: this one
-    is our reading.
+    ρ is the privatized clip rate of an adaptive clip rule, which `PrivateGradient.update_param_groups` writes into the
+    parameter groups; without one, as in a run without privacy, the learning rate stays. The paper's law was not at
+    hand: this one is our reading.
 
     Args:
         optimizer: whose learning rates move.

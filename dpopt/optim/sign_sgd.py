@@ -1,4 +1,4 @@
-"""DP-SignSGD (Bernstein et al., 1802.04434, on privatised gradients): every coordinate moves by lr, up or down.
+"""DP-SignSGD (Bernstein et al., 1802.04434, on privatized gradients): every coordinate moves by lr, up or down.
 
     m ← β·m + (1 − β)·g
     θ ← θ(1 − lr·weight_decay) − lr·sign(m)               β = 0: the sign of the gradient itself

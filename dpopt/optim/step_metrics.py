@@ -37,7 +37,7 @@ class StepMetrics:
             `optimizer/effective_step`: root mean square of |Δθ|/lr over the coordinates that moved;
             `optimizer/moved_fraction`: the fraction of coordinates that moved;
             `optimizer/moment_fluctuation`: ‖m_t − m_{t−1}‖/‖m_{t−1}‖, where there is a first moment;
-            `optimizer/grad_norm`: norm of the privatised gradient; and the optimizer's own.
+            `optimizer/grad_norm`: norm of the privatized gradient; and the optimizer's own.
         """
         squares = moved = total = grad = change = size = 0.0
         for p, old, moment, lr in self.before:

@@ -1,4 +1,4 @@
-"""The ε of T steps of the Poisson-subsampled Gaussian mechanism, neighbours differing by one added or removed example.
+"""The ε of T steps of the Poisson-subsampled Gaussian mechanism, neighbors differing by one added or removed example.
 
 Three accountants: `pld` (privacy loss distributions, dp-accounting: the tightest, and an upper bound), `rdp` (Rényi,
 Opacus) and `prv` (privacy random variables, Opacus: its upper bound). The inverse problems, the smallest noise for a

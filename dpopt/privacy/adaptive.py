@@ -3,7 +3,7 @@
     b̃ = ½ + (Σ_{i in batch} (1[‖g_i‖ ≤ C] − ½) + N(0, σ_b²))/(qN)          the fraction that is not clipped
     C ← C·exp(−lr·(b̃ − quantile))
 
-The count is centred: one example more or less moves it by ½, and an example that is not there adds 0. Count and sum of
+The count is centered: one example more or less moves it by ½, and an example that is not there adds 0. Count and sum of
 gradients are one Gaussian release: over their sensitivities ½ and C their noise is 2σ_b and z_Δ, and together they cost
 what a single release with z = (z_Δ⁻² + (2σ_b)⁻²)^(−1/2) does. The plan's noise multiplier is z, from which
 `PrivacyPlan.gradient_noise_multiplier` derives z_Δ > z, so the count is in ε and no data is spent on it otherwise.

@@ -55,7 +55,7 @@ def _one_by_one(clip: ClipRule, norms: Tensor) -> Tensor:
 
 
 def unclipped_count(clip: Adaptive, norms: Tensor, present: Tensor) -> float:
-    """Add up the centred indicators of the examples that are present, each at most ½ in size; raw, hence private."""
+    """Add up the centered indicators of the examples that are present, each at most ½ in size; raw, hence private."""
     if type(clip) is Adaptive:
         return clip.count(norms, present)
     counts = [clip.count(norms[i : i + 1], present[i : i + 1]) for i in torch.nonzero(present).flatten().tolist()]

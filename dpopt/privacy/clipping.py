@@ -68,7 +68,7 @@ class Flat(_WithinClipNorm):
 
 @dataclass(frozen=True)
 class Automatic(_WithinClipNorm):
-    """Normalise gradients to nearly `clip_norm`; `gamma` keeps the order of small ones (Bu et al., 2022, AUTO-S)."""
+    """Normalize gradients to nearly `clip_norm`; `gamma` keeps the order of small ones (Bu et al., 2022, AUTO-S)."""
 
     clip_norm: float
     gamma: float = 0.01

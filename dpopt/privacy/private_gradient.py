@@ -9,11 +9,11 @@ to the right of `p.grad` is post-processing.
 
 Some algorithms reach to the left of it, through three seams:
 
-    pre_clip_scale  s of the optimizer: s∘g_i is clipped, summed, noised, and divided by s again (scale-then-privatise)
+    pre_clip_scale  s of the optimizer: s∘g_i is clipped, summed, noised, and divided by s again (scale-then-privatize)
     query_points    from a filter: g_i = Σ_j c_j·∇f_i(θ + d_j), clipped as one gradient (DiSK)
     count           of unclipped examples, noised: the clip rule moves the clip norm by it, the plan pays (adaptive)
 
-and what they need to know of the step flows right, as `step_info`, all of it public or privatised.
+and what they need to know of the step flows right, as `step_info`, all of it public or privatized.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ Point = tuple[float, dict[nn.Parameter, Tensor] | None]  # weight c and displace
 
 
 class PrivateGradient:
-    """Turns Poisson batches into privatised gradients in `p.grad`.
+    """Turns Poisson batches into privatized gradients in `p.grad`.
 
     Args:
         model: every trainable parameter must have a per-example gradient (no BatchNorm in train mode, no active
@@ -55,20 +55,20 @@ class PrivateGradient:
         clip: the clip rule. None is the non-private control: no clipping, allowed only with a plan without noise.
         start: number of steps already taken (a resumed run).
         engine: how per-example gradients are taken, a performance setting: a policy of `GradSampler` (`auto`, `store`,
-            `recompute`, `gram`, `vmap`), or an Engine made for this model.
+            `recompute`, `ghost`, `vmap`, `loop`), or a `GradSampler` made for this model.
         precision: `fp32`, or `bf16` for autocast in the forward.
         diagnostics: keep raw statistics of private data in `statistics` (training loss, clipped fraction,
-            signal-to-noise, realised batch size). They are not covered by ε.
-        pre_clip_scale: parameter → a positive tensor of its shape, or None for 1, made of privatised gradients only;
+            signal-to-noise, realized batch size). They are not covered by ε.
+        pre_clip_scale: parameter → a positive tensor of its shape, or None for 1, made of privatized gradients only;
             `dpopt.optim.AdamSTP.pre_clip_scale`, say.
-        query_points: () → weights and displacements of the points at which gradients are taken, made of privatised
+        query_points: () → weights and displacements of the points at which gradients are taken, made of privatized
             gradients only; `dpopt.filters.Kalman.query_points`, say.
         canaries: of an audit; they leave the gradient as it is.
 
     Attributes:
         step_info: of the last step, for optimizers and schedules: `noise_std`, the standard deviation of the noise in
             each coordinate of `p.grad` (absent where it is not the same for all), `clip_norm`, and `clip_rate`, the
-            privatised fraction of clipped examples, under a clip rule that counts them; and `pre_clip_scaled`, whether
+            privatized fraction of clipped examples, under a clip rule that counts them; and `pre_clip_scaled`, whether
             gradients were scaled before the clip.
 
     Raises:
@@ -132,7 +132,7 @@ class PrivateGradient:
         return self.plan.gradient_noise_multiplier * sensitivity
 
     def backward(self, batch: PoissonBatch) -> None:
-        """Fill `p.grad` of every trainable parameter with the privatised mean gradient of the batch.
+        """Fill `p.grad` of every trainable parameter with the privatized mean gradient of the batch.
 
         Raises:
             TypeError: for anything but a batch of `poisson_batches`.

@@ -1,6 +1,6 @@
 """Poisson batches: at every step each example enters independently with probability q, so batches differ in size.
 
-A logical batch is handed out in micro-batches of one constant, padded shape under a mask; it is never materialised
+A logical batch is handed out in micro-batches of one constant, padded shape under a mask; it is never materialized
 whole. An empty batch is one micro-batch of padding: a step like any other. Which examples enter, and how they are
 augmented, is keyed by (plan.key, step) and independent of the micro-batch size.
 """

@@ -215,13 +215,13 @@ class Progress:
         return " · ".join(parts)
 
 
-def _panel(title: str, rows: list[tuple[str, str]], colour: str) -> Panel:
+def _panel(title: str, rows: list[tuple[str, str]], color: str) -> Panel:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column()
     for name, text in rows:
         grid.add_row(name, Text(text))
-    return Panel(grid, title=Text(title), title_align="left", border_style=colour, expand=False)
+    return Panel(grid, title=Text(title), title_align="left", border_style=color, expand=False)
 
 
 def _privacy(about: RunDescription, plan: PrivacyPlan, clip: ClipRule | None) -> str:

@@ -77,7 +77,7 @@ def privacy_card(
     if about.private and diagnostics:
         lines += [
             "- **all that is named `private/…`** in metrics.csv, result.json and the tracker: raw statistics of the "
-            "training data (training loss, clipped fraction, signal-to-noise, realised batch size, accuracy on "
+            "training data (training loss, clipped fraction, signal-to-noise, realized batch size, accuracy on "
             "held-out training data), recorded because `diagnostics=true`. Do not publish them.",
         ]
     elif about.holdout:

@@ -289,7 +289,7 @@ def make_schedule(
     if isinstance(schedule, ClipRate) and clip is not None:
         if not isinstance(clip, Adaptive):
             raise ValueError(
-                "schedule=clip_rate follows a privatised clip rate: choose clipping=adaptive, which has one"
+                "schedule=clip_rate follows a privatized clip rate: choose clipping=adaptive, which has one"
             )
         if abs(1 - clip.quantile - schedule.target) > 1e-6:
             raise ValueError(

@@ -101,7 +101,7 @@ def test_training_on_an_image_folder(command, folder):
 
 
 def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
-    """From pictures made here; the second load reads the file, and each example is normalised by itself."""
+    """From pictures made here; the second load reads the file, and each example is normalized by itself."""
     from dpopt.data.sources import TensorSource
 
     generator = torch.Generator().manual_seed(0)

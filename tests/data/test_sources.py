@@ -69,7 +69,7 @@ def test_crop_and_flip_by_hand():
     assert torch.equal(_crop_flip(image, at, right, crop=1, flip=True)[0, 0], image[0, 0][:, [1, 2, 3, 2]])
 
 
-def test_normalisation_and_resizing():
+def test_normalization_and_resizing():
     images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
     source = TensorSource(images, torch.zeros(2), (0.5, 0.0, 1.0), (0.5, 1.0, 2.0), image_size=16)
     plain = next(source.plain(2))[0]

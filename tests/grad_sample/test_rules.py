@@ -26,8 +26,8 @@ CONVOLUTIONS = {
     "odd": nn.Conv2d(4, 6, (3, 2), stride=(3, 2), padding=(2, 1), dilation=(2, 3), groups=2),
     "same": nn.Conv2d(4, 6, 4, padding="same"),
     "circular": nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"),
-    "standardised": StandardizedConv2d(4, 6, 3),
-    "standardised strided": StandardizedConv2d(4, 6, 3, stride=2, affine=False),
+    "standardized": StandardizedConv2d(4, 6, 3),
+    "standardized strided": StandardizedConv2d(4, 6, 3, stride=2, affine=False),
     "timm": timm.layers.ScaledStdConv2d(4, 6, 3, stride=2),
     "timm same": timm.layers.ScaledStdConv2dSame(4, 6, 3, stride=2),
     "timm grouped": timm.layers.ScaledStdConv2d(4, 6, 3, groups=2, bias=False),
@@ -91,13 +91,13 @@ def test_embedding(views, padding):
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     size=st.tuples(st.integers(7, 11), st.integers(7, 11)),
-    standardised=st.booleans(),
+    standardized=st.booleans(),
 )
 def test_convolutions_of_any_shape(
-    examples, views, groups, channels, kernel, stride, padding, dilation, size, standardised
+    examples, views, groups, channels, kernel, stride, padding, dilation, size, standardized
 ):
     torch.manual_seed(0)
-    kind = timm.layers.ScaledStdConv2d if standardised and kernel != (1, 1) else nn.Conv2d
+    kind = timm.layers.ScaledStdConv2d if standardized and kernel != (1, 1) else nn.Conv2d
     layer = kind(groups * channels[0], groups * channels[1], kernel, stride, padding, dilation, groups)
     inputs = torch.randn(examples, views, groups * channels[0], *size)
     assert_exact(Head(layer), inputs, torch.arange(examples) % 3, validate=False, tolerance=1e-9)
@@ -106,13 +106,13 @@ def test_convolutions_of_any_shape(
 class Reused(nn.Module):
     """A layer that is called twice, and two that share a weight."""
 
-    def __init__(self, standardised=False):
+    def __init__(self, standardized=False):
         super().__init__()
-        self.twice = StandardizedConv2d(4, 4, 3) if standardised else nn.Linear(6, 6)
+        self.twice = StandardizedConv2d(4, 4, 3) if standardized else nn.Linear(6, 6)
         self.once = nn.Linear(6, 6)
         self.other = nn.Linear(6, 6)
         self.other.weight = self.once.weight
-        self.standardised = standardised
+        self.standardized = standardized
 
     def forward(self, x):
         x = torch.tanh(self.twice(torch.tanh(self.twice(x))))
@@ -121,10 +121,10 @@ class Reused(nn.Module):
 
 
 @pytest.mark.parametrize("views", [1, 4])
-@pytest.mark.parametrize("standardised", [False, True])
-def test_layers_used_twice_and_tied_weights(views, standardised):
-    shape = (4, 5, 5) if standardised else (6,)
-    assert_exact(Reused(standardised), torch.randn(3, views, *shape), torch.arange(3))
+@pytest.mark.parametrize("standardized", [False, True])
+def test_layers_used_twice_and_tied_weights(views, standardized):
+    shape = (4, 5, 5) if standardized else (6,)
+    assert_exact(Reused(standardized), torch.randn(3, views, *shape), torch.arange(3))
 
 
 class Bare(nn.Module):
@@ -154,7 +154,7 @@ def test_parameters_beside_submodules_and_frozen_ones(views):
     assert plans["store"][0].keys() == {"embed", "head", "partly"}
 
 
-def test_norms_through_standardisation_are_never_too_small():
+def test_norms_through_standardization_are_never_too_small():
     """Gradients almost constant over a filter, or almost along it: what is left is small, and its norm is right."""
     torch.manual_seed(0)
     layer = StandardizedConv2d(64, 8, 3, affine=False)
@@ -171,7 +171,7 @@ def test_norms_through_standardisation_are_never_too_small():
 
 
 def test_a_clamped_filter():
-    """Where ‖w − mean(w)‖ < .01 the standardisation does not project."""
+    """Where ‖w − mean(w)‖ < .01 the standardization does not project."""
     layer = StandardizedConv2d(4, 6, 3)
     with torch.no_grad():
         layer.weight[:3] *= 1e-3
@@ -179,7 +179,7 @@ def test_a_clamped_filter():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_norms_through_standardisation_are_not_taken_in_16_bits(dtype):
+def test_norms_through_standardization_are_not_taken_in_16_bits(dtype):
     """Of a bf16 gradient as it is: against the chain rule in float64."""
     torch.manual_seed(0)
     layer = StandardizedConv2d(16, 8, 3)

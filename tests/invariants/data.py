@@ -156,7 +156,7 @@ def coins_by_index(patch):
     patch.setattr(holdout, "_coins", lambda c, f, seed: RandomKey.from_seed(seed).uniform(len(c), "coin") < f)
 
 
-def the_realised_size_for_the_public_one(patch):
+def the_realized_size_for_the_public_one(patch):
     patch.setattr(TensorSource, "public_size", property(lambda self: len(self)))
 
 
@@ -239,7 +239,7 @@ MUTANTS = {
         digests_kept_by_name_alone,
     ],
     check_removing_an_example_moves_no_other: [holdout_by_position, coins_by_index],
-    check_the_sizes_of_a_holdout_are_public: [the_realised_size_for_the_public_one, coins_for_as_many_as_announced],
+    check_the_sizes_of_a_holdout_are_public: [the_realized_size_for_the_public_one, coins_for_as_many_as_announced],
     check_items_are_replayable: [items_fetched_once, workers_unchecked],
     check_workers_get_no_key_of_noise: [workers_with_the_whole_key],
     check_written_fingerprints_need_the_key: [mac_without_the_key, mac_is_the_fingerprint],

@@ -108,12 +108,12 @@ def fixed_size_batches(patch):
     )
 
 
-def realised_divisor(patch):
+def realized_divisor(patch):
     def backward(self, batch, real=PrivateGradient.backward):
-        self.realised = len(batch.indices)
+        self.realized = len(batch.indices)
         real(self, batch)
         for p in self.model.parameters():
-            p.grad *= self.plan.batch_size / max(1, self.realised)
+            p.grad *= self.plan.batch_size / max(1, self.realized)
 
     patch.setattr(PrivateGradient, "backward", backward)
 
@@ -312,7 +312,7 @@ MUTANTS = {
         accountant_fed_another_sigma,
         accountant_fed_another_rate,
     ],
-    check_poisson_and_divisor: [fixed_size_batches, realised_divisor],
+    check_poisson_and_divisor: [fixed_size_batches, realized_divisor],
     check_empty_batches_are_noisy_steps: [no_noise, empty_batches_skipped, empty_batches_uncounted],
     check_views_belong_to_their_example: [views_clipped_one_by_one, views_in_another_order_than_labels],
     check_every_contribution_is_bounded: [

@@ -35,14 +35,14 @@ def test_deit_parameter_counts(size, expected):
     assert count(getattr(models, f"deit_{size}")(pretrained=False)) == expected
 
 
-def test_standardised_convolution_by_hand():
+def test_standardized_convolution_by_hand():
     conv = StandardizedConv2d(2, 3, 3)
     with torch.no_grad():
         conv.gain.copy_(torch.tensor([1.0, 2.0, -1.0]))
     weight = conv.standardized_weight()
     flat = conv.weight.flatten(1)
-    centred = flat - flat.mean(1, keepdim=True)
-    expected = centred / (centred.square().sum(1, keepdim=True)).sqrt() * conv.gain[:, None]
+    centered = flat - flat.mean(1, keepdim=True)
+    expected = centered / (centered.square().sum(1, keepdim=True)).sqrt() * conv.gain[:, None]
     torch.testing.assert_close(weight.flatten(1), expected)
     with torch.no_grad():
         conv.weight.fill_(0.3)  # no variance: the clamp keeps it finite

@@ -1,4 +1,4 @@
-"""Scale-then-privatise: gradients are scaled before the clip and after the noise, by whatever engine; the mistakes."""
+"""Scale-then-privatize: gradients are scaled before the clip and after the noise, by whatever engine; the mistakes."""
 
 import math
 
@@ -107,7 +107,7 @@ def test_norms_of_scaled_gradients_under_every_policy(policy, views):
         torch.testing.assert_close(p.grad * plan.batch_size, e, rtol=1e-8, atol=1e-11)
 
 
-def test_scale_then_privatise_by_hand():
+def test_scale_then_privatize_by_hand():
     """θ = (0, 0), one example x = (−3, −4), C = 1, β₂ = .75, ε_s = .1, lr = 1, ε = 0, two steps without noise.
 
     Step 1: s = 1, g = (3, 4)/5 = (.6, .8), and Adam moves by lr in each coordinate: θ = (−1, −1). v = .25·(.36, .64),
@@ -132,8 +132,8 @@ def test_scale_then_privatise_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["adam", "micro_adam"])
-def test_scale_then_privatise_equals_its_equations(kind):
-    """20 steps on a bowl: the scale from the raw second moment of what was privatised before."""
+def test_scale_then_privatize_equals_its_equations(kind):
+    """20 steps on a bowl: the scale from the raw second moment of what was privatized before."""
     plan = PrivacyPlan(0.0, 6, 6, 20, 1e-3)
     model = Bowl(1.0, -2.0, 0.5, 3.0)
     x = torch.tensor(np.random.default_rng(0).normal(size=(6, 4)))

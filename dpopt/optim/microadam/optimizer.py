@@ -1,4 +1,4 @@
-"""MicroAdam (Modoranu et al., 2405.15593); on privatised gradients it is DP-MicroAdam (2511.20509).
+"""MicroAdam (Modoranu et al., 2405.15593); on privatized gradients it is DP-MicroAdam (2511.20509).
 
 With g the gradient, e the error feedback, and a window of the last m sparse gradients (I, V), a step t = 1, 2, … is
 
@@ -44,8 +44,8 @@ class MicroAdam(torch.optim.Optimizer):
         weight_decay: decoupled.
         density: fraction of the values selected in a step, in (0, 1].
         window: number of past sparse gradients that the moments see; None for all of them, in two dense moments.
-        bits: of the error feedback, 2, 4, 8, or 32 for unquantised feedback and window values.
-        bucket: values that share a quantisation range, a multiple of 8. Beyond 4,096 the blocks grow with it.
+        bits: of the error feedback, 2, 4, 8, or 32 for unquantized feedback and window values.
+        bucket: values that share a quantization range, a multiple of 8. Beyond 4,096 the blocks grow with it.
         rounding: of the error feedback, `nearest` or `stochastic` (unbiased).
         error_feedback: carry what was not selected over to later steps; off, it is dropped.
         scope: select from every `block` of 4,096 values, or from the whole `tensor`.

@@ -22,8 +22,8 @@ class Layout(NamedTuple):
     Attributes:
         size: values per block.
         k: values selected per block.
-        bits: of the error feedback; 32 leaves it and the window's values unquantised.
-        bucket: values per quantisation bucket.
+        bits: of the error feedback; 32 leaves it and the window's values unquantized.
+        bucket: values per quantization bucket.
         window: rows of the window; None for dense moments.
         feedback: whether what is not selected is kept.
         dtype: of the arithmetic.

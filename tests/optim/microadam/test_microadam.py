@@ -90,7 +90,7 @@ def test_dense_with_an_unbounded_window_is_adam(decay, options):
 )
 @pytest.mark.parametrize("shape", [(63, 100), (4096,), (4097,), (100_003,)])
 def test_conservation(bits, rounding, shape):
-    """Accumulator = selected + feedback + quantisation error, which is at most half a bucket step (or one step)."""
+    """Accumulator = selected + feedback + quantization error, which is at most half a bucket step (or one step)."""
     parameter = nn.Parameter(torch.zeros(shape))
     optimizer = MicroAdam([parameter], bits=bits, rounding=rounding, window=3, kernels="torch")
     form = layout(parameter, optimizer.param_groups[0])

@@ -1,4 +1,4 @@
-"""The low-bit quantiser against a value-by-value transcription of its definition, and its corners."""
+"""The low-bit quantizer against a value-by-value transcription of its definition, and its corners."""
 
 import math
 
@@ -12,7 +12,7 @@ from dpopt.optim.microadam.quantize import dequantize, golden_dither, quantize
 
 
 def store(x, bits=4, bucket=256, dither=None):
-    """Quantise a copy; returns what is read back, the ranges, and the bucket step of each value."""
+    """Quantize a copy; returns what is read back, the ranges, and the bucket step of each value."""
     packed = torch.empty(len(x), x.shape[1] * bits // 8, dtype=torch.uint8)
     ranges = torch.empty(len(x), x.shape[1] // bucket, 2, dtype=torch.bfloat16)
     quantize(x.clone(), packed, ranges, torch.empty_like(x), dither)
