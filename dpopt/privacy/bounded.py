@@ -1,11 +1,14 @@
 """Hold clip rules to what they promise: no weighted gradient is longer than S, and no example's count exceeds ½.
 
 The noise is made for the sensitivity S that a rule states. A rule of the library is trusted to weigh each example by
-its own norm. Any other rule is asked for one example at a time, must not change while it weighs, and its weights are
-cut to S/‖g‖: an example then adds at most S to the sum, and no example's weight depends on another example.
+its own norm. Any other rule is asked for one example at a time, in order and backwards. It must not change meanwhile
+and must answer the same. Its weights are cut to S/‖g‖. An example then adds at most S to the sum, and no example's
+weight depends on another example.
 """
 
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 from dpopt.privacy.adaptive import Adaptive
 from dpopt.privacy.clipping import PSAC, PSASC, Automatic, ClipRule, Flat, PerLayer
 
-_TRUSTED = (Flat, Automatic, PSAC, PSASC, PerLayer, Adaptive)
+_OURS = (Flat, Automatic, PSAC, PSASC, PerLayer, Adaptive)
 
 
 def clip_weights(clip: ClipRule, norms: Tensor, present: Tensor, bound: float) -> Tensor:
@@ -31,7 +34,7 @@ def clip_weights(clip: ClipRule, norms: Tensor, present: Tensor, bound: float) -
     Raises:
         ValueError: for weights of another shape, or a rule that changes while it weighs.
     """
-    weights = clip.weight(norms) if type(clip) in _TRUSTED else _one_by_one(clip, norms)
+    weights = clip.weight(norms) if _is_ours(clip) else _one_by_one(clip, norms)
     if weights.shape != norms.shape:
         raise ValueError(
             f"{type(clip).__name__}.weight gives weights of shape {tuple(weights.shape)} for norms of shape "
@@ -43,29 +46,52 @@ def clip_weights(clip: ClipRule, norms: Tensor, present: Tensor, bound: float) -
     return torch.where(present.view(factor.shape) & weights.isfinite(), weights, 0.0)
 
 
-def _one_by_one(clip: ClipRule, norms: Tensor) -> Tensor:
-    before = _state(clip)
-    weights = [clip.weight(norms[i : i + 1]) for i in range(len(norms))]
-    if _state(clip) != before:
-        raise ValueError(
-            f"{type(clip).__name__} changes while it weighs examples, so its clip norm would follow raw norms, which "
-            "are private: move it in observe(count, batch_size) of a subclass of dpopt.clipping.Adaptive"
-        )
-    return torch.cat(weights) if weights else torch.ones_like(norms)
+def _is_ours(clip: ClipRule) -> bool:
+    """Whether a rule is the library's, with no method replaced on the object."""
+    return type(clip) in _OURS and not vars(clip).keys() & {"weight", "count"}
 
 
 def unclipped_count(clip: Adaptive, norms: Tensor, present: Tensor) -> float:
     """Add up the centered indicators of the examples that are present, each at most ½ in size; raw, hence private."""
-    if type(clip) is Adaptive:
+    if _is_ours(clip):
         return clip.count(norms, present)
-    counts = [clip.count(norms[i : i + 1], present[i : i + 1]) for i in torch.nonzero(present).flatten().tolist()]
-    return sum(min(max(float(count), -0.5), 0.5) if count == count else 0.0 for count in counts)
+
+    def ask(i: int) -> Tensor:
+        return torch.tensor([float(clip.count(norms[i : i + 1], present[i : i + 1]))])
+
+    examples = torch.nonzero(present).flatten().tolist()
+    if not examples:
+        return 0.0
+    counts = _ask_alone(clip, ask, examples)
+    return float(counts.double().nan_to_num(nan=0.0).clamp(-0.5, 0.5).sum())
 
 
-def _state(clip: ClipRule) -> bytes:
-    """Everything that a rule keeps, and its sensitivity."""
-    kept = {name: value for name, value in getattr(clip, "__dict__", {}).items()}
-    try:
-        return pickle.dumps((kept, float(clip.sensitivity)))
-    except (pickle.PicklingError, TypeError, AttributeError):
-        return repr((sorted(kept), float(clip.sensitivity))).encode()
+def _one_by_one(clip: ClipRule, norms: Tensor) -> Tensor:
+    if not len(norms):
+        return torch.ones_like(norms)
+    return _ask_alone(clip, lambda i: clip.weight(norms[i : i + 1]), list(range(len(norms))))
+
+
+def _ask_alone(clip: ClipRule, ask: Callable[[int], Tensor], examples: list[int]) -> Tensor:
+    """Ask a rule about each example, in order and backwards: an answer that follows other examples would differ."""
+    before = _state(clip)
+    answers = torch.cat([ask(i) for i in examples])
+    again = torch.cat([ask(i) for i in reversed(examples)][::-1])
+    if _state(clip) != before or not torch.equal(answers.nan_to_num(), again.nan_to_num()):
+        raise ValueError(
+            f"{type(clip).__name__} changes while it weighs examples, or answers otherwise when it is asked again, so "
+            "one example would decide over another: move the clip norm in observe(count, batch_size) of a subclass of "
+            "dpopt.clipping.Adaptive, and use no other state"
+        )
+    return answers
+
+
+def _state(clip: ClipRule) -> list[Any]:
+    """What a rule keeps, as far as it can be written down, and its sensitivity."""
+    kept: list[Any] = [float(clip.sensitivity)]
+    for name, value in sorted(getattr(clip, "__dict__", {}).items()):
+        try:
+            kept.append((name, pickle.dumps(value)))
+        except (pickle.PicklingError, TypeError, AttributeError):
+            kept.append(name)
+    return kept
