@@ -25,6 +25,12 @@ test: $(READY)  ## run the tests, a process per core (no network, no GPU needed)
 test-fast: $(READY)  ## the tests without those that take seconds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 -m "not slow"
 
+test-floors:  ## the tests on the oldest packages that pyproject.toml admits, in an environment of their own (6 GB)
+	$(PYTHON) -m venv $(VENV)-floors
+	sed -n '/^dependencies/,$$p' pyproject.toml | grep -oE '"[a-z-]+>=[0-9.]+' | tr -d '"' | sed 's/>=/==/' >$(VENV)-floors/floors.txt
+	$(VENV)-floors/bin/pip install --quiet --constraint $(VENV)-floors/floors.txt --editable '.[dev]'
+	OMP_NUM_THREADS=1 $(VENV)-floors/bin/python -m pytest -q -n auto --maxprocesses 4 -o filterwarnings=default
+
 lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
@@ -62,5 +68,5 @@ plan-%: $(READY)  ## estimate a table on this machine: runs, time, memory
 rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
 	$(DPOPT) rerun $(RUN)
 
-.PHONY: help setup demo test test-fast lint bench audit tables rerun
+.PHONY: help setup demo test test-fast test-floors lint bench audit tables rerun
 .DEFAULT_GOAL := help

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -14,28 +15,66 @@ from dpopt.grad_sample.per_sample import PerSampleGradients
 Sample = Callable[[Gradients, Tensor, Tensor], PerSampleGradients]
 
 
-def compile_sampler(sample: Sample, values: Gradients, inputs: Tensor, targets: Tensor) -> Sample:
+class _Sampled(nn.Module):
+    """A model whose forward takes its per-sample gradients, so that rules read the parameters of the graph."""
+
+    def __init__(self, model: nn.Module, sample: Sample) -> None:
+        super().__init__()
+        self.model, self.sample = model, sample
+
+    def forward(self, values: Gradients, inputs: Tensor, targets: Tensor) -> PerSampleGradients:
+        return self.sample(values, inputs, targets)
+
+
+def compile_sampler(sample: Sample, model: nn.Module, inputs: Tensor, targets: Tensor) -> Sample:
     """Trace `sample` once through its backward and hooks, and compile it for these shapes.
 
+    Parameters and buffers are inputs of the graph, which hence sees those of the day.
+
     Args:
-        sample: (parameters by name, inputs, targets) → per-sample gradients.
-        values: parameters, by name.
+        sample: (trainable parameters by name, inputs, targets) → per-sample gradients of the model.
+        model: its parameters and buffers are read at every call.
         inputs: (B, K, …).
         targets: (B, …).
+
+    Raises:
+        ValueError: for a model that cannot be compiled.
     """
     traced: list[Any] = []
+    whole = _Sampled(model, sample)
+    trained = {name: p.requires_grad for name, p in whole.named_parameters()}
+
+    def state() -> Gradients:
+        return {name: t.detach() for named in (whole.named_parameters(), whole.named_buffers()) for name, t in named}
+
+    names = list(state())
 
     def flat(*tensors: Tensor) -> tuple[Any, ...]:
-        per_sample = sample(dict(zip(values, tensors, strict=False)), tensors[-2], tensors[-1])
+        values = dict(zip(names, tensors, strict=False))
+        own = {name: t.detach().requires_grad_(trained.get(name, False)) for name, t in values.items()}
+        wanted = {name.removeprefix("model."): values[name] for name, needed in trained.items() if needed}
+        per_sample = functional_call(whole, own, (wanted, *tensors[len(names) :]))
         leaves, structure = tree_flatten(per_sample.tensors())
         traced[:] = per_sample.form(), structure
         return tuple(leaves)
 
-    example: list[Any] = [*values.values(), inputs, targets]
-    compiled = torch._inductor.compile(make_fx(flat)(*example), example)  # what has been traced needs no Dynamo
+    example: list[Any] = [*state().values(), inputs, targets]
+    try:
+        graph = make_fx(flat, tracing_mode="fake")(*example)  # types as the compiler sees them
+        with torch.no_grad():
+            compiled = torch._inductor.compile(graph, example)  # what has been traced needs no Dynamo
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"the gradients of {type(model).__name__} cannot be compiled ({type(error).__name__}: {reason}): "
+            "train with compile=false"
+        ) from error
     form, structure = traced
 
     def run(values: Gradients, inputs: Tensor, targets: Tensor) -> PerSampleGradients:
-        return form.filled(tree_unflatten(list(compiled(*values.values(), inputs, targets)), structure))
+        own = {**state(), **{f"model.{name}": value for name, value in values.items()}}
+        with torch.no_grad():
+            found = compiled(*own.values(), inputs, targets)
+        return form.filled(tree_unflatten(list(found), structure))
 
     return run

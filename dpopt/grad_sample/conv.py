@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from dpopt.grad_sample.norms import Gradients, at_once, gram, memory_order, square_norms
+from dpopt.grad_sample.norms import Gradients, at_once, gram, memory_order, square_norms, sum_wide
 from dpopt.models.layers import StandardizedConv2d
 
 
 def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
     """Any stride, padding, dilation and number of groups."""
-    found = {"bias": g.flatten(3).sum((1, 3))}
+    found = {"bias": sum_wide(g.flatten(3), (1, 3))}
     if module.weight.requires_grad:
         found["weight"] = _conv_weight(module, a, g)
     return found
@@ -126,7 +126,7 @@ def _standardization(module: Any) -> _Standardization:
 
 def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
     """The plain convolution's gradients, with respect to the standardized weight."""
-    return {"bias": g.flatten(3).sum((1, 3)), "weight": _conv_weight(module, _padded_to_same(module, a), g)}
+    return {"bias": sum_wide(g.flatten(3), (1, 3)), "weight": _conv_weight(module, _padded_to_same(module, a), g)}
 
 
 def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class GradSampler:
             per_sample = self.sample_at(values, inputs, targets)
             if self.policy == "loop" or self._looped or self.data_dependent or self._branching or not self._checked:
                 return per_sample  # a graph has no branches
-            self._graphs[shapes] = compile_sampler(self.sample_at, values, inputs, targets)
+            self._graphs[shapes] = compile_sampler(self._attempt, self.model, inputs, targets)
         return self._graphs[shapes](values, inputs, targets)
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Gradients, Tensor]:
@@ -209,7 +209,12 @@ class GradSampler:
             self.split_up()
 
     def _attempt(
-        self, values: Gradients, inputs: Tensor, targets: Tensor, scale: Gradients | None, policy: str | None
+        self,
+        values: Gradients,
+        inputs: Tensor,
+        targets: Tensor,
+        scale: Gradients | None = None,
+        policy: str | None = None,
     ) -> PerSampleGradients:
         per_sample = PerSampleGradients(len(inputs), scale)
         if self.policy in ("vmap", "loop"):

@@ -1,7 +1,7 @@
 """Arithmetic on per-example gradients (B, *shape), in whatever order they lie in memory."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ def square_norms(rows: Tensor) -> Tensor:
     return torch.cat([blocks, rest], 1).double().square_().sum(1)
 
 
+def sum_wide(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Sum over some dimensions, in at least float32."""
+    return x.sum(dims, dtype=torch.float32 if x.element_size() < 4 else x.dtype)
+
+
 def by_example(gradient: Tensor) -> Tensor:
     """(B, …) as (B, n), in the order in which it lies in memory: a view of anything dense."""
     return gradient.permute(0, *memory_order(gradient)).flatten(1) if gradient.ndim > 1 else gradient[:, None]
@@ -52,11 +57,13 @@ def gram(a: Tensor, g: Tensor, bias: bool) -> Tensor:
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
     """Matrix products in full precision: TF32 or autocast would round the sum, and it could be longer than its norm."""
-    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = False  # not cudnn.flags(), which switches cuDNN off unless told otherwise
     try:
-        cudnn = torch.backends.cudnn.flags(allow_tf32=False) if device.type == "cuda" else nullcontext()
-        with cudnn, torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32 = before[1]

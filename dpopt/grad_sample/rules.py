@@ -27,7 +27,7 @@ from dpopt.grad_sample.conv import (
     standardized_norms,
     standardized_pull_back,
 )
-from dpopt.grad_sample.norms import Gradients, gram
+from dpopt.grad_sample.norms import Gradients, gram, sum_wide
 from dpopt.models.layers import StandardizedConv2d
 
 
@@ -63,7 +63,7 @@ class Rule:
 def linear(module: nn.Linear, a: Tensor, g: Tensor) -> Gradients:
     """Any number of positions between example and feature."""
     a, g = a.flatten(1, -2), g.flatten(1, -2)
-    found = {"bias": g.sum(1)}
+    found = {"bias": sum_wide(g, 1)}
     if module.weight.requires_grad:
         found["weight"] = torch.bmm(g.mT, a)
     return found
@@ -111,7 +111,8 @@ def rms_norm(module: nn.RMSNorm, a: Tensor, g: Tensor) -> Gradients:
 
 
 def _affine(normalized: Tensor, g: Tensor, dims: int) -> Gradients:
-    return {"weight": (normalized * g).flatten(1, -1 - dims).sum(1), "bias": g.flatten(1, -1 - dims).sum(1)}
+    products, g = (x.flatten(1, -1 - dims) for x in (normalized * g, g))
+    return {"weight": sum_wide(products, 1), "bias": sum_wide(g, 1)}
 
 
 # Embedding

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dpopt
 from dpopt import models
 from dpopt.grad_sample.engine import POLICIES, GradSampler
+from dpopt.grad_sample.norms import exact
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.clipping import Flat
@@ -220,25 +221,64 @@ def test_policies_follow_shapes_and_memory():
         GradSampler(model, F.cross_entropy, "fast")
 
 
-@pytest.mark.parametrize("policy", ["auto", "recompute"])
-def test_compiled_is_the_same(policy):
+class Shifted(nn.Module):
+    """With a buffer, which few values make a candidate for a constant of the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(3))
+
+    def forward(self, x):
+        return x + self.shift
+
+
+@pytest.mark.parametrize("policy, precision", [("auto", "fp32"), ("recompute", "fp32"), ("auto", "bf16")])
+def test_compiled_is_the_same(policy, precision):
+    """Also after all parameters and buffers have moved: none of them is part of the graph."""
     torch.manual_seed(0)
-    model = nn.Sequential(StandardizedConv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 3))
-    model.double()
-    inputs, targets = torch.randn(4, 2, 3, 8, 8, dtype=torch.float64), torch.arange(4) % 3
-    found = []
-    for compiled in (False, True):
-        engine = GradSampler(model, F.cross_entropy, policy, compiled=compiled)
-        for _ in range(2):
-            sums = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    dtype = torch.float64 if precision == "fp32" else torch.float32
+    layers = StandardizedConv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Tanh(), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(144, 3), Shifted()).to(dtype)
+    model[6].bias.requires_grad = False
+    inputs, targets = torch.randn(4, 2, 3, 8, 8, dtype=dtype), torch.arange(4) % 3
+    engines = [GradSampler(model, F.cross_entropy, policy, None, precision, compiled) for compiled in (False, True)]
+    before = []
+    for _ in range(2):
+        found = []
+        for engine in engines:
+            sums = {n: torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad}
             per_sample = engine(inputs, targets)
             per_sample.add_weighted_sum(sums, 1 / per_sample.norms)
-        found.append((per_sample.norms, *sums.values()))
+            found.append(torch.cat([per_sample.norms, *(total.flatten() for total in sums.values())]))
+        tolerance = 1e-9 if precision == "fp32" else 0.03
+        assert (found[0] - found[1]).norm() <= tolerance * found[0].norm()
+        assert all((found[0] - one).norm() > 0.1 * one.norm() for one in before)
+        before = found
         with torch.no_grad():
-            model[0].weight.mul_(2)  # a graph sees the parameters of the day
-            model[0].weight.mul_(0.5)
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+            for tensor in model.state_dict().values():
+                tensor.add_(torch.rand_like(tensor))
+    assert len(engines[1]._graphs) == 1 and not engines[1].fallbacks
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    engine = GradSampler(model, F.cross_entropy, compiled=True)
+    monkeypatch.setattr(torch._inductor, "compile", fail)
+    with pytest.raises(ValueError, match="of Sequential cannot be compiled.*no compiler.*train with compile=false"):
+        engine(torch.randn(2, 1, 4), torch.arange(2))
+    assert engine.policy == "auto"
+
+
+def test_cudnn_stays_on(monkeypatch):
+    """Full precision is asked of it, for as long as it takes."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    with exact(torch.device("cuda")):
+        assert cudnn.enabled and not cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+    assert cudnn.enabled and cudnn.allow_tf32
 
 
 def test_buffers_and_hooks_are_left_as_they_were():

@@ -59,7 +59,8 @@ def step_packed(
         pointers, counts, first, owner = packed.launch["arrays"][dtype]
         common = dict(DTYPE=_DTYPES[dtype], DECAY=decay != 0, enable_fp_fusion=False)
         if form.window is None:
-            _dense_kernel[(len(chosen),)](
+            pieces = triton.cdiv(max(p.numel() for p in chosen), _DENSE)
+            _dense_kernel[(pieces, len(chosen))](
                 *(pointers, counts, first, packed.tensors["exp_avg"], packed.tensors["exp_avg_sq"]),
                 *(-lr, 1 - lr * decay, eps, betas[0], 1 - betas[0], betas[1], 1 - betas[1]),
                 *(1 / (1 - betas[0] ** step), 1 / (1 - betas[1] ** step)),
@@ -314,20 +315,19 @@ def _dense_kernel(
     DTYPE: tl.constexpr,
     DECAY: tl.constexpr,
 ):
-    tensor = tl.program_id(0)
+    tensor = tl.program_id(1)
     parameter = tl.load(pointers + 2 * tensor).to(tl.pointer_type(DTYPE))
     gradient = tl.load(pointers + 2 * tensor + 1).to(tl.pointer_type(DTYPE))
     count, row = tl.load(counts + tensor), tl.load(first_rows + 2 * tensor + 1)
-    for start in range(0, count, SIZE):
-        at = start + tl.arange(0, SIZE)
-        inside = at < count
-        g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-        first = tl.load(exp_avg + row + at, mask=inside, other=0.0) * beta1 + g * rest1
-        second = tl.load(exp_avg_sq + row + at, mask=inside, other=0.0) * beta2 + g * g * rest2
-        tl.store(exp_avg + row + at, first, mask=inside)
-        tl.store(exp_avg_sq + row + at, second, mask=inside)
-        old = tl.load(parameter + at, mask=inside, other=0.0).to(tl.float32)
-        if DECAY:
-            old = _cast(old * shrink, DTYPE).to(tl.float32)
-        update = tl.div_rn(first * correction1, tl.sqrt_rn(second * correction2) + eps) * minus_lr
-        tl.store(parameter + at, _cast(old + update, DTYPE), mask=inside)
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = at < count
+    g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(exp_avg + row + at, mask=inside, other=0.0) * beta1 + g * rest1
+    second = tl.load(exp_avg_sq + row + at, mask=inside, other=0.0) * beta2 + g * g * rest2
+    tl.store(exp_avg + row + at, first, mask=inside)
+    tl.store(exp_avg_sq + row + at, second, mask=inside)
+    old = tl.load(parameter + at, mask=inside, other=0.0).to(tl.float32)
+    if DECAY:
+        old = _cast(old * shrink, DTYPE).to(tl.float32)
+    update = tl.div_rn(first * correction1, tl.sqrt_rn(second * correction2) + eps) * minus_lr
+    tl.store(parameter + at, _cast(old + update, DTYPE), mask=inside)
