@@ -267,7 +267,7 @@ def test_what_cannot_be_compiled_is_said(monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     engine = GradSampler(model, F.cross_entropy, compiled=True)
     monkeypatch.setattr(torch._inductor, "compile", fail)
-    with pytest.raises(ValueError, match="of Sequential cannot be compiled.*no compiler.*train with compile=false"):
+    with pytest.raises(ValueError, match=r"of Sequential cannot be compiled.*no compiler.*train with compile=false"):
         engine(torch.randn(2, 1, 4), torch.arange(2))
     assert engine.policy == "auto"
 
