@@ -185,15 +185,19 @@ def render(models: int, seed: int, rows: list[tuple[str, int, str, str, str]]) -
         "",
         f"`python scripts/check_models.py --count {models} --seed {seed}`; timm {timm.__version__}, torch "
         f"{torch.__version__}. {models} models of at most {LARGEST / 1e6:.0f} M parameters, as built (train) and in "
-        "eval mode, at the smallest image size that they accept.",
+        "eval mode, at the smallest image size that they accept. Exact: the sum of gradients equals a loop of ordinary "
+        "backward passes to 1e-6 in float64. No model raised anything but one sentence, unless a line says traceback.",
         "",
         "| mode | status | reason | models |",
         "|---|---|---|---:|",
     ]
     counts = Counter((mode, status, reason_of(text) if text else "") for _, _, mode, status, text in rows)
     lines += [f"| {mode} | {status} | {why} | {n} |" for (mode, status, why), n in sorted(counts.items())]
-    lines += ["", "| model | size | mode | status | reason |", "|---|---:|---|---|---|"]
+    lines += ["", "BatchNorm in train mode is left out here.", ""]
+    lines += ["| model | size | mode | status | reason |", "|---|---:|---|---|---|"]
     for name, size, mode, status, text in sorted(rows):
+        if reason_of(text) == "BatchNorm in train mode":
+            continue
         lines.append(f"| {name} | {size} | {mode} | {status} | {text.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
