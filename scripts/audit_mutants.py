@@ -25,6 +25,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import dpopt
+from dpopt.machine import processor
 from dpopt.privacy.audit import AuditResult
 from dpopt.privacy.canaries import CHECKS, Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule, Flat, PerLayer
@@ -33,7 +34,7 @@ from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.zeroth_order import ZerothOrder
 from dpopt.runs.audit_report import roc_figure
-from dpopt.runs.provenance import processor, versions
+from dpopt.runs.provenance import versions
 
 OUT = Path(__file__).resolve().parents[1] / "experiments" / "results" / "audit"
 LEAST = 0.6  # of the claim, which the GDP bound must reach for the true code

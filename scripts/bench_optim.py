@@ -23,11 +23,12 @@ import timm
 import torch
 import torchvision
 
+from dpopt.machine import processor
 from dpopt.models import wrn_16_4
 from dpopt.optim import MicroAdam
 from dpopt.privacy.noise import add_noise
 from dpopt.rng import RandomKey
-from dpopt.runs.provenance import git_commit, processor
+from dpopt.runs.provenance import git_commit
 from dpopt.training.cost import optimizer_state_bytes
 
 BASELINE = "AdamW (fused)"

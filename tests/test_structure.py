@@ -9,8 +9,8 @@ from helpers import ROOT
 
 # From the ground up: a folder or file imports from lower floors and from its own, never upwards.
 FLOORS = (
-    *("rng", "files", "models", "optim", "data", "grad_sample", "privacy", "tasks", "filters", "config", "runs"),
-    *("training", "tables", "cli"),
+    *("rng", "files", "machine", "models", "optim", "data", "grad_sample", "privacy", "tasks", "filters", "config"),
+    *("runs", "training", "tables", "cli"),
 )
 MODULES = sorted((ROOT / "dpopt").rglob("*.py"))
 SOURCES = [*MODULES, *(ROOT / "scripts").glob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "run.py"]

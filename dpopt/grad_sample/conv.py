@@ -1,5 +1,6 @@
 """The rules of convolutions, plain and weight-standardized (`dpopt.grad_sample.rules` says what a rule is)."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from dpopt.grad_sample.norms import Gradients, at_once, gram, memory_order, square_norms, sum_wide
+from dpopt.grad_sample.choices import fastest
+from dpopt.grad_sample.norms import Gradients, at_once, gram, memory_order, pieces, square_norms, sum_wide
 from dpopt.models.layers import StandardizedConv2d
 
 
@@ -50,20 +52,77 @@ def _as_2d(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> tuple[Tensor, Any, Any, 
 
 def _conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
     """∂/∂weight (B, *weight shape) of an input (B, K, in, …) and an output gradient (B, K, out, …)."""
-    examples, views, out, groups = *g.shape[:3], module.groups
-    a, (kh, kw), (sh, sw), (dh, dw), padding = _as_2d(module, a)
-    left, right, top, bottom = padding
-    g = g.reshape(examples, views, out, -1, g.shape[-1])
-    channels, (height, width) = a.shape[2] // groups, g.shape[3:]
-    if examples == 1:  # the sum of a batch: torch's own
-        if left != right or top != bottom:
-            a, left, top = F.pad(a, padding), 0, 0
-        shape = a.new_empty(out, channels, kh, kw)
-        arguments = ([sh, sw], [top, left], [dh, dw], False, [0, 0], groups, [False, True, False])
-        return torch.ops.aten.convolution_backward(g[0], a[0], shape, None, *arguments)[1].view(1, *module.weight.shape)
-    # Lay out a as (B, in, kw, sh, K, rows, width): columns as column dx of the kernel meets them, and rows r, r + sh,
-    # … together. Then what row dy of the kernel meets is a contiguous stretch for all positions of the output, and the
-    # gradient is kh batched matrix products over the positions, without an unfolded input.
+    form = _Form.of(module, a)
+    g = g.reshape(*g.shape[:3], -1, g.shape[-1])
+    if len(a) == 1:  # the sum of a batch
+        found = _grouped(form, g)
+    else:
+        ways = {"grouped": _grouped, "one by one": _one_by_one, "columns": _by_columns}
+        order = sorted(ways, key=["columns", "grouped", "one by one"].index) if a.is_cuda else list(ways)
+        found = fastest(form.name(g), a.device, {name: functools.partial(ways[name], form, g) for name in order})
+    return found.squeeze(3) if module.weight.ndim == 3 else found
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A convolution in two dimensions: its input (B, K, in, h, w), and the zeros left, right, above and below it."""
+
+    a: Tensor
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, module: nn.Conv1d | nn.Conv2d, a: Tensor) -> "_Form":
+        a, kernel, stride, dilation, padding = _as_2d(module, a)
+        return cls(a, kernel, stride, dilation, tuple(padding), module.groups)
+
+    def name(self, g: Tensor) -> str:
+        """Of the weight gradient, for `fastest`."""
+        how = f"{self.kernel} {self.stride} {self.dilation} {self.padding} {self.groups}"
+        return f"convolution {how} {tuple(self.a.shape)} {tuple(g.shape)} {self.a.dtype}"
+
+
+def _grouped(form: _Form, g: Tensor) -> Tensor:
+    """Every example as groups of its own in one big convolution."""
+    examples, out, channels = len(g), g.shape[2], form.a.shape[2] // form.groups
+    x, y = (t.transpose(0, 1).flatten(1, 2) for t in (form.a, g))  # (K, B·channels, h, w): a view where K is 1
+    found = _weight_gradient(form, x, y, (examples * out, channels), examples * form.groups)
+    return found.view(examples, out, channels, *form.kernel)
+
+
+def _one_by_one(form: _Form, g: Tensor) -> Tensor:
+    """A call for every example."""
+    out, channels = g.shape[2], form.a.shape[2] // form.groups
+    result = g.new_empty(len(g), out, channels, *form.kernel)
+    for i, (x, y) in enumerate(zip(form.a, g, strict=True)):
+        result[i] = _weight_gradient(form, x, y, (out, channels), form.groups)
+    return result
+
+
+def _weight_gradient(form: _Form, x: Tensor, y: Tensor, shape: tuple[int, int], groups: int) -> Tensor:
+    """Of an ordinary convolution of (K, groups·in, h, w), by torch."""
+    left, right, top, bottom = form.padding
+    if left != right or top != bottom:
+        x, left, top = F.pad(x, form.padding), 0, 0
+    weight = x.new_empty(*shape, *form.kernel)
+    options = (form.stride, (top, left), form.dilation, False, (0, 0), groups, (False, True, False))
+    return torch.ops.aten.convolution_backward(y, x, weight, None, *options)[1]
+
+
+def _by_columns(form: _Form, g: Tensor) -> Tensor:
+    """Batched matrix products over views of the input, without unfolding it.
+
+    The input is laid out as (B, in, kw, sh, K, rows, width): columns as column dx of the kernel meets them, and rows
+    r, r + sh, … together. Then what row dy of the kernel meets is a contiguous stretch for all positions of the output,
+    and the gradient is kh batched products over the positions.
+    """
+    a, (examples, views, out, height, width) = form.a, g.shape
+    (kh, kw), (sh, sw), (dh, dw), groups = form.kernel, form.stride, form.dilation, form.groups
+    left, right, top, bottom = form.padding
+    channels = a.shape[2] // groups
     rows = -(-(a.shape[3] + top + bottom) // sh)
     length = ((views - 1) * rows + height) * width
     result = a.new_empty(examples * groups, kh, out // groups, channels * kw)
@@ -83,8 +142,7 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
             phase, first = dy * dh % sh, dy * dh // sh * width
             torch.bmm(y, met[:, :, phase, first : first + length].mT, out=into[:, dy])
     result = result.view(examples, groups, kh, out // groups, channels, kw)
-    result = result.permute(0, 1, 3, 4, 2, 5).flatten(1, 2) if groups > 1 else result[:, 0].permute(0, 2, 3, 1, 4)
-    return result.squeeze(3) if module.weight.ndim == 3 else result
+    return result.permute(0, 1, 3, 4, 2, 5).flatten(1, 2) if groups > 1 else result[:, 0].permute(0, 2, 3, 1, 4)
 
 
 # Weight standardization: the convolution sees s·τ·h, where h = (w − mean(w))/τ, filter by filter.
@@ -168,20 +226,22 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     it, and these filters are done one by one in float64.
     """
     through, gradient = _standardization(module), found["weight"]
-    gradient = gradient.float() if gradient.element_size() == 2 else gradient
     h, project = through.direction, through.project
     parts, directions = _by_filter(gradient, h)
-    examples, pieces, out, _ = parts.shape
-    square = square_norms(parts.flatten(0, 2)).view(parts.shape[:3]).sum(1)
-    columns = torch.stack([torch.ones_like(directions), directions], 3).flatten(0, 1).to(parts.dtype)
-    sums = torch.bmm(parts.flatten(1, 2).transpose(0, 1), columns).double().view(pieces, out, examples, 2).sum(0)
-    total, along = sums.permute(2, 1, 0)
+    square, total, along = torch.cat([_filter_sums(piece, directions) for piece in pieces(parts)], 1)
     left = _left_of(through, square, total, along)
     if get_proxy_mode() is not None:  # a graph has no branches
         left = _left(gradient.flatten(2), h, project)
     elif bool((lost := left < square / 20).any()):
-        left[lost] = _left(gradient[lost].flatten(1), h.expand(examples, -1, -1)[lost], project.expand_as(lost)[lost])
+        filters = h.expand(len(gradient), -1, -1)
+        left[lost] = _left(gradient[lost].flatten(1), filters[lost], project.expand_as(lost)[lost])
     return _through(module, through, left, along, found)
+
+
+def _filter_sums(parts: Tensor, h: Tensor) -> Tensor:
+    """‖G‖², ΣG and h·G of every filter, (3, B, out) float64, of G (B, P, out, n/P) and h (P, out, n/P)."""
+    square = square_norms(parts.flatten(0, 2)).view(parts.shape[:3])
+    return torch.stack([square, parts.sum(3).double(), (parts * h).sum(3).double()]).sum(2)
 
 
 def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Tensor) -> Tensor:

@@ -21,11 +21,10 @@ apart falls back, step by step, and `fallbacks` says how far:
 
     a rule → the layer under vmap → the layer in a loop over examples → the module around it, likewise → …
            → the whole model under vmap → the whole model in a loop over examples
-
-Before the first batch is taken, `dpopt.grad_sample.validate` compares two examples with ordinary backward passes.
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,11 +34,13 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from dpopt.grad_sample.backward import backpropagate
+from dpopt.grad_sample.choices import Choices, using
 from dpopt.grad_sample.compiled import compile_sampler
 from dpopt.grad_sample.data_flow import Answers, DataFlow
 from dpopt.grad_sample.fallback import (
     LossFn,
     call_module,
+    fails_alone,
     looped_gradients,
     per_example_gradients,
     without_inference_kernels,
@@ -75,6 +76,8 @@ class GradSampler:
         validated: whether the gradients of two examples have been compared with autograd's.
         validations: the states of the model and shapes of inputs that have passed `dpopt.grad_sample.validate`.
         policies: what is done with the gradients of every layer, once a batch has been taken.
+        choices: what was found fastest on this machine, under `auto`.
+        measured: whether `auto` may measure what is fastest; False to go by rules of thumb.
         data_dependent: whether the model moves rows by the data, so that every batch is checked.
 
     Raises:
@@ -97,6 +100,7 @@ class GradSampler:
         self.validated = self.data_dependent = False
         self.validations = Validated()
         self.policies: dict[str, str] = {}
+        self.choices, self.measured = Choices(), True
         self.bare: dict[str, tuple[int, ...]] = {}
         self._graphs: dict[Any, Callable[..., PerSampleGradients]] = {}
         self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -107,6 +111,7 @@ class GradSampler:
         self._layouts: dict[Any, list[Layout | None]] = {}  # by the shapes of a batch and of its layers' calls
         self._unsure: dict[Any, set[str]] = {}  # parameters whose copies had no gradient in a batch of these shapes
         self._branching = False  # whether branches depend on the data, and nothing else about layouts does
+        self._news = False  # whether the last batch had layouts that were not known
         self._checked = False  # whether the last batch left nothing open about its layouts
         self.split_up()
 
@@ -143,7 +148,8 @@ class GradSampler:
             per_sample = self.sample_at(values, inputs, targets)
             if self.policy == "loop" or self._looped or self.data_dependent or self._branching or not self._checked:
                 return per_sample  # a graph has no branches
-            self._graphs[shapes] = compile_sampler(self._attempt, self.model, inputs, targets)
+            traced = functools.partial(self._attempt, scale=None, policy=None)
+            self._graphs[shapes] = compile_sampler(traced, self.model, inputs, targets)
         return self._graphs[shapes](values, inputs, targets)
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Gradients, Tensor]:
@@ -183,6 +189,10 @@ class GradSampler:
         before = self.policy, set(self._whole), dict(self._expanded)
         while True:
             try:
+                per_sample = self._attempt(values, inputs, targets, scale, policy)
+                if not self._news or self._choices(policy) is None:
+                    return per_sample
+                self._news = False  # once more, to measure what is fastest, now that layouts are known
                 return self._attempt(values, inputs, targets, scale, policy)
             except UnsupportedLayerError as error:
                 self._leave_rule(error)
@@ -200,21 +210,11 @@ class GradSampler:
                     self.split_up()
                     if isinstance(error, ValueError):
                         raise
-                    # Of tokens, which are data, an error may repeat one.
-                    message = (str(error).strip().splitlines() or [""])[0][:200] if inputs.is_floating_point() else ""
-                    raise ValueError(
-                        f"the model or its loss fails on a single example ({type(error).__name__}"
-                        f"{message and f': {message}'}): mend what an ordinary forward and backward pass of it shows"
-                    ) from error
+                    raise fails_alone(error, inputs) from error
             self.split_up()
 
     def _attempt(
-        self,
-        values: Gradients,
-        inputs: Tensor,
-        targets: Tensor,
-        scale: Gradients | None = None,
-        policy: str | None = None,
+        self, values: Gradients, inputs: Tensor, targets: Tensor, scale: Gradients | None, policy: str | None
     ) -> PerSampleGradients:
         per_sample = PerSampleGradients(len(inputs), scale)
         if self.policy in ("vmap", "loop"):
@@ -234,6 +234,7 @@ class GradSampler:
         keep = self.data_dependent or batch not in self._layouts
         hooks = LayerHooks(self.tracked_layers, collector, (examples, views), self._expanded, root, keep)
         # A checkpointed layer would run again in the backward pass, with other parameters.
+        choices = self._choices(policy)
         unsaved = torch.autograd.graph.disable_saved_tensors_hooks("checkpoints need a loop over examples")
         answers = Answers()
         with unsaved, hooks, torch.enable_grad(), self.autocast():
@@ -256,9 +257,10 @@ class GradSampler:
             for call, hint in zip(calls, self._layouts.get(key, [None] * len(calls)), strict=True):
                 call.hint = hint
             unsure = set()
-        choose_policies(calls, examples, inputs.device.type, policy or self.policy, self.memory)
+        choose_policies(calls, examples, policy or self.policy, self.memory, choices)
         self.policies = {call.tracked.name: call.policy for call in calls}
-        backpropagate(collector, losses, root, copies, values, unsure)
+        with using(choices):
+            backpropagate(collector, losses, root, copies, values, unsure)
         if collector.probe is not None:
             self._record(batch, key, calls, unsure)
         return per_sample.finish(losses.detach())
@@ -288,7 +290,10 @@ class GradSampler:
         self._looped |= {call.tracked.name for call in calls if call.layout is not None and call.layout.looped}
         self._checked = not unsure and all(layout is None or layout.sure for layout in layouts)
         self._layouts[batch], self._layouts[key], self._unsure[key] = [], layouts, unsure
-        self._trial = ""
+        self._trial, self._news = "", self._checked and not self.data_dependent
+
+    def _choices(self, policy: str | None) -> Choices | None:
+        return self.choices if self.measured and (policy or self.policy) == "auto" else None
 
     def _leave_rule(self, error: UnsupportedLayerError) -> None:
         """Take the step that an error asks for."""
@@ -320,12 +325,12 @@ class GradSampler:
         self.split_up()
 
     def twin(self, model: nn.Module, loss_fn: LossFn, precision: str = "fp32") -> "GradSampler":
-        """Make a sampler of the model or a copy of it, with the same choices."""
+        """Make a sampler of the model or a copy of it, with the same choices; it measures nothing."""
         other = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, dict | set):
                 setattr(other, name, copy.copy(value))
-        other.model, other.loss_fn, other.precision = model, loss_fn, precision
+        other.model, other.loss_fn, other.precision, other.measured = model, loss_fn, precision, False
         other._graphs, other._layouts, other._unsure = {}, {}, {}
         other.split_up()
         return other
@@ -341,6 +346,5 @@ class GradSampler:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Make the context of forward passes."""
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
+        kind = next(self.model.parameters()).device.type
+        return torch.autocast(kind, dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()

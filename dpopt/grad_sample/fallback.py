@@ -168,3 +168,12 @@ def looped_gradients(
         losses.append(loss.detach())
         found.append(_gradient(loss, used))
     return {name: torch.stack([one[name] for one in found]) for name in used}, torch.stack(losses)
+
+
+def fails_alone(error: Exception, inputs: Tensor) -> ValueError:
+    """What to raise for a model that fails on one example; of tokens, which are data, an error may repeat one."""
+    message = (str(error).strip().splitlines() or [""])[0][:200] if inputs.is_floating_point() else ""
+    return ValueError(
+        f"the model or its loss fails on a single example ({type(error).__name__}{message and f': {message}'}): mend "
+        "what an ordinary forward and backward pass of it shows"
+    )

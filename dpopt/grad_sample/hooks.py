@@ -218,7 +218,7 @@ class LayerHooks:
         positions = max(1, output.numel() // (self.examples * width))
         kept = sum(x.numel() for x in [output, *tensors]) // self.examples
         call = LayerCall(tracked, arguments, [x._version for x in tensors], positions, kept)
-        call.structure, call.index, call.shape = structure, index, output.shape
+        call.structure, call.index, call.shape, call.dtype = structure, index, output.shape, output.dtype
         if self.keep and structure is not None:
             call.output = output.detach().clone()
         self.calls.append(call)

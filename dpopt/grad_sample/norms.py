@@ -1,10 +1,11 @@
 """Arithmetic on per-example gradients (B, *shape), in whatever order they lie in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Gradients = dict[str, Tensor]
 _WORKSPACE = {"cpu": 8 << 20, "cuda": 256 << 20}  # bytes of intermediate results that are formed at once
@@ -21,11 +22,28 @@ def square_norms(rows: Tensor) -> Tensor:
     On a CPU, torch adds the squares of a long row one by one in fp32, and 25 million equal entries lose 1 % of their
     norm: rows are taken in blocks of 256, which loses at most 2e-7, and the blocks are added in float64.
     """
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    return torch.cat([_square_norms(piece) for piece in wide_pieces(rows)])
+
+
+def _square_norms(rows: Tensor) -> Tensor:
     whole = rows.shape[1] // 256 * 256
     blocks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, 256)), dim=2)
+    if whole == rows.shape[1]:
+        return blocks.double().square_().sum(1)
     rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
     return torch.cat([blocks, rest], 1).double().square_().sum(1)
+
+
+def pieces(rows: Tensor) -> Iterator[Tensor]:
+    """Split (R, …) into some rows that stay in the cache, converted to at least float32; a graph gets them whole."""
+    count = len(rows) if get_proxy_mode() is not None else at_once(rows, 2 * rows[:1].numel())
+    for piece in rows.split(max(1, count)):
+        yield piece.float() if piece.element_size() < 4 else piece
+
+
+def wide_pieces(rows: Tensor) -> Iterable[Tensor]:
+    """(R, …) in at least float32: whole if it is so already, else in pieces."""
+    return [rows] if rows.element_size() >= 4 else pieces(rows)
 
 
 def sum_wide(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
@@ -59,11 +77,13 @@ def exact(device: torch.device) -> Iterator[None]:
     """Matrix products in full precision: TF32 or autocast would round the sum, and it could be longer than its norm."""
     cudnn = torch.backends.cudnn
     before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
+    if before[0] != "highest":
+        torch.set_float32_matmul_precision("highest")
     cudnn.allow_tf32 = False  # not cudnn.flags(), which switches cuDNN off unless told otherwise
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
+        if before[0] != "highest":
+            torch.set_float32_matmul_precision(before[0])
         cudnn.allow_tf32 = before[1]

@@ -11,7 +11,7 @@ from torch.utils._pytree import TreeSpec
 from dpopt.grad_sample.fallback import LayerFunction
 from dpopt.grad_sample.layout import Layout, joined, split
 from dpopt.grad_sample.modules import TrackedLayer, size_of
-from dpopt.grad_sample.norms import Gradients, at_once, by_example, exact, memory_order, square_norms
+from dpopt.grad_sample.norms import Gradients, at_once, by_example, exact, memory_order, square_norms, wide_pieces
 from dpopt.grad_sample.rules import BY_VMAP
 
 
@@ -29,6 +29,7 @@ class LayerCall:
         alone: whether this call is all that the layer's parameters are used for.
         index: of the output tensor; a layer with several has a call for each.
         shape: of that tensor.
+        dtype: of that tensor.
         layout: where the examples lie; None until it has been found.
         hint: a layout that fitted an equal call.
         wide: whether to compute in float64, since the norm is taken after a scale that may magnify rounding.
@@ -47,6 +48,7 @@ class LayerCall:
     structure: TreeSpec | None = None
     index: int = 0
     shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
     layout: Layout | None = None
     hint: Layout | None = None
     wide: bool = False
@@ -228,12 +230,18 @@ def _squares(found: Gradients, scale: Gradients | None) -> Gradients:
 
 def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None, wide: bool) -> Tensor:
     """Σ weights[i]·gradient[i], (*shape)."""
-    weights = weights.double() if wide else weights
-    rows = by_example(gradient).to(weights.dtype)
+    rows = by_example(gradient)
+    if wide:
+        rows, weights = rows.double(), weights.double()
     if select is not None:
         rows = rows.masked_fill(select[:, None], 0.0)
+    total, done = weights.new_zeros(rows.shape[1]), 0
+    for piece in wide_pieces(rows):
+        piece = piece.to(weights.dtype)
+        total.addmv_(piece.T, weights[done : done + len(piece)])
+        done += len(piece)
     order = memory_order(gradient)
-    total = torch.mv(rows.T, weights).view([gradient.shape[i] for i in order])
+    total = total.view([gradient.shape[i] for i in order])
     return total.permute([order.index(i) for i in range(1, gradient.ndim)])
 
 

@@ -1,46 +1,45 @@
 """Choose for every call of a layer what is done with its per-sample gradients."""
 
+import functools
 from collections import Counter
+from dataclasses import replace
 
+import torch
+
+from dpopt.grad_sample.choices import Choices
+from dpopt.grad_sample.hooks import BackwardCollector
 from dpopt.grad_sample.modules import TrackedLayer, size_of
-from dpopt.grad_sample.per_sample import LayerCall
+from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients
 
-# Operations that a device does in the time of moving one byte; storing saves 2 operations per position and weight, and
-# costs the reading of 4 bytes.
-_BALANCE = {"cpu": 7, "cuda": 166}
-_SMALL = 4096  # values of a gradient that is not worth recomputing
+_SMALL = 4096  # values of a gradient that is not worth anything but storing
+_LARGEST = 1 << 30  # bytes that a way may take to be tried, where no limit is known
 
 
-def choose_policies(calls: list[LayerCall], examples: int, device: str, policy: str, memory: int | None) -> None:
+def choose_policies(
+    calls: list[LayerCall], examples: int, policy: str, memory: int | None, choices: Choices | None = None
+) -> None:
     """Set the policy of every call.
 
     Args:
         calls: of one forward pass.
         examples: B.
-        device: on which it ran.
         policy: `auto`, or one for all layers that can follow it.
         memory: bytes that stored gradients may take under `auto`; None for no limit.
+        choices: what is fastest, for `auto`; None to go by the numbers of positions and weights.
     """
     times = Counter(call.tracked for call in calls)
     for call in calls:
         tracked, size = call.tracked, size_of(call.tracked)
         call.alone = times[tracked] == 1 and not tracked.tied
-        ghost = tracked.rule.ghost_norm is not None and len(tracked.names) == sum(
-            1 for _ in tracked.module.parameters()
-        )
         narrow = call.structure is not None and next(tracked.module.parameters()).element_size() < 4
         if not call.alone or narrow:
             call.policy = "store"  # several calls make one gradient; in 16 bits norm and sum would differ
         elif policy == "ghost":
-            call.policy = "ghost" if ghost else "recompute" if size > _SMALL else "store"
+            call.policy = "ghost" if _has_ghost(tracked) else "recompute" if size > _SMALL else "store"
         elif policy != "auto":
             call.policy = policy
-        elif ghost and 8 * call.positions * _width(tracked) < size:
-            call.policy = "ghost"
-        elif size > _SMALL and call.positions < 2 * _BALANCE.get(device, 7):
-            call.policy = "recompute"
         else:
-            call.policy = "store"
+            call.policy = _fastest(call, examples, memory, choices)
     if policy == "auto" and memory is not None:
         stored = [call for call in calls if call.policy == "store"]
         left = memory - sum(4 * examples * size_of(call.tracked) for call in stored)
@@ -49,6 +48,56 @@ def choose_policies(calls: list[LayerCall], examples: int, device: str, policy: 
             if left < 0 and call.alone and size_of(call.tracked) > call.kept:
                 call.policy = "recompute"
                 left += 4 * examples * size_of(call.tracked)
+
+
+def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choices | None) -> str:
+    """The fastest policy of a call that is alone, among those that may fit."""
+    tracked, size = call.tracked, size_of(call.tracked)
+    if size <= _SMALL:
+        return "store"
+    ways = ["store", "recompute"]
+    if 4 * examples * size > (_LARGEST if memory is None else memory):
+        ways.remove("store")
+    # Inner products of positions are cheap only where there are few.
+    if _has_ghost(tracked) and call.positions * _width(tracked) <= size:
+        ways.insert(0, "ghost")
+    guess = "ghost" if "ghost" in ways and 8 * call.positions * _width(tracked) < size else ways[-2:][0]
+    if choices is None or len(ways) == 1:
+        return guess
+    known = choices.made.get(name := _name(call, examples))
+    if known in ways:
+        return known
+    if call.layout is None:  # its examples have not been found yet
+        return guess
+    device = next(tracked.module.parameters()).device
+    return choices.find(name, device, {way: functools.partial(_try, call, way, examples) for way in ways})
+
+
+def _try(call: LayerCall, policy: str, examples: int) -> None:
+    """Do all that a policy does with a call, on gradients that are one."""
+    per_sample = PerSampleGradients(examples)
+    weight = next(call.tracked.module.parameters())
+    g = torch.ones(call.shape, dtype=call.dtype, device=weight.device)
+    BackwardCollector(per_sample).arrived(replace(call, policy=policy), g)
+    per_sample.finish(torch.zeros(examples, device=weight.device))
+    total = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    sums = {
+        full: torch.zeros_like(call.tracked.module.get_parameter(name), dtype=total)
+        for name, full in call.tracked.names.items()
+    }
+    per_sample.add_weighted_sum(sums, torch.ones(examples, dtype=per_sample.norms.dtype, device=weight.device))
+
+
+def _name(call: LayerCall, examples: int) -> str:
+    """Of what a policy does with a call, for `Choices`."""
+    module = call.tracked.module
+    parts = [type(module).__name__, *(str(tuple(p.shape)) for p in module.parameters())]
+    parts += [f"{tuple(x.shape)} {x.dtype}" for x in call.arguments if isinstance(x, torch.Tensor)]
+    return " ".join(["policy", *parts, "to", f"{tuple(call.shape)} {call.dtype}", f"of {examples}"])
+
+
+def _has_ghost(tracked: TrackedLayer) -> bool:
+    return tracked.rule.ghost_norm is not None and len(tracked.names) == len(list(tracked.module.parameters()))
 
 
 def _width(tracked: TrackedLayer) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from dpopt.machine import processor
+
 
 def short_commit(commit: Any) -> str:
     """Shorten a commit for people."""
@@ -35,10 +37,3 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """Name a device as people do."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({processor()})"
-
-
-def processor() -> str:
-    """Name this machine's processor; where that is not known, its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

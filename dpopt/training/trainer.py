@@ -71,6 +71,7 @@ class Trainer:
             "metrics_rows": 0,
             "git_commit": self.commit,
             "diagnostics": False,
+            "choices": {},
         }
         key = FingerprintKey.load()
         self._data_mac, self._key_id = key.mac(data.fingerprint), key.key_id
@@ -116,7 +117,8 @@ class Trainer:
 
     def save(self, metrics: Metrics) -> None:
         """Write a checkpoint, from which the same command continues."""
-        self.progress.update(wall_seconds=self._wall_seconds(), metrics_rows=metrics.sync())
+        made = dict(self.components.engine.choices.made)
+        self.progress.update(wall_seconds=self._wall_seconds(), metrics_rows=metrics.sync(), choices=made)
         path = self.directory / run_files.CHECKPOINT
         checkpoint.save(path, self.step, self._facts, self._stateful(), self.progress)
 
@@ -152,6 +154,8 @@ class Trainer:
         path = self.directory / run_files.CHECKPOINT
         if path.exists():
             self.step, self.progress = checkpoint.load(path, self._facts, self._stateful())
+            # The same bits as without the interruption, on this machine or another of its kind.
+            self.components.engine.choices.made.update(self.progress.get("choices", {}))
             if self.progress["git_commit"] != self.commit:
                 warn(f"this run began at commit {self.progress['git_commit']}, the code is at {self.commit} now")
 

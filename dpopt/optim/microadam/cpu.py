@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpopt.machine import cache_folder, processor_features
 from dpopt.optim.microadam.packing import PackedState
 from dpopt.optim.microadam.reference import window_weights
 
@@ -100,14 +101,12 @@ def library() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise OSError("no C compiler was found (install gcc or clang, or name one in CC)")
-    processor = Path("/proc/cpuinfo")
-    features = processor.read_text().split("\n\n")[0] if processor.exists() else platform.node()
-    features = "".join(line for line in features.splitlines() if "MHz" not in line)
-    known = "\n".join([_SOURCE.read_text(), _FLAGS, os.path.realpath(compiler), platform.platform(), features])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpopt"
+    known = "\n".join(
+        [_SOURCE.read_text(), _FLAGS, os.path.realpath(compiler), platform.platform(), processor_features()]
+    )
+    cache = cache_folder()
     built = cache / f"microadam-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not built.exists():
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # beside its place: other processes see all or nothing
             fresh = Path(folder) / built.name
             command = [compiler, *_FLAGS.split(), str(_SOURCE), "-o", str(fresh), "-lm"]

@@ -1,0 +1,118 @@
+"""Of several ways to compute the same, take the one that is fastest on this machine.
+
+Which one that is depends on shapes, processor, threads and libraries, so it is measured, once: the first process that
+meets a computation tries all ways and writes the result into the user's cache folder, where later processes find it.
+Processes of one machine hence choose alike, and give the same bits; a run takes its choices along in its checkpoint.
+"""
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from dpopt import files
+from dpopt.machine import cache_folder, processor_features
+
+T = TypeVar("T")
+_ROUNDS, _SECONDS = 3, 0.2  # a way is timed so often, or for so long
+_current: ContextVar["Choices | None"] = ContextVar("choices", default=None)
+
+
+class Choices:
+    """What was found fastest, by what is computed.
+
+    Attributes:
+        made: the name of the fastest way of each computation met so far; those of an earlier run may be put in.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[str, str] = {}
+
+    def find(self, what: str, device: torch.device, ways: dict[str, Callable[[], Any]]) -> str:
+        """The name of the fastest of several ways, measured if nobody has."""
+        if self.made.get(what) not in ways:
+            if get_proxy_mode() is not None:  # nothing can be timed while a graph is traced
+                return next(iter(ways))
+            self.made[what] = _remembered(what, device, ways)
+        return self.made[what]
+
+
+@contextmanager
+def using(choices: Choices | None) -> Iterator[None]:
+    """Let `fastest` go by these for a while."""
+    token = _current.set(choices)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def fastest(what: str, device: torch.device, ways: dict[str, Callable[[], T]]) -> T:
+    """Compute something in the way that is fastest; in the first way where no `Choices` are used.
+
+    Args:
+        what: names the computation, with everything that its time depends on but the machine.
+        device: on which it runs.
+        ways: by name; all give the same but for rounding.
+    """
+    choices = _current.get()
+    name = next(iter(ways)) if choices is None or len(ways) == 1 else choices.find(what, device, ways)
+    return ways[name]()
+
+
+def _remembered(what: str, device: torch.device, ways: dict[str, Callable[[], Any]]) -> str:
+    name = f"fastest-{_machine(device.type)}.json"
+    found = _read(name).get(what)
+    if found in ways:
+        return str(found)
+    found = _measure(device, ways)
+    with suppress(OSError), files.one_process(cache_folder()):
+        _read.cache_clear()
+        if _read(name).get(what) in ways:  # another process was first
+            return str(_read(name)[what])
+        _read(name)[what] = found
+        files.write_json(cache_folder() / name, _read(name))
+    return found
+
+
+@functools.cache
+def _read(name: str) -> dict[str, Any]:
+    """What this machine has found, as of the last look; nothing where there is no folder to remember anything in."""
+    try:
+        return files.read_json(cache_folder() / name)
+    except OSError:
+        return {}
+
+
+def _measure(device: torch.device, ways: dict[str, Callable[[], Any]]) -> str:
+    times: dict[str, float] = {}
+    for number in range(_ROUNDS + 1):  # the first round pays for memory and libraries
+        for name, way in ways.items():
+            if number > 1 and times[name] * number > _SECONDS:
+                continue
+            start = _now(device)
+            way()
+            seconds = _now(device) - start
+            times[name] = seconds if number < 2 else min(seconds, times[name])
+    return min(times, key=times.__getitem__)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@functools.cache
+def _machine(kind: str) -> str:
+    """A name of what times depend on: processor, threads, versions, and the kind of GPU."""
+    parts = [processor_features(), torch.__version__, str(torch.get_num_threads())]
+    if kind == "cuda":
+        parts.append(torch.cuda.get_device_name())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,27 @@
+"""This machine: its processor, and the folder for what is kept to save time."""
+
+import functools
+import os
+import platform
+from pathlib import Path
+
+
+def processor() -> str:
+    """Name this machine's processor; where that is not known, its architecture."""
+    lines = processor_features().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@functools.cache
+def processor_features() -> str:
+    """All that the system says of the first processor core, but for what changes while it runs."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else [platform.node()]
+    return "\n".join(line for line in lines if "MHz" not in line and "bogomips" not in line)
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again, `$XDG_CACHE_HOME/dpopt`; it is made."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpopt"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,92 @@
+"""What is fastest on this machine: measured once, remembered, taken along by a run."""
+
+import json
+
+import pytest
+import torch
+
+from dpopt.grad_sample import choices as module
+from dpopt.grad_sample.choices import Choices, fastest, using
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """A clock that only `takes` moves, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module._read.cache_clear()
+    now = [0.0]
+    monkeypatch.setattr(module, "_now", lambda device: now[0])
+    yield now
+    module._read.cache_clear()
+
+
+def ways(clock, done, **seconds):
+    def way(name):
+        def run():
+            clock[0] += seconds[name].pop(0) if len(seconds[name]) > 1 else seconds[name][0]
+            done.append(name)
+            return name
+
+        return run
+
+    return {name: way(name) for name in seconds}
+
+
+def test_the_fastest_is_taken(clock):
+    """By its best time; the first one, which pays for memory and libraries, does not count."""
+    done = []
+    given = ways(clock, done, first=[0.03], second=[1.0, 0.02])
+    assert fastest("this", CPU, given) == "first" and done == ["first"]  # where nobody measures
+    choices = Choices()
+    with using(choices):
+        assert fastest("this", CPU, given) == "second" and choices.made == {"this": "second"}
+        tried = len(done)
+        assert fastest("this", CPU, given) == "second" and len(done) == tried + 1
+        assert fastest("that", CPU, {"only": lambda: 7}) == 7 and "that" not in choices.made
+
+
+def test_slow_ways_are_not_tried_often(clock):
+    done = []
+    Choices().find("this", CPU, ways(clock, done, slow=[60.0], quick=[0.01]))
+    assert done.count("slow") == 2 and done.count("quick") == 4
+
+
+def test_it_is_remembered_on_this_machine(clock, tmp_path):
+    done = []
+    given = ways(clock, done, first=[0.2], second=[0.1])
+    assert Choices().find("this", CPU, given) == "second"
+    del done[:]
+    module._read.cache_clear()  # as in another process
+    assert Choices().find("this", CPU, given) == "second" and not done
+    assert Choices().find("this", CPU, {"first": given["first"], "third": given["first"]}) == "first"  # a way that went
+
+
+def test_processes_agree(clock, tmp_path):
+    """One that measures while another writes takes what the other found."""
+
+    def interrupted():
+        clock[0] += 0.1
+        (path,) = [tmp_path / "dpopt" / f"fastest-{module._machine('cpu')}.json"]
+        path.write_text(json.dumps({"this": "slow"}))
+
+    slow = ways(clock, [], slow=[0.5])["slow"]
+    assert Choices().find("this", CPU, {"slow": slow, "quick": interrupted}) == "slow"
+
+
+def test_without_a_folder(clock, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    given = ways(clock, [], first=[0.2], second=[0.1])
+    choices = Choices()
+    assert choices.find("this", CPU, given) == "second" and choices.find("this", CPU, given) == "second"
+
+
+def test_those_of_an_earlier_run_count(clock):
+    done = []
+    given = ways(clock, done, first=[0.2], second=[0.1])
+    choices = Choices()
+    choices.made["this"] = "first"
+    with using(choices):
+        assert fastest("this", CPU, given) == "first" and done == ["first"]
