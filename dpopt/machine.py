@@ -1,9 +1,13 @@
 """This machine: its processor, and the folder for what is kept to save time."""
 
 import functools
+import importlib.util
 import os
 import platform
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 def processor() -> str:
@@ -18,6 +22,19 @@ def processor_features() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else [platform.node()]
     return "\n".join(line for line in lines if "MHz" not in line and "bogomips" not in line)
+
+
+@functools.cache
+def have_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; to a GPU without waiting for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def cache_folder() -> Path:

@@ -11,6 +11,7 @@ fewer examples: the number of views is the same. Memory is the peak of four step
 
 import argparse
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -68,9 +69,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 GPU_VIEWS = {"wrn_16_4": 2048, "wrn_16_4_ws": 2048, "nf_resnet50": 512, "deit_tiny": 512, "cnn": 8192}
 
 
+PRECISION = "fp32"  # of all variants; set by --precision
+
+
 def autocast(device: torch.device) -> torch.autocast:
-    """Autocast to bf16 on a GPU, none on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Autocast to bf16, or none."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=PRECISION == "bf16")
 
 
 def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
@@ -97,10 +101,9 @@ def plain_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[
 def private_step(how: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     """Make dpopt's per-sample gradients and their clipped sum."""
     clip = Flat(1.0)
-    precision = "bf16" if x.device.type == "cuda" else "fp32"
     policy, compiled = how.split()[-1], how.startswith("compiled")
     memory = 0 if how.startswith("least") else None
-    engine = GradSampler(model, F.cross_entropy, policy, memory, precision, compiled)
+    engine = GradSampler(model, F.cross_entropy, policy, memory, PRECISION, compiled)
     validate_against_autograd(engine, x, y)
     sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
@@ -183,7 +186,7 @@ def _resident() -> int:
 
 def bench(model: str, views: int, total: int, device: str, rounds: int, variants: list[str]) -> list[dict]:
     """One row per variant."""
-    command = [sys.executable, __file__, "--device", device, "--worker"]
+    command = [sys.executable, __file__, "--device", device, "--precision", PRECISION, "--worker"]
     workers, rows = {}, {}
     for variant in variants:
         arguments = [model, variant, str(views), str(total)]
@@ -215,6 +218,12 @@ def bench(model: str, views: int, total: int, device: str, rounds: int, variants
         rows[variant] |= {"seconds": quartiles[1], "low": quartiles[0], "high": quartiles[2]}
         rows[variant] |= {"ratio": statistics.median(ratios)}
     return list(rows.values())
+
+
+def _short(machine: str) -> str:
+    """Name the processor or GPU in a file's name."""
+    words = re.sub(r"\(r\)|\(tm\)|@.*|\d+ cpu cores|processor", " ", machine.lower())
+    return "_".join(re.findall(r"[a-z0-9]+", words))
 
 
 def _hear(worker: subprocess.Popen) -> str:
@@ -290,12 +299,15 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=ready, choices=list(VARIANTS))
     parser.add_argument("--total", type=int, help="views in a batch, instead of each model's own number")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="fp32 on a CPU, bf16 on a GPU unless said")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--output", type=Path, default=Path("experiments/results/benchmarks"), help="folder of table and figure"
     )
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    global PRECISION
+    PRECISION = arguments.precision or ("bf16" if torch.device(arguments.device).type == "cuda" else "fp32")
     if arguments.worker:
         model, variant, views, total = arguments.worker
         work(model, variant, int(views), int(total), arguments.device)
@@ -311,17 +323,17 @@ def main() -> None:
             rows += bench(model, views, total, arguments.device, arguments.rounds, variants)
             print(markdown([r for r in rows if (r["model"], r["views"]) == (model, views)], ""), flush=True)
     machine = hardware(arguments.device)
-    precision = "bf16 autocast" if kind == "cuda" else "fp32"
+    name = f"bench_engine_{kind}_{_short(machine)}_{PRECISION}"
     command = f"`python scripts/bench_engine.py {shlex.join(sys.argv[1:])}`"
     header = (
-        f"# A private gradient beside an ordinary one\n\n{machine}, {precision}; {versions()}, "
+        f"# A private gradient beside an ordinary one\n\n{machine}, {PRECISION}; {versions()}, "
         f"noise version {NOISE_VERSION}. {command}: "
         f"{arguments.rounds} rounds, all variants in turn.\nRatios to the plain step are medians within a round.\n\n"
-        f"![](bench_engine_{kind}.png)"
+        f"![]({name}.png)"
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"bench_engine_{kind}.md").write_text(markdown(rows, header))
-    figure(rows, arguments.output / f"bench_engine_{kind}.png", f"{machine}; torch {torch.__version__}")
+    (arguments.output / f"{name}.md").write_text(markdown(rows, header))
+    figure(rows, arguments.output / f"{name}.png", f"{machine}, {PRECISION}; torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ each step wants and yields their K views in micro-batches; its randomness is key
 the micro-batch size or the order of loading.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from dpopt.data.fingerprint import Kind, combine, row_digests, tensor_digest
 from dpopt.data.items import Expected, class_labels
 from dpopt.data.map_source import MapSource, Request, group_names
+from dpopt.machine import sent
 from dpopt.rng import RandomKey
 
 __all__ = ["MapSource", "Request", "Source", "TensorSource", "as_source"]
@@ -118,13 +120,13 @@ class TensorSource:
         self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for step, indices in requests:
-            indices = indices.to(self.inputs.device)
+            indices = sent(indices, self.inputs.device)
             if not (self.crop or self.flip):
                 for at in indices.split(micro_batch):
                     images = self._finish(self.inputs.index_select(0, at))
                     yield images.unsqueeze(1).expand(-1, views, *images.shape[1:]), self.targets[at]
                 continue
-            draws = key.uniform(3 * views * len(indices), "augment", step).view(-1, views, 3).to(indices.device)
+            draws = sent(key.uniform(3 * views * len(indices), "augment", step).view(-1, views, 3), indices.device)
             for at, piece in zip(indices.split(micro_batch), draws.split(micro_batch), strict=True):
                 images = self._finish(_crop_flip(self.inputs, at, piece, self.crop, self.flip))
                 yield images.view(len(at), views, *images.shape[1:]), self.targets[at]
@@ -176,14 +178,18 @@ class TensorSource:
     def _finish(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images
-        column = (-1, 1, 1)
-        mean, std = (torch.tensor(v, device=images.device).view(column) for v in (self.mean, self.std))
+        mean, std = (_by_channel(tuple(values), images.device) for values in (self.mean, self.std))
         images = (images.float() / 255 - mean) / std
         if self.image_size and len(images):
             images = F.interpolate(images, size=self.image_size, mode="bilinear", antialias=True)
         elif self.image_size:
             images = images.new_zeros(0, images.shape[1], self.image_size, self.image_size)
         return images
+
+
+@functools.lru_cache(maxsize=64)
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def as_source(data: Any, device: torch.device | str | None = None, workers: int = 0) -> Source:

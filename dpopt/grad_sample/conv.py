@@ -200,7 +200,7 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     total = (double.sum(3, keepdim=True) * gradient).sum(2).flatten(1)
     along = (_meet(columns, filters) * gradient).sum(2).flatten(1)
     left = _left_of(through, square, total, along)
-    if get_proxy_mode() is not None or bool((left < square / 20).any()):
+    if _unasked(g) or bool((left < square / 20).any()):
         along = (_meet(double, filters.double()) * gradient).sum(2).flatten(1)
         left = _left_of(through, square, total, along)
     return _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
@@ -230,8 +230,8 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     parts, directions = _by_filter(gradient, h)
     square, total, along = torch.cat([_filter_sums(piece, directions) for piece in pieces(parts)], 1)
     left = _left_of(through, square, total, along)
-    if get_proxy_mode() is not None:  # a graph has no branches
-        left = _left(gradient.flatten(2), h, project)
+    if _unasked(gradient):
+        left = torch.cat([_left(piece.flatten(2), h, project) for piece in pieces(gradient)])
     elif bool((lost := left < square / 20).any()):
         filters = h.expand(len(gradient), -1, -1)
         left[lost] = _left(gradient[lost].flatten(1), filters[lost], project.expand_as(lost)[lost])
@@ -242,6 +242,11 @@ def _filter_sums(parts: Tensor, h: Tensor) -> Tensor:
     """‖G‖², ΣG and h·G of every filter, (3, B, out) float64, of G (B, P, out, n/P) and h (P, out, n/P)."""
     square = square_norms(parts.flatten(0, 2)).view(parts.shape[:3])
     return torch.stack([square, parts.sum(3).double(), (parts * h).sum(3).double()]).sum(2)
+
+
+def _unasked(x: Tensor) -> bool:
+    """Whether nothing should depend on values: a graph has no branches, and a GPU would have to be waited for."""
+    return get_proxy_mode() is not None or x.is_cuda
 
 
 def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dpopt.grad_sample.layout import Layout, joined, split
 from dpopt.grad_sample.modules import TrackedLayer, size_of
 from dpopt.grad_sample.norms import Gradients, at_once, by_example, exact, memory_order, square_norms, wide_pieces
 from dpopt.grad_sample.rules import BY_VMAP
+from dpopt.machine import have_triton
 
 
 @dataclass(eq=False)
@@ -148,7 +149,7 @@ class PerSampleGradients:
         broken = ~self.norms.isfinite()
         weights = weights.masked_fill(broken.view(-1, *(1,) * (weights.ndim - 1)), 0.0)
         # What is not finite is selected away before any reduction: 0·NaN is NaN.
-        select = broken if bool(broken.any()) else None
+        select = broken if broken.is_cuda or bool(broken.any()) else None  # a GPU is not waited for
 
         def weight(layer: str) -> Tensor:
             return weights if weights.ndim == 1 else weights[:, self.layers.index(layer)].contiguous()
@@ -233,13 +234,16 @@ def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None, wide: bo
     rows = by_example(gradient)
     if wide:
         rows, weights = rows.double(), weights.double()
-    if select is not None:
-        rows = rows.masked_fill(select[:, None], 0.0)
-    total, done = weights.new_zeros(rows.shape[1]), 0
-    for piece in wide_pieces(rows):
-        piece = piece.to(weights.dtype)
-        total.addmv_(piece.T, weights[done : done + len(piece)])
-        done += len(piece)
+    if rows.is_cuda and weights.dtype == torch.float32 and rows.dtype != torch.float64 and have_triton():
+        from dpopt.grad_sample.sums_triton import weighted_sum
+
+        total = weighted_sum(rows, weights)
+    else:
+        rows = rows if select is None else rows.masked_fill(select[:, None], 0.0)
+        total, done = weights.new_zeros(rows.shape[1]), 0
+        for piece in wide_pieces(rows):
+            total.addmv_(piece.to(weights.dtype).T, weights[done : done + len(piece)])
+            done += len(piece)
     order = memory_order(gradient)
     total = total.view([gradient.shape[i] for i in order])
     return total.permute([order.index(i) for i in range(1, gradient.ndim)])

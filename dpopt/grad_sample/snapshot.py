@@ -179,3 +179,18 @@ def _leaves(model: nn.Module, containers: list[tuple[Any, Any]]) -> Iterator[tup
                 yield from leaves(f"{path}.{key}", one, depth + 1)
 
     yield from leaves("", model, 0)
+
+
+@contextmanager
+def displaced(displacement: dict[nn.Parameter, Tensor] | None) -> Iterator[None]:
+    """Parameters displaced for a while; afterwards they are what they were, to the bit."""
+    before = {p: p.detach().clone() for p in displacement or {}}
+    try:
+        with torch.no_grad():
+            for p, difference in (displacement or {}).items():
+                p.add_(difference)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in before.items():
+                p.copy_(old)

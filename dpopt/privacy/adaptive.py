@@ -68,9 +68,9 @@ class Adaptive:
         """min(1, C/‖g‖)."""
         return (self.clip_norm / norm).clamp(max=1.0)
 
-    def count(self, norm: torch.Tensor, present: torch.Tensor) -> float:
-        """Σ (1[‖g‖ ≤ C] − ½) over the examples that are present; raw, hence private."""
-        return float(((norm <= self.clip_norm).double() - 0.5)[present].sum())
+    def count(self, norm: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Σ (1[‖g‖ ≤ C] − ½) over the examples that are present, a float64 scalar; raw, hence private."""
+        return torch.where(present, (norm <= self.clip_norm).double() - 0.5, 0.0).sum()
 
     def observe(self, count: float, batch_size: float) -> None:
         """Move C by a count that has been noised.

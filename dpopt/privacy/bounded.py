@@ -51,7 +51,7 @@ def _is_ours(clip: ClipRule) -> bool:
     return type(clip) in _OURS and not vars(clip).keys() & {"weight", "count"}
 
 
-def unclipped_count(clip: Adaptive, norms: Tensor, present: Tensor) -> float:
+def unclipped_count(clip: Adaptive, norms: Tensor, present: Tensor) -> Tensor:
     """Add up the centered indicators of the examples that are present, each at most ½ in size; raw, hence private."""
     if _is_ours(clip):
         return clip.count(norms, present)
@@ -61,9 +61,9 @@ def unclipped_count(clip: Adaptive, norms: Tensor, present: Tensor) -> float:
 
     examples = torch.nonzero(present).flatten().tolist()
     if not examples:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64)
     counts = _ask_alone(clip, ask, examples)
-    return float(counts.double().nan_to_num(nan=0.0).clamp(-0.5, 0.5).sum())
+    return counts.double().nan_to_num(nan=0.0).clamp(-0.5, 0.5).sum()
 
 
 def _one_by_one(clip: ClipRule, norms: Tensor) -> Tensor:

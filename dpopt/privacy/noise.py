@@ -10,13 +10,13 @@ every sum in thousands of ways. Rounding what is private already is post-process
 """
 
 import functools
-import importlib.util
 import math
 import warnings
 
 import torch
 from torch import Tensor
 
+from dpopt.machine import have_triton
 from dpopt.rng import RandomKey
 
 # How randomness is drawn and released. Raised when the same key would give other draws or another release:
@@ -52,7 +52,7 @@ def add_noise(total: Tensor, std: float, divisor: float, key: RandomKey, step: i
         )
     grid = release_grid(std)
     if total.is_cuda and total.dtype == torch.float32:
-        if importlib.util.find_spec("triton") is not None:
+        if have_triton():
             from dpopt.privacy.noise_triton import add_noise_kernel
 
             return add_noise_kernel(total, std, divisor, grid, key, step, start)

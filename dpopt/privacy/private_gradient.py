@@ -16,8 +16,7 @@ Some algorithms reach to the left of it, through three seams:
 and what they need to know of the step flows right, as `step_info`, all of it public or privatized.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +27,9 @@ from dpopt.grad_sample.losses import ExampleWeighted, losses_by_vmap, per_exampl
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
+from dpopt.grad_sample.snapshot import displaced
 from dpopt.grad_sample.validate import covered, validate
+from dpopt.machine import sent
 from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
@@ -41,7 +42,7 @@ Point = tuple[float, dict[nn.Parameter, Tensor] | None]  # weight c and displace
 
 
 class PrivateGradient:
-    """Turns Poisson batches into privatized gradients in `p.grad`.
+    """Turns Poisson batches into privatized gradients in `p.grad`, which lie in one buffer: the next ones replace them.
 
     Args:
         model: every trainable parameter must have a per-example gradient (no BatchNorm in train mode, no active
@@ -114,6 +115,7 @@ class PrivateGradient:
         self.engine = engine
         self.diagnostics = diagnostics
         self.pre_clip_scale, self.query_points, self.canaries = pre_clip_scale, query_points, canaries
+        self._kept = torch.empty(2, 0)
         self.step_info = self._constants()
         self.statistics: dict[str, float] = {}
 
@@ -196,7 +198,9 @@ class PrivateGradient:
         reference = next(iter(parameters.values()))
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
         size = sum(p.numel() for p in parameters.values()) + (self.canaries.count if self.canaries else 0)
-        total = torch.zeros(size, dtype=dtype, device=reference.device)
+        self.model.zero_grad()
+        total, released = self._vectors(size, dtype, reference.device)
+        total.zero_()
         sums = _split_up(total, parameters)
         scale = self._scale(parameters, total) if self.pre_clip_scale is not None and self.clip is not None else None
         by_name = None if scale is None else _split_up(scale, parameters)
@@ -204,14 +208,14 @@ class PrivateGradient:
         raw = RawStatistics()
         with displaced(points[0][1] if len(points) == 1 else None):
             for inputs, targets, mask in batch:
-                inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
-                targets, mask = targets.to(reference.device), mask.to(reference.device)
+                inputs, targets, mask = (sent(x, reference.device) for x in (inputs, targets, mask))
+                inputs = inputs.to(reference.dtype) if inputs.is_floating_point() else inputs
                 if self.clip is None:
                     self._add_plain(sums, inputs[mask], targets[mask], points, raw)
                     continue
                 self._validate(inputs, targets, mask)
-                size = len(inputs) if len(points) == 1 else self._explicit(total)
-                for x, y, present in zip(inputs.split(size), targets.split(size), mask.split(size), strict=True):
+                few = len(inputs) if len(points) == 1 else self._explicit(total)
+                for x, y, present in zip(inputs.split(few), targets.split(few), mask.split(few), strict=True):
                     per_sample = self._per_sample_gradients(x, y, by_name, points)
                     self._add_clipped(sums, per_sample, present, sensitivity, raw)
         self.step_info = self._constants()
@@ -223,10 +227,20 @@ class PrivateGradient:
         if scale is not None:
             total.div_(scale)
         self._observe(raw)
+        gradients = _split_up(released.copy_(total), parameters)
         for name, parameter in parameters.items():
-            grad = sums[name].to(parameter.dtype)
+            grad = gradients[name].to(parameter.dtype)
             # Some fused optimizers want the strides of the parameter.
             parameter.grad = grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
+
+    def _vectors(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(2, size): sums, and what is released of them, so that no gradient ever points to sums without noise.
+
+        Always the same, so that optimizers on a GPU find the gradients where they were.
+        """
+        if (self._kept.shape[1], self._kept.dtype, self._kept.device) != (size, dtype, device):
+            self._kept = torch.empty(2, size, dtype=dtype, device=device)
+        return self._kept
 
     def _explicit(self, total: Tensor) -> int:
         """Number of examples whose gradients at two points, and their combination, fit into memory."""
@@ -240,10 +254,14 @@ class PrivateGradient:
         for name, p in parameters.items():
             part = self.pre_clip_scale(p)
             part = torch.ones_like(p) if part is None else part
-            if part.shape != p.shape or not bool(((part > 0) & part.isfinite()).all()):
-                raise ValueError(f"the scale of {name} must have its shape and be positive and finite")
+            if part.shape != p.shape:
+                raise ValueError(f"the scale of {name} must have its shape {tuple(p.shape)}")
             parts.append(part.detach().flatten().to(total))
-        return torch.cat([*parts, total.new_ones(len(total) - sum(map(len, parts)))])  # canaries are not scaled
+        scale = torch.cat([*parts, total.new_ones(len(total) - sum(map(len, parts)))])  # canaries are not scaled
+        if not bool((fine := (scale > 0) & scale.isfinite()).all()):
+            name = next(name for name, good in _split_up(fine, parameters).items() if not bool(good.all()))
+            raise ValueError(f"the scale of {name} must be positive and finite")
+        return scale
 
     def _observe(self, raw: RawStatistics) -> None:
         """Noise the count of an adaptive clip rule, and let it move the clip norm."""
@@ -253,7 +271,7 @@ class PrivateGradient:
         if not isinstance(self.clip, Adaptive):
             return
         std = self.plan.count_noise if self.plan.noise_multiplier > 0 else 0.0
-        count = add_count_noise(raw.unclipped, std, self.plan.key, self.step)
+        count = add_count_noise(float(raw.unclipped), std, self.plan.key, self.step)
         self.clip.observe(count, self.plan.batch_size)
         self.step_info["clip_rate"] = self.clip.clip_rate
 
@@ -320,18 +338,3 @@ def _split_up(total: Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:
     sizes = [p.numel() for p in parameters.values()]
     parts = total[: sum(sizes)].split(sizes)  # those of canaries are behind
     return {n: part.view(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}
-
-
-@contextmanager
-def displaced(displacement: dict[nn.Parameter, Tensor] | None) -> Iterator[None]:
-    """Parameters displaced for a while; afterwards they are what they were, to the bit."""
-    before = {p: p.detach().clone() for p in displacement or {}}
-    try:
-        with torch.no_grad():
-            for p, difference in (displacement or {}).items():
-                p.add_(difference)
-        yield
-    finally:
-        with torch.no_grad():
-            for p, old in before.items():
-                p.copy_(old)

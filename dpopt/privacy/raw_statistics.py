@@ -8,7 +8,7 @@ class RawStatistics:
 
     def __init__(self) -> None:
         self.loss, self.clipped, self.count, self.valid = 0.0, 0.0, 0, 0
-        self.unclipped = 0.0  # the centered count of an adaptive clip rule
+        self.unclipped: float | Tensor = 0.0  # the centered count of an adaptive clip rule
 
     def add(self, losses: Tensor, clipped: Tensor, count: int) -> None:
         self.loss += float(losses.double().sum())

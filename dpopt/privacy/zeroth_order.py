@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from dpopt.grad_sample.snapshot import displaced
+from dpopt.machine import sent
 from dpopt.privacy.bounded import clip_weights, unclipped_count
 from dpopt.privacy.clipping import Adaptive
-from dpopt.privacy.private_gradient import PrivateGradient, displaced
+from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.raw_statistics import RawStatistics
 from dpopt.privacy.sampling import PoissonBatch
 
@@ -54,7 +56,8 @@ class ZerothOrder(PrivateGradient):
         sensitivity = self._sensitivity()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         reference = parameters[0]
-        draw = self.plan.key.normal(sum(p.numel() for p in parameters), "direction", self.step).to(reference.device)
+        size = sum(p.numel() for p in parameters)
+        draw = sent(self.plan.key.normal(size, "direction", self.step), reference.device)
         pieces = draw.split([p.numel() for p in parameters])
         z = {p: piece.view(p.shape).to(p.dtype) for p, piece in zip(parameters, pieces, strict=True)}
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
@@ -62,8 +65,8 @@ class ZerothOrder(PrivateGradient):
         total = torch.zeros(1 + behind, dtype=dtype, device=reference.device)
         raw = RawStatistics()
         for inputs, targets, mask in batch:
-            inputs = inputs.to(reference.device, reference.dtype if inputs.is_floating_point() else None)
-            targets, mask = targets.to(reference.device), mask.to(reference.device)
+            inputs, targets, mask = (sent(x, reference.device) for x in (inputs, targets, mask))
+            inputs = inputs.to(reference.dtype) if inputs.is_floating_point() else inputs
             if self.clip is not None:
                 self._validate(inputs, targets, mask)
             sides = []

@@ -3,6 +3,7 @@
 Each function refuses, in one sentence, what could not be trained as asked, before a run directory is made.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,10 +176,17 @@ def _prepare_engine(components: Components) -> int:
         no_data = torch.zeros(1, dtype=torch.bool, device=inputs.device)
         validate(engine, inputs[None], target[None], no_data, estimator.takes_gradients)
     budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
-    # A batch of many micro-batches wastes little on padding the last one.
-    most = min(config.batch_size, max(64, config.batch_size // 8))
-    size, engine.memory = fit_micro_batch(engine, inputs, budget, most)
+    size, engine.memory = fit_micro_batch(engine, inputs, budget, _enough(config.batch_size, inputs.device))
     return size if config.micro_batch == "auto" else int(config.micro_batch)
+
+
+def _enough(batch_size: int, device: torch.device) -> int:
+    """Examples of a micro-batch beyond which padding the last one costs more than another micro-batch.
+
+    Half of a micro-batch is padding, on average, and each costs as much as about three examples on a CPU.
+    """
+    size = max(64, batch_size // 8) if device.type == "cuda" else max(16, math.isqrt(6 * batch_size) // 8 * 8)
+    return min(batch_size, size)
 
 
 def build_model(config: Config, task: Classification, offline: bool) -> nn.Module:

@@ -89,11 +89,14 @@ class Trainer:
         secret = run_files.secret_key(directory) if is_secret(self.config) else RandomKey.from_seed(self.config.seed)
         self.plan = replace(components.plan, key=secret.derive(identity_hash(self.config), data.fingerprint, initial))
         self.private = components.private_gradient(self.plan, self.step, self.canaries)
-        self._first_step, self._training_seconds = self.step, 0.0
+        self._begun = self._timed_from = self.step
+        self._training_seconds = 0.0
 
     def train_step(self, batch: PoissonBatch) -> StepMetrics | None:
         """Take one step; return what measures it, if this step is logged."""
         began = time.perf_counter()
+        if self.step == self._begun + 1:  # the first step of a process validates and measures, too
+            self._timed_from, self._training_seconds = self.step, 0.0
         self.private.backward(batch)  # p.grad = (clipped sum + noise) / qN
         self.private.update_param_groups(self.optimizer)  # noise_std, clip_norm, clip_rate
         if self.filter is not None:
@@ -282,7 +285,7 @@ class Trainer:
 
     def _speed(self) -> float:
         """Expected examples per second of training steps."""
-        examples = (self.step - self._first_step) * self.plan.batch_size
+        examples = (self.step - self._timed_from) * self.plan.batch_size
         return examples / self._training_seconds if self._training_seconds else 0.0
 
 

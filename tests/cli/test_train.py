@@ -17,7 +17,6 @@ from helpers import ROOT, configure
 
 import dpopt
 import dpopt.training.run
-from dpopt.grad_sample import choices
 
 pytestmark = pytest.mark.slow
 
@@ -280,17 +279,6 @@ def test_resume_with_another_micro_batch(command, tmp_path):
     models = [dpopt.load(p / run.name) for p in (tmp_path / "runs", tmp_path / "other")]
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-
-
-def test_a_run_takes_along_what_was_fastest(command, tmp_path, monkeypatch):
-    """A resume computes as the run began, though the machine may have found something else since."""
-    assert command("train", *SHORT, "time_limit=0").returncode == 0
-    saved = torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)["progress"]["choices"]
-    assert any(name.startswith("convolution") for name in saved)
-    monkeypatch.setattr(choices, "_remembered", lambda what, *_: pytest.fail(f"{what} was measured again"))
-    done = command("train", *SHORT)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((only_run(tmp_path) / "result.json").read_text())["status"] == "finished"
 
 
 def test_interrupt_writes_a_result_and_continues(command, tmp_path):

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 from helpers import ROOT
+
+from dpopt.grad_sample import choices
 
 pytestmark = pytest.mark.slow
 
@@ -31,3 +34,16 @@ def test_every_component_trains(command, tmp_path, group):
     assert done.returncode == 0, done.stderr
     assert len(results(tmp_path)) == len(names) >= 2
     assert all(r["status"] == "finished" and r["epsilon"] <= 1 for r in results(tmp_path))
+
+
+def test_a_run_takes_along_what_was_fastest(command, tmp_path, monkeypatch):
+    """A resume computes as the run began, though the machine may have found something else since."""
+    words = ("experiment=quickstart", "steps=4", "eval_every=4", "epsilon=1", "randomness=research")
+    assert command("train", *words, "time_limit=0").returncode == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["choices"]
+    assert any(name.startswith("convolution") for name in saved)
+    monkeypatch.setattr(choices, "_remembered", lambda what, *_: pytest.fail(f"{what} was measured again"))
+    done = command("train", *words)
+    assert done.returncode == 0, done.stderr
+    assert [result["status"] for result in results(tmp_path)] == ["finished"]

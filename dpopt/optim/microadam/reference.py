@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpopt.machine import sent
 from dpopt.optim.microadam.quantize import dequantize, golden_dither, quantize
 
 
@@ -122,7 +123,7 @@ def window_weights(
     # Row r was written at the latest step s ≤ step with (s − 1) mod window = r.
     ages = [(step - 1 - row) % window for row in range(window)]
     weights = [[b**age * (1 - b) / (1 - b**step) if age < step else 0.0 for age in ages] for b in betas]
-    return torch.tensor(weights, dtype=dtype, device=device)
+    return sent(torch.tensor(weights, dtype=dtype), device)
 
 
 def window_moments(positions: Tensor, values: Tensor, step: int, betas: tuple[float, float], out: Tensor) -> Tensor:

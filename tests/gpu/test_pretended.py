@@ -1,0 +1,68 @@
+"""Whole runs on a pretended GPU: nothing mixes devices, and the host hardly ever waits."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.pretended import prepare
+from helpers import ROOT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here"),
+    pytest.mark.skipif(torch.version.cuda is None, reason="this build of torch knows no CUDA"),
+]
+SHORT = ("experiment=quickstart", "device=cuda", "steps=4", "batch_size=64", "micro_batch=16", "eval_every=10")
+SHORT += ("epsilon=1", "randomness=research", "logger=csv", "holdout=0")
+# Together they have every built-in model that takes digits, optimizer, clip rule, filter and estimator.
+RUNS = [
+    (),
+    ("model=linear", "optimizer=dp_adambc", "clipping=adaptive"),
+    ("model=wrn_16_4", "optimizer=dp_adam", "precision=bf16", "clipping=per_layer"),
+    ("model=wrn_16_4", "optimizer=dp_microadam", "engine=recompute", "views=2"),
+    ("model=resnet18", "optimizer=dp_lamb", "clipping=psac"),
+    ("optimizer=dp_microadam_stp", "engine=ghost"),
+    ("optimizer=dp_adam_ac",),
+    ("optimizer=dp_signsgd", "filter=kalman", "clipping=automatic"),
+    ("optimizer=dp_sgd", "estimator=zeroth_order"),
+    ("optimizer=dp_adamw", "engine=vmap", "precision=fp64"),
+]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("libraries"))
+
+
+def trained(environment, folder, *options):
+    """What every step of a run did."""
+    out = folder / "steps.json"
+    words = (*SHORT, *options, f"output_dir={folder}/runs")
+    environment = {**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("pretended_run.py")), str(out), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads(out.read_text())
+    assert found["status"] == "finished"
+    return found["steps"]
+
+
+@pytest.mark.parametrize("options", RUNS, ids=lambda options: " ".join(options) or "quickstart")
+def test_the_host_does_not_wait(environment, tmp_path, options):
+    """Not in the loop over micro-batches, and at most twice in a step; the first step validates and measures."""
+    for step in trained(environment, tmp_path, *options)[1:]:
+        waits = [event for event in step["events"] if event[0] != "pinned copy"]
+        assert sum(times for *_, times in waits) <= 2, waits
+        assert sum(times for *_, times in step["events"]) <= 5 and step["micro_batches"] >= 3
+
+
+def test_what_waits_is_seen(environment, tmp_path):
+    """The count can fail: diagnostics ask for the loss of every micro-batch."""
+    for step in trained(environment, tmp_path, "diagnostics=true")[1:]:
+        assert sum(times for kind, _, times in step["events"] if kind == "wait") > step["micro_batches"]
