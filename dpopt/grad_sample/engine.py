@@ -234,7 +234,6 @@ class GradSampler:
         keep = self.data_dependent or batch not in self._layouts
         hooks = LayerHooks(self.tracked_layers, collector, (examples, views), self._expanded, root, keep)
         # A checkpointed layer would run again in the backward pass, with other parameters.
-        choices = self._choices(policy)
         unsaved = torch.autograd.graph.disable_saved_tensors_hooks("checkpoints need a loop over examples")
         answers = Answers()
         with unsaved, hooks, torch.enable_grad(), self.autocast():
@@ -257,9 +256,10 @@ class GradSampler:
             for call, hint in zip(calls, self._layouts.get(key, [None] * len(calls)), strict=True):
                 call.hint = hint
             unsure = set()
-        choose_policies(calls, examples, policy or self.policy, self.memory, choices)
+        settled = {} if self.measured else self.policies  # of a twin
+        choose_policies(calls, examples, policy or self.policy, self.memory, self._choices(policy), settled)
         self.policies = {call.tracked.name: call.policy for call in calls}
-        with using(choices):
+        with using(self._choices(policy)):
             backpropagate(collector, losses, root, copies, values, unsure)
         if collector.probe is not None:
             self._record(batch, key, calls, unsure)

@@ -2,7 +2,9 @@
 
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -16,7 +18,12 @@ _LARGEST = 1 << 30  # bytes that a way may take to be tried, where no limit is k
 
 
 def choose_policies(
-    calls: list[LayerCall], examples: int, policy: str, memory: int | None, choices: Choices | None = None
+    calls: list[LayerCall],
+    examples: int,
+    policy: str,
+    memory: int | None,
+    choices: Choices | None = None,
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Set the policy of every call.
 
@@ -26,6 +33,7 @@ def choose_policies(
         policy: `auto`, or one for all layers that can follow it.
         memory: bytes that stored gradients may take under `auto`; None for no limit.
         choices: what is fastest, for `auto`; None to go by the numbers of positions and weights.
+        known: policies of layers that are settled, for `auto`.
     """
     times = Counter(call.tracked for call in calls)
     for call in calls:
@@ -39,7 +47,7 @@ def choose_policies(
         elif policy != "auto":
             call.policy = policy
         else:
-            call.policy = _fastest(call, examples, memory, choices)
+            call.policy = known.get(tracked.name) or _fastest(call, examples, memory, choices)
     if policy == "auto" and memory is not None:
         stored = [call for call in calls if call.policy == "store"]
         left = memory - sum(4 * examples * size_of(call.tracked) for call in stored)

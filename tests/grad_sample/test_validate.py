@@ -1,6 +1,7 @@
 """Validation: models that mix examples are refused by name, and honest ones pass."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 
 from dpopt import models
+from dpopt.grad_sample.choices import Choices
 from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.rules import RULES
 from dpopt.grad_sample.validate import covered, validate
 from dpopt.privacy.clipping import Flat
 from dpopt.privacy.private_gradient import PrivateGradient
@@ -217,3 +220,26 @@ def test_one_accepted_replacement_is_needed():
 
     with pytest.raises(ValueError, match="accepts none of the inputs"):
         step(network(Layer(picky)), inputs, targets)
+
+
+def test_what_is_done_is_what_is_validated(monkeypatch):
+    """A wrong norm that only the measured policy takes is found: rules of thumb would store these gradients."""
+
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean(1)
+
+    right = RULES[nn.Linear]
+    wrong = replace(right, ghost_norm=lambda *arguments: right.ghost_norm(*arguments) / 4)
+    model = nn.Sequential(nn.Linear(600, 64), nn.Tanh(), Mean(), nn.Linear(64, 3))
+    inputs, targets = torch.randn(8, 1, 16, 600), torch.arange(8) % 3
+    monkeypatch.setattr(
+        Choices, "find", lambda self, what, device, ways: "ghost" if "ghost" in ways else next(iter(ways))
+    )
+    engine = GradSampler(model, F.cross_entropy)
+    validate(engine, inputs, targets)
+    engine(inputs, targets)
+    assert engine.policies["0"] == "ghost"
+    monkeypatch.setitem(RULES, nn.Linear, wrong)
+    with pytest.raises(ValueError, match="the per-layer gradient of .* is not the one"):
+        validate(GradSampler(model, F.cross_entropy), inputs, targets)
