@@ -241,5 +241,5 @@ def test_what_is_done_is_what_is_validated(monkeypatch):
     engine(inputs, targets)
     assert engine.policies["0"] == "ghost"
     monkeypatch.setitem(RULES, nn.Linear, wrong)
-    with pytest.raises(ValueError, match="the per-layer gradient of .* is not the one"):
+    with pytest.raises(ValueError, match=r"the per-layer gradient of .* is not the one"):
         validate(GradSampler(model, F.cross_entropy), inputs, targets)
