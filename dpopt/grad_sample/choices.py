@@ -68,24 +68,23 @@ def fastest(what: str, device: torch.device, ways: dict[str, Callable[[], T]]) -
 
 def _remembered(what: str, device: torch.device, ways: dict[str, Callable[[], Any]]) -> str:
     name = f"fastest-{_machine(device.type)}.json"
-    found = _read(name).get(what)
-    if found in ways:
-        return str(found)
+    if (known := _read(name).get(what)) in ways:
+        return known
     found = _measure(device, ways)
     with suppress(OSError), files.one_process(cache_folder()):
         _read.cache_clear()
         if _read(name).get(what) in ways:  # another process was first
-            return str(_read(name)[what])
+            return _read(name)[what]
         _read(name)[what] = found
         files.write_json(cache_folder() / name, _read(name))
     return found
 
 
 @functools.cache
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str) -> dict[str, str]:
     """What this machine has found, as of the last look; nothing where there is no folder to remember anything in."""
     try:
-        return files.read_json(cache_folder() / name)
+        return {what: str(way) for what, way in files.read_json(cache_folder() / name).items()}
     except OSError:
         return {}
 

@@ -90,3 +90,12 @@ def test_those_of_an_earlier_run_count(clock):
     choices.made["this"] = "first"
     with using(choices):
         assert fastest("this", CPU, given) == "first" and done == ["first"]
+
+
+@pytest.mark.parametrize("content", ['{"this": []}', '{"this": {"a": 1}}', '{"this": null}', "[1]", '{"this'])
+def test_a_damaged_file_is_measured_again(clock, tmp_path, content):
+    path = tmp_path / "dpopt" / f"fastest-{module._machine('cpu')}.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    assert Choices().find("this", CPU, ways(clock, [], first=[0.2], second=[0.1])) == "second"
+    assert json.loads(path.read_text())["this"] == "second"
