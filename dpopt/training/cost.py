@@ -169,8 +169,8 @@ def _seconds(engine: GradSampler, plan: PrivacyPlan, inputs: Tensor, target: Ten
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory instead of returning it: a CPU run frees and faults in gigabytes per step.
 
-    On two cores of an AMD EPYC the per-sample gradients of WRN-16-4's convolutions take 94 ms where they took 233. Other
-    C libraries are left as they are.
+    On two cores of an AMD EPYC the per-sample gradients of WRN-16-4's convolutions take 94 ms where they took 233.
+    Other C libraries are left as they are.
     """
     trim_threshold, mmap_max = -1, -4  # the names of <malloc.h>
     with contextlib.suppress(OSError, AttributeError):
