@@ -24,7 +24,7 @@ from dpopt.optim.microadam.reference import window_weights
 
 _HUGE, _TINY = tl.constexpr(HUGE), tl.constexpr(TINY)
 _LARGEST_WINDOW = 8192  # values of a block's window that fit into registers beside the rest
-_REGISTERS = 96  # per thread: without a spill (compiled for sm_90), and two programs of 8 warps fit on an SM
+_REGISTERS = 128  # per thread: two programs of 8 warps fill the 65,536 of an SM, and nothing spills (scripts/check_kernels.py)
 _PROGRAMS_PER_SM = 2
 _DENSE = 1024
 
@@ -211,14 +211,19 @@ def _step_kernel(
 def _select(a, K: tl.constexpr):
     """Mask of the K values of largest magnitude: ties go to the lower position, NaN counts as infinite."""
     word = tl.minimum(a.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
-    threshold = 0
-    for i in range(31):
-        trial = threshold | (1 << (30 - i))
-        enough = tl.sum((word >= trial).to(tl.int32), 0) >= K
-        threshold = tl.where(enough, trial, threshold)
-    above, equal = word > threshold, (word == threshold).to(tl.int32)
-    free = K - tl.sum(above.to(tl.int32), 0)
-    return above | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
+    threshold, bit, found = 0, 1 << 30, 0
+    while bit > 0:  # until exactly K are as large, or, where values tie, to the last bit
+        trial = threshold | bit
+        count = tl.sum((word >= trial).to(tl.int32), 0)
+        threshold = tl.where(count >= K, trial, threshold)
+        found = tl.where(count >= K, count, found)
+        bit = tl.where(count == K, 0, bit >> 1)
+    selected = word >= threshold
+    if found != K:
+        above, equal = word > threshold, (word == threshold).to(tl.int32)
+        free = K - tl.sum(above.to(tl.int32), 0)
+        selected = above | ((equal > 0) & (tl.cumsum(equal, 0) <= free))
+    return selected
 
 
 @triton.jit
