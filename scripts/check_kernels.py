@@ -21,11 +21,12 @@ os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are imported
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from dpopt.grad_sample.sums_triton import weighted_sum
+from dpopt.grad_sample import triton_kernels as per_example
 from dpopt.optim import MicroAdam
 from dpopt.optim.microadam import triton_kernels  # noqa: F401 (imported here, before step says that there is an interpreter)
 from dpopt.privacy.noise_triton import add_noise_kernel
@@ -71,6 +72,22 @@ def step(**options: Any) -> None:
         del os.environ["TRITON_INTERPRET"]
 
 
+def rows(dimensions: int = 2) -> Tensor:
+    """Per-example gradients, or activations, of 64 examples."""
+    return torch.zeros({2: (64, 4096), 3: (64, 64, 256), 4: (64, 1, 64, 576)}[dimensions])
+
+
+def filters() -> per_example.Filters:
+    """Of a standardized convolution."""
+    return per_example.Filters(torch.zeros(1, 64, 576), torch.ones(64), 1e-4, 0.0, 1.0)
+
+
+def convolution(dtype: torch.dtype) -> Tensor:
+    """Weight gradients of a 3×3 convolution."""
+    a, g = torch.zeros(2, 16, 4, 64, 16, 16, dtype=dtype)[:, :, :1]
+    return per_example.conv_weight_gradient(a, g, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
 LAUNCHES: dict[str, Callable[[], Any]] = {
     "MicroAdam": step,
     "MicroAdam, weight decay": lambda: step(weight_decay=0.1),
@@ -83,8 +100,18 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "MicroAdam, window 1": lambda: step(window=1),
     "MicroAdam, density 5%": lambda: step(density=0.05),
     "noise": lambda: add_noise_kernel(torch.zeros(4096), 1.0, 4.0, 2.0**-20, RandomKey.from_seed(0, "check"), 1),
-    "sum of 64 gradients": lambda: weighted_sum(torch.zeros(64, 4096), torch.ones(64)),
-    "sum of 64 gradients, bf16": lambda: weighted_sum(torch.zeros(64, 4096, dtype=torch.bfloat16), torch.ones(64)),
+    "sum": lambda: per_example.weighted_sum(rows(), torch.ones(64)),
+    "sum, bf16": lambda: per_example.weighted_sum(rows().bfloat16(), torch.ones(64)),
+    "norms": lambda: per_example.square_norms(rows()),
+    "norms, bf16": lambda: per_example.square_norms(rows().bfloat16()),
+    "convolution": lambda: convolution(torch.float32),
+    "convolution, bf16": lambda: convolution(torch.bfloat16),
+    "group normalization": lambda: per_example.group_norm_gradients(rows(3), rows(3), 16, 1e-5),
+    "group normalization, bf16": lambda: per_example.group_norm_gradients(
+        rows(3).bfloat16(), rows(3).bfloat16(), 16, 1e-5
+    ),
+    "norms, standardized": lambda: per_example.standardized_square_norms(rows(4), filters(), True, True),
+    "gradients, standardized": lambda: per_example.standardized_gradients(torch.zeros(64, 576), filters()),
 }
 
 
@@ -158,8 +185,8 @@ def page(found: list[Compiled]) -> str:
     columns = sorted({one.capability for one in found})
     names = {capability: f"sm_{capability} ({CAPABILITIES.get(capability, '?')})" for capability in columns}
     lines = [
-        f"Triton {triton.__version__}, torch {torch.__version__}. A cell: registers of a thread / bytes of a thread that "
-        "spill into local memory / instructions. Compiled, not run.\n",
+        f"Triton {triton.__version__}, torch {torch.__version__}. A cell: registers of a thread / bytes of a thread "
+        "that spill into local memory / instructions. Compiled, not run.\n",
         "| launch | kernel | " + " | ".join(names[c] for c in columns) + " | shared memory | widest load |",
         "|---|---|" + "---|" * (len(columns) + 2),
     ]

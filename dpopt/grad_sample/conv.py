@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dpopt.grad_sample.choices import fastest
-from dpopt.grad_sample.norms import Gradients, at_once, gram, memory_order, pieces, square_norms, sum_wide
+from dpopt.grad_sample.norms import Gradients, at_once, gram, has_kernels, memory_order, pieces, square_norms, sum_wide
 from dpopt.models.layers import StandardizedConv2d
 
 
@@ -58,8 +58,11 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
         found = _grouped(form, g)
     else:
         ways = {"grouped": _grouped, "one by one": _one_by_one, "columns": _by_columns}
-        order = sorted(ways, key=["columns", "grouped", "one by one"].index) if a.is_cuda else list(ways)
-        found = fastest(form.name(g), a.device, {name: functools.partial(ways[name], form, g) for name in order})
+        if a.is_cuda:
+            ways = {"columns": ways.pop("columns"), **ways}
+        if has_kernels(a) and a.dtype == g.dtype != torch.float64:
+            ways = {"kernel": _by_kernel, **ways}
+        found = fastest(form.name(g), a.device, {name: functools.partial(way, form, g) for name, way in ways.items()})
     return found.squeeze(3) if module.weight.ndim == 3 else found
 
 
@@ -83,6 +86,14 @@ class _Form:
         """Of the weight gradient, for `fastest`."""
         how = f"{self.kernel} {self.stride} {self.dilation} {self.padding} {self.groups}"
         return f"convolution {how} {tuple(self.a.shape)} {tuple(g.shape)} {self.a.dtype}"
+
+
+def _by_kernel(form: _Form, g: Tensor) -> Tensor:
+    from dpopt.grad_sample import triton_kernels
+
+    left, _, above, _ = form.padding
+    corner = above, left
+    return triton_kernels.conv_weight_gradient(form.a, g, form.kernel, form.stride, form.dilation, corner, form.groups)
 
 
 def _grouped(form: _Form, g: Tensor) -> Tensor:
@@ -156,30 +167,38 @@ class _Standardization:
         direction: h, (out, n), the filter without its mean, over τ, about its norm.
         scale: s, (out,).
         project: p, (out,): 1, or 0 where τ is clamped.
-        gain: c, (out,).
+        gain: c.
     """
 
     direction: Tensor
     scale: Tensor
     project: Tensor
-    gain: Tensor
+    gain: float
+
+
+def _how(module: Any) -> tuple[float, float, float]:
+    """Floor, extra and factor: used is factor·gain·(w − mean(w))/τ, where τ² = max(‖w − mean(w)‖², floor) + extra.
+
+    Ours has a floor of 1e-4, timm's adds n·eps.
+    """
+    if isinstance(module, StandardizedConv2d):
+        return 1e-4, 0.0, 1.0
+    count = module.weight[0].numel()
+    return 0.0, count * module.eps, getattr(module, "scale", 1.0) * count**0.5
+
+
+def _gain(module: Any) -> Tensor | None:
+    return None if getattr(module, "gain", None) is None else module.gain.detach().flatten()
 
 
 def _standardization(module: Any) -> _Standardization:
-    """Of ours, whose τ is max(‖w − mean(w)‖, .01), and of timm's, whose τ² is ‖w − mean(w)‖² + n·eps."""
+    (floor, extra, factor), gain = _how(module), _gain(module)
     weight = module.weight.detach().flatten(1)
     centered = weight - weight.mean(1, keepdim=True)
     square = centered.square().sum(1)
-    gain = torch.ones_like(square) if getattr(module, "gain", None) is None else module.gain.detach().flatten()
-    if isinstance(module, StandardizedConv2d):
-        length, project, factor = square.clamp(min=1e-4).sqrt(), (square > 1e-4).to(square.dtype), 1.0
-    else:
-        count = weight.shape[1]
-        length, project = (square + count * module.eps).sqrt(), torch.ones_like(square)
-        factor = getattr(module, "scale", 1.0) * count**0.5
-    return _Standardization(
-        centered / length[:, None], factor * gain / length, project, torch.full_like(square, factor)
-    )
+    length, project = (square.clamp(min=floor) + extra).sqrt(), (square > floor).to(square.dtype)
+    scale = factor / length if gain is None else factor * gain / length
+    return _Standardization(centered / length[:, None], scale, project, factor)
 
 
 def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
@@ -198,9 +217,10 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     filters = through.direction.unflatten(0, (module.groups, -1)).mT.to(columns.dtype)
     square = ((double @ double.mT @ gradient) * gradient).sum(2).flatten(1)
     total = (double.sum(3, keepdim=True) * gradient).sum(2).flatten(1)
-    along = (_meet(columns, filters) * gradient).sum(2).flatten(1)
+    unasked = _unasked(g)
+    along = (_meet(*(double, filters.double()) if unasked else (columns, filters)) * gradient).sum(2).flatten(1)
     left = _left_of(through, square, total, along)
-    if _unasked(g) or bool((left < square / 20).any()):
+    if not unasked and bool((left < square / 20).any()):
         along = (_meet(double, filters.double()) * gradient).sum(2).flatten(1)
         left = _left_of(through, square, total, along)
     return _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
@@ -225,7 +245,10 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). Where less than a twentieth of ‖G‖² is left, fp32 may have lost
     it, and these filters are done one by one in float64.
     """
-    through, gradient = _standardization(module), found["weight"]
+    gradient = found["weight"]
+    if has_kernels(gradient):
+        return _norms_by_kernel(module, found)
+    through = _standardization(module)
     h, project = through.direction, through.project
     parts, directions = _by_filter(gradient, h)
     square, total, along = torch.cat([_filter_sums(piece, directions) for piece in pieces(parts)], 1)
@@ -236,6 +259,19 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
         filters = h.expand(len(gradient), -1, -1)
         left[lost] = _left(gradient[lost].flatten(1), filters[lost], project.expand_as(lost)[lost])
     return _through(module, through, left, along, found)
+
+
+def _norms_by_kernel(module: Any, found: Gradients) -> Tensor:
+    from dpopt.grad_sample import triton_kernels
+
+    parts, weight = _by_filter(found["weight"], module.weight.detach())
+    gain = getattr(module, "gain", None)
+    counted = module.weight.requires_grad, gain is not None and gain.requires_grad
+    filters = triton_kernels.Filters(weight.contiguous(), _gain(module), *_how(module))
+    norms = triton_kernels.standardized_square_norms(parts, filters, *counted)
+    if module.bias is not None and module.bias.requires_grad:
+        norms += square_norms(found["bias"])
+    return norms
 
 
 def _filter_sums(parts: Tensor, h: Tensor) -> Tensor:
@@ -286,7 +322,15 @@ def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
     """From the standardized weight to weight and gain."""
-    through, gradient = _standardization(module), sums["weight"].flatten(1)
+    gradient = sums["weight"].flatten(1)
+    if has_kernels(gradient):
+        from dpopt.grad_sample import triton_kernels
+
+        filters = triton_kernels.Filters(module.weight.detach().flatten(1)[None], _gain(module), *_how(module))
+        weight, gain = triton_kernels.standardized_gradients(gradient, filters)
+        found = {**sums, "weight": weight.view(module.weight.shape)}
+        return found if filters.gain is None else {**found, "gain": gain.view(module.gain.shape)}
+    through = _standardization(module)
     along = (through.direction * gradient).sum(1)
     rest = gradient - gradient.mean(1, keepdim=True) - (through.project * along)[:, None] * through.direction
     found = {**sums, "weight": (through.scale[:, None] * rest).view(module.weight.shape)}

@@ -5,7 +5,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from dpopt.machine import have_triton
 
 Gradients = dict[str, Tensor]
 _WORKSPACE = {"cpu": 8 << 20, "cuda": 256 << 20}  # bytes of intermediate results that are formed at once
@@ -16,12 +19,21 @@ def at_once(like: Tensor, size: int) -> int:
     return max(1, _WORKSPACE.get(like.device.type, 8 << 20) // (like.element_size() * max(1, size)))
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels take a tensor: on a GPU, and values, not part of a graph or under vmap."""
+    return x.is_cuda and have_triton() and get_proxy_mode() is None and not is_batchedtensor(x)
+
+
 def square_norms(rows: Tensor) -> Tensor:
     """‖·‖² of each row of (R, n), in float64.
 
     On a CPU, torch adds the squares of a long row one by one in fp32, and 25 million equal entries lose 1 % of their
     norm: rows are taken in blocks of 256, which loses at most 2e-7, and the blocks are added in float64.
     """
+    if has_kernels(rows):
+        from dpopt.grad_sample import triton_kernels
+
+        return triton_kernels.square_norms(rows)
     return torch.cat([_square_norms(piece) for piece in wide_pieces(rows)])
 
 

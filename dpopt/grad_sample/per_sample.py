@@ -11,9 +11,17 @@ from torch.utils._pytree import TreeSpec
 from dpopt.grad_sample.fallback import LayerFunction
 from dpopt.grad_sample.layout import Layout, joined, split
 from dpopt.grad_sample.modules import TrackedLayer, size_of
-from dpopt.grad_sample.norms import Gradients, at_once, by_example, exact, memory_order, square_norms, wide_pieces
+from dpopt.grad_sample.norms import (
+    Gradients,
+    at_once,
+    by_example,
+    exact,
+    has_kernels,
+    memory_order,
+    square_norms,
+    wide_pieces,
+)
 from dpopt.grad_sample.rules import BY_VMAP
-from dpopt.machine import have_triton
 
 
 @dataclass(eq=False)
@@ -234,10 +242,10 @@ def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None, wide: bo
     rows = by_example(gradient)
     if wide:
         rows, weights = rows.double(), weights.double()
-    if rows.is_cuda and weights.dtype == torch.float32 and rows.dtype != torch.float64 and have_triton():
-        from dpopt.grad_sample.sums_triton import weighted_sum
+    if has_kernels(rows) and weights.dtype == torch.float32 and rows.dtype != torch.float64:
+        from dpopt.grad_sample import triton_kernels
 
-        total = weighted_sum(rows, weights)
+        total = triton_kernels.weighted_sum(rows, weights)
     else:
         rows = rows if select is None else rows.masked_fill(select[:, None], 0.0)
         total, done = weights.new_zeros(rows.shape[1]), 0

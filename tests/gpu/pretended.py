@@ -131,6 +131,7 @@ class Watch(TorchDispatchMode):
     Attributes:
         events: (kind, where): how often the host waited (`wait`), or copied (`copy`, `pinned copy`), at a line of ours.
         operations: number of kernels that a GPU would have launched.
+        bytes: that they would have read and written, each operand and result once.
     """
 
     active: "Watch | None" = None
@@ -138,7 +139,7 @@ class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.events: Counter[tuple[str, str]] = Counter()
-        self.operations = 0
+        self.operations = self.bytes = 0
 
     def __enter__(self):
         Watch.active = self
@@ -152,7 +153,12 @@ class Watch(TorchDispatchMode):
 
     def forget(self):
         self.events.clear()
-        self.operations = 0
+        self.operations = self.bytes = 0
+
+    def launched(self, *tensors, times=1):
+        """Count kernels, and the bytes of what they take and give."""
+        self.operations += times
+        self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor))
 
 
 def _place():
@@ -215,14 +221,14 @@ def compute(func, args, kwargs):
             raise RuntimeError(f"Expected all tensors to be on the same device: {func} at {_place()}")
         if func in _WAITS:
             watch.note("wait")
-    if on_gpu and func not in _FREE:
-        watch.operations += 1
     known = {id(t.inner): t for t in there}
     options = tree_map(_inner, kwargs)
     if options.get("device") is not None:
         options["device"] = torch.device("cpu")
     options.pop("pin_memory", None)
     result = func(*tree_map(_inner, args), **options)
+    if on_gpu and func not in _FREE:
+        watch.launched(args, kwargs, result)
 
     def wrapped(x):
         if not isinstance(x, torch.Tensor) or isinstance(x, OnGPU):

@@ -19,16 +19,78 @@ class Launches:
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
-            self.watch.operations += 1
+            self.watch.launched(arguments)
 
         return launch
+
+
+def _pulled_back(g, w, filters):
+    """∂/∂w and ∂/∂gain of ∂/∂(standardized weight), filters in rows."""
+    w = w - w.mean(-1, keepdim=True)
+    square = w.square().sum(-1)
+    length = (square.clamp(min=filters.floor) + filters.extra).sqrt()
+    direction, gain = w / length[:, None], 1.0 if filters.gain is None else filters.gain.inner
+    along = (g * direction).sum(-1)
+    rest = g - g.mean(-1, keepdim=True) - ((square > filters.floor) * along)[..., None] * direction
+    return (filters.factor * gain / length)[:, None] * rest, filters.factor * along
+
+
+def stand_in(watch):
+    """Put functions that compute on the CPU in place of what launches the kernels of per-example gradients."""
+    import dpopt.grad_sample.choices as choices
+    import dpopt.grad_sample.triton_kernels as kernels
+
+    def weighted_sum(rows, weights):
+        watch.launched(rows, weights)
+        present = weights.inner != 0
+        return pretended.OnGPU(torch.mv(rows.inner.float()[present].T, weights.inner[present]))
+
+    def square_norms(rows):
+        watch.launched(rows, times=2)  # the second adds what the programs of a row have found
+        return pretended.OnGPU(rows.inner.double().square().sum(1))
+
+    def standardized_square_norms(parts, filters, weight, gain):
+        watch.launched(parts, filters.weight, times=2)
+        g, w = (t.inner.double().movedim(-3, -2).flatten(-2) for t in (parts, filters.weight))
+        of_weight, of_gain = _pulled_back(g, w, filters)
+        return pretended.OnGPU((weight * of_weight.square().sum(2) + gain * of_gain.square()).sum(1))
+
+    def standardized_gradients(gradient, filters):
+        watch.launched(gradient, gradient, filters.weight)
+        found = _pulled_back(gradient.inner.double(), filters.weight.inner[0].double(), filters)
+        return tuple(pretended.OnGPU(x.to(gradient.dtype)) for x in found)
+
+    def conv_weight_gradient(a, g, kernel, stride, dilation, corner, groups):
+        found = []
+        for x, y in zip(a.inner, g.inner, strict=True):
+            x = torch.nn.functional.pad(x, (corner[1], kernel[1] * dilation[1], corner[0], kernel[0] * dilation[0]))
+            rows, columns = (
+                (n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(y.shape[2:], stride, dilation, kernel, strict=True)
+            )
+            shape = (y.shape[1], x.shape[1] // groups, *kernel)
+            x = x[:, :, :rows, :columns]
+            found.append(torch.nn.grad.conv2d_weight(x, shape, y, stride, 0, dilation, groups))
+        found = pretended.OnGPU(torch.stack(found))
+        watch.launched(a, g, found)
+        return found
+
+    def group_norm_gradients(x, g, groups, eps):
+        watch.launched(x, g)
+        normal = torch.nn.functional.group_norm(x.inner.float(), groups, eps=eps)
+        return tuple(pretended.OnGPU(t.sum(2)) for t in (normal * g.inner, g.inner.float()))
+
+    for kernel in (
+        *(weighted_sum, square_norms, standardized_square_norms, standardized_gradients),
+        *(conv_weight_gradient, group_norm_gradients),
+    ):
+        setattr(kernels, kernel.__name__, kernel)
+    choices._measure = lambda device, ways: next(iter(ways))  # nothing can be timed
 
 
 def main(out, *arguments):
     """Train, and write one record per step."""
     from helpers import configure
 
-    import dpopt.grad_sample.sums_triton as sums
     import dpopt.optim.microadam.triton_kernels as microadam
     import dpopt.privacy.noise_triton as noise
     from dpopt.training.run import run
@@ -36,12 +98,7 @@ def main(out, *arguments):
 
     watch, steps, train_step = pretended.Watch(), [], Trainer.train_step
 
-    def weighted_sum(rows, weights):
-        watch.operations += 1
-        present = weights.inner != 0
-        return pretended.OnGPU(torch.mv(rows.inner.float()[present].T, weights.inner[present]))
-
-    sums.weighted_sum = weighted_sum
+    stand_in(watch)
     noise._noise_kernel = microadam._step_kernel = microadam._dense_kernel = Launches(watch)
 
     def counted(self, batch):
@@ -49,7 +106,8 @@ def main(out, *arguments):
         measured = train_step(self, batch)
         events = [[kind, place, times] for (kind, place), times in watch.events.items()]
         pieces = -(-len(batch.indices) // self.components.micro_batch)
-        steps.append({"events": events, "operations": watch.operations, "micro_batches": max(1, pieces)})
+        counts = {"operations": watch.operations, "bytes": watch.bytes, "examples": len(batch.indices)}
+        steps.append({"events": events, "micro_batches": max(1, pieces), **counts})
         return measured
 
     Trainer.train_step = counted

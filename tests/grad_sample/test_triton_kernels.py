@@ -1,0 +1,137 @@
+"""The kernels of sums and norms, under Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+from timm.layers import ScaledStdConv2d
+from torch import nn
+
+from dpopt.grad_sample import conv, norms, per_sample, rules
+from dpopt.models.layers import StandardizedConv2d
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels, wherever the engine would use them on a GPU."""
+    from dpopt.grad_sample import triton_kernels
+
+    for module in (norms, conv, per_sample, rules):
+        monkeypatch.setattr(module, "has_kernels", lambda x: True)
+    return triton_kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1000), (8, 2049)])
+def test_weighted_sum(kernels, shape, dtype):
+    """As a product of matrices; what an example of weight zero holds is not read."""
+    torch.manual_seed(0)
+    rows, weights = torch.randn(shape, device=DEVICE).to(dtype), torch.rand(shape[0], device=DEVICE)
+    expected = weights.double() @ rows.double()
+    if shape[0] > 1:
+        expected -= weights[1].double() * rows[1].double()
+        weights[1], rows[1] = 0.0, float("nan")
+    torch.testing.assert_close(kernels.weighted_sum(rows, weights).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 4096), (4, 9001)])
+def test_square_norms(kernels, shape, dtype):
+    """In float64, of rows that lie apart or in columns, and of values whose square float32 does not hold."""
+    torch.manual_seed(0)
+    rows = torch.randn(shape[0], shape[1] + 3, device=DEVICE).to(dtype)[:, 1:-2]
+    for x in (rows, rows.T.contiguous().T, rows * 1e30):
+        torch.testing.assert_close(norms.square_norms(x), x.double().square().sum(1), rtol=1e-13, atol=0)
+
+
+LAYERS = {
+    "ours": lambda: StandardizedConv2d(4, 6, 3),
+    "clamped": lambda: clamped(StandardizedConv2d(4, 6, 3)),
+    "no gain": lambda: StandardizedConv2d(4, 6, 3, affine=False),
+    "timm": lambda: ScaledStdConv2d(4, 6, 3, gamma=1.7),
+    "frozen gain": lambda: frozen(StandardizedConv2d(4, 6, 3), "gain"),
+    "frozen weight": lambda: frozen(StandardizedConv2d(4, 6, 3), "weight"),
+}
+
+
+def clamped(layer):
+    with torch.no_grad():
+        layer.weight[:3] *= 1e-3
+    return layer
+
+
+def frozen(layer, name):
+    getattr(layer, name).requires_grad_(False)
+    return layer
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3, 4), (0, 3, 1, 2, 4), (0, 1, 3, 4, 2)], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_standardized(kernels, monkeypatch, name, layout):
+    """Norms and pulled-back sums as by torch, of gradients along their filters, too, in every order in memory."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]().to(DEVICE)
+    gradient = 1e-3 * torch.randn(5, *layer.weight.shape, device=DEVICE) + layer.weight.detach()
+    back = [layout.index(i) for i in range(5)]
+    gradient = gradient.permute(layout).contiguous().permute(back)
+    found = {"weight": gradient, "bias": torch.randn(5, 6, device=DEVICE)}
+    norm, sums = conv.standardized_norms(layer, found), conv.standardized_pull_back(layer, {"weight": gradient[0]})
+    monkeypatch.setattr(conv, "has_kernels", lambda x: False)
+    wide = {key: value.double() for key, value in found.items()}
+    expected = conv.standardized_norms(layer.double(), wide)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    for key, value in conv.standardized_pull_back(layer, {"weight": wide["weight"][0]}).items():
+        torch.testing.assert_close(sums[key].double(), value, rtol=1e-5, atol=1e-9)
+
+
+CONVOLUTIONS = [
+    dict(out_channels=5, kernel_size=3, padding=1),
+    dict(out_channels=20, kernel_size=(1, 3), stride=2, padding=(0, 2), dilation=(1, 2)),
+    dict(out_channels=8, kernel_size=3, groups=2, stride=(1, 2)),
+    dict(out_channels=4, kernel_size=1, groups=4, bias=False),
+    dict(out_channels=70, kernel_size=2, padding="same"),
+    dict(out_channels=3, kernel_size=3, padding=1, padding_mode="circular"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_convolution(kernels, options, dtype):
+    """As by autograd in float64, example by example, whatever the order in memory."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, **options).to(DEVICE)
+    a = torch.randn(3, 2, 7, 9, 4, device=DEVICE).to(dtype).permute(0, 1, 4, 2, 3)
+    g = torch.randn_like(layer(a.flatten(0, 1).float())).unflatten(0, (3, 2)).to(dtype)
+    found = conv.conv(layer, a, g)["weight"]
+    layer.double()
+    for x, y, gradient in zip(a.double(), g.double(), found, strict=True):
+        (expected,) = torch.autograd.grad(layer(x), layer.weight, y)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_a_row_is_a_convolution_too(kernels):
+    """Conv1d, with zeros on one side only."""
+    torch.manual_seed(0)
+    layer = nn.Conv1d(3, 5, 4, padding="same").to(DEVICE)
+    a, g = torch.randn(2, 1, 3, 11, device=DEVICE), torch.randn(2, 1, 5, 11, device=DEVICE)
+    for x, y, gradient in zip(a, g, conv.conv(layer, a, g)["weight"], strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(layer(x), layer.weight, y)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm(kernels, dtype):
+    """As by autograd in float64, of inputs far from zero, too."""
+    torch.manual_seed(0)
+    layer = nn.GroupNorm(3, 6).to(DEVICE)
+    a = (5 + torch.randn(4, 2, 6, 5, 7, device=DEVICE)).to(dtype)
+    g = torch.randn_like(a)
+    found = rules.group_norm(layer, a, g)
+    layer.double()
+    for i, (x, y) in enumerate(zip(a.double(), g.double(), strict=True)):
+        for name, expected in zip(found, torch.autograd.grad(layer(x), [layer.weight, layer.bias], y), strict=True):
+            torch.testing.assert_close(found[name][i].double(), expected, rtol=1e-4, atol=1e-4)
