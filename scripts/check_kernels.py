@@ -77,9 +77,10 @@ def rows(dimensions: int = 2) -> Tensor:
     return torch.zeros({2: (64, 4096), 3: (64, 64, 256), 4: (64, 1, 64, 576)}[dimensions])
 
 
-def filters() -> per_example.Filters:
-    """Of a standardized convolution."""
-    return per_example.Filters(torch.zeros(1, 64, 576), torch.ones(64), 1e-4, 0.0, 1.0)
+def filters(pieces: bool = False) -> tuple[Any, ...]:
+    """Weight and gain of a standardized convolution, and how it is standardized."""
+    weight = torch.zeros(64, 576)
+    return weight[None] if pieces else weight, torch.ones(64), (1e-4, 0.0, 1.0)
 
 
 def convolution(dtype: torch.dtype) -> Tensor:
@@ -110,8 +111,8 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "group normalization, bf16": lambda: per_example.group_norm_gradients(
         rows(3).bfloat16(), rows(3).bfloat16(), 16, 1e-5
     ),
-    "norms, standardized": lambda: per_example.standardized_square_norms(rows(4), filters(), True, True),
-    "gradients, standardized": lambda: per_example.standardized_gradients(torch.zeros(64, 576), filters()),
+    "norms, standardized": lambda: per_example.standardized_square_norms(rows(4), *filters(True), counted=(True, True)),
+    "gradients, standardized": lambda: per_example.standardized_gradients(torch.zeros(64, 576), *filters()),
 }
 
 

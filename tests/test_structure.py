@@ -9,7 +9,20 @@ from helpers import ROOT
 
 # From the ground up: a folder or file imports from lower floors and from its own, never upwards.
 FLOORS = (
-    *("rng", "files", "machine", "models", "optim", "data", "grad_sample", "privacy", "tasks", "filters", "config"),
+    *(
+        "rng",
+        "files",
+        "machine",
+        "native",
+        "models",
+        "optim",
+        "data",
+        "grad_sample",
+        "privacy",
+        "tasks",
+        "filters",
+        "config",
+    ),
     *("runs", "training", "tables", "cli"),
 )
 MODULES = sorted((ROOT / "dpopt").rglob("*.py"))

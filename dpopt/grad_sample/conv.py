@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dpopt.grad_sample.choices import fastest
-from dpopt.grad_sample.norms import Gradients, at_once, gram, has_kernels, memory_order, pieces, square_norms, sum_wide
+from dpopt.grad_sample.norms import (
+    Gradients,
+    at_once,
+    gram,
+    kernels,
+    memory_order,
+    pieces,
+    square_norms,
+    sum_wide,
+)
 from dpopt.models.layers import StandardizedConv2d
 
 
@@ -60,7 +69,7 @@ def _conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
         ways = {"grouped": _grouped, "one by one": _one_by_one, "columns": _by_columns}
         if a.is_cuda:
             ways = {"columns": ways.pop("columns"), **ways}
-        if has_kernels(a) and a.dtype == g.dtype != torch.float64:
+        if a.is_cuda and a.dtype == g.dtype != torch.float64 and kernels(a) is not None:
             ways = {"kernel": _by_kernel, **ways}
         found = fastest(form.name(g), a.device, {name: functools.partial(way, form, g) for name, way in ways.items()})
     return found.squeeze(3) if module.weight.ndim == 3 else found
@@ -89,11 +98,10 @@ class _Form:
 
 
 def _by_kernel(form: _Form, g: Tensor) -> Tensor:
-    from dpopt.grad_sample import triton_kernels
-
     left, _, above, _ = form.padding
-    corner = above, left
-    return triton_kernels.conv_weight_gradient(form.a, g, form.kernel, form.stride, form.dilation, corner, form.groups)
+    options = form.kernel, form.stride, form.dilation, (above, left), form.groups
+    found: Tensor = kernels(form.a).conv_weight_gradient(form.a, g, *options)
+    return found
 
 
 def _grouped(form: _Form, g: Tensor) -> Tensor:
@@ -246,7 +254,7 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     it, and these filters are done one by one in float64.
     """
     gradient = found["weight"]
-    if has_kernels(gradient):
+    if kernels(gradient) is not None:
         return _norms_by_kernel(module, found)
     through = _standardization(module)
     h, project = through.direction, through.project
@@ -262,13 +270,11 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
 
 
 def _norms_by_kernel(module: Any, found: Gradients) -> Tensor:
-    from dpopt.grad_sample import triton_kernels
-
     parts, weight = _by_filter(found["weight"], module.weight.detach())
     gain = getattr(module, "gain", None)
     counted = module.weight.requires_grad, gain is not None and gain.requires_grad
-    filters = triton_kernels.Filters(weight.contiguous(), _gain(module), *_how(module))
-    norms = triton_kernels.standardized_square_norms(parts, filters, *counted)
+    given = weight.contiguous(), _gain(module), _how(module)
+    norms: Tensor = kernels(parts).standardized_square_norms(parts, *given, counted)
     if module.bias is not None and module.bias.requires_grad:
         norms += square_norms(found["bias"])
     return norms
@@ -323,13 +329,11 @@ def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
     """From the standardized weight to weight and gain."""
     gradient = sums["weight"].flatten(1)
-    if has_kernels(gradient):
-        from dpopt.grad_sample import triton_kernels
-
-        filters = triton_kernels.Filters(module.weight.detach().flatten(1)[None], _gain(module), *_how(module))
-        weight, gain = triton_kernels.standardized_gradients(gradient, filters)
+    if gradient.is_cuda and (on_gpu := kernels(gradient)) is not None:
+        of = _gain(module)
+        weight, gain = on_gpu.standardized_gradients(gradient, module.weight.detach().flatten(1), of, _how(module))
         found = {**sums, "weight": weight.view(module.weight.shape)}
-        return found if filters.gain is None else {**found, "gain": gain.view(module.gain.shape)}
+        return found if of is None else {**found, "gain": gain.view(module.gain.shape)}
     through = _standardization(module)
     along = (through.direction * gradient).sum(1)
     rest = gradient - gradient.mean(1, keepdim=True) - (through.project * along)[:, None] * through.direction

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dpopt.machine import have_triton
@@ -19,9 +20,24 @@ def at_once(like: Tensor, size: int) -> int:
     return max(1, _WORKSPACE.get(like.device.type, 8 << 20) // (like.element_size() * max(1, size)))
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels take a tensor: on a GPU, and values, not part of a graph or under vmap."""
-    return x.is_cuda and have_triton() and get_proxy_mode() is None and not is_batchedtensor(x)
+def kernels(x: Tensor) -> Any:
+    """The module whose kernels take a tensor, in one pass over memory; None where torch has to do.
+
+    None have a tensor of a graph that is being traced, and one under vmap.
+    """
+    if get_proxy_mode() is not None or is_functorch_wrapped_tensor(x):
+        return None
+    if x.is_cuda:
+        if not have_triton():
+            return None
+        from dpopt.grad_sample import triton_kernels
+
+        return triton_kernels
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu":
+        return None
+    from dpopt.grad_sample import cpu_kernels
+
+    return cpu_kernels if cpu_kernels.supports(x) else None
 
 
 def square_norms(rows: Tensor) -> Tensor:
@@ -30,10 +46,9 @@ def square_norms(rows: Tensor) -> Tensor:
     On a CPU, torch adds the squares of a long row one by one in fp32, and 25 million equal entries lose 1 % of their
     norm: rows are taken in blocks of 256, which loses at most 2e-7, and the blocks are added in float64.
     """
-    if has_kernels(rows):
-        from dpopt.grad_sample import triton_kernels
-
-        return triton_kernels.square_norms(rows)
+    if (found := kernels(rows)) is not None:
+        squares: Tensor = found.square_norms(rows)
+        return squares
     return torch.cat([_square_norms(piece) for piece in wide_pieces(rows)])
 
 

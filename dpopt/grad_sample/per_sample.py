@@ -16,7 +16,7 @@ from dpopt.grad_sample.norms import (
     at_once,
     by_example,
     exact,
-    has_kernels,
+    kernels,
     memory_order,
     square_norms,
     wide_pieces,
@@ -242,10 +242,8 @@ def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None, wide: bo
     rows = by_example(gradient)
     if wide:
         rows, weights = rows.double(), weights.double()
-    if has_kernels(rows) and weights.dtype == torch.float32 and rows.dtype != torch.float64:
-        from dpopt.grad_sample import triton_kernels
-
-        total = triton_kernels.weighted_sum(rows, weights)
+    if weights.dtype == torch.float32 and rows.dtype != torch.float64 and (found := kernels(rows)) is not None:
+        total = found.weighted_sum(rows, weights)
     else:
         rows = rows if select is None else rows.masked_fill(select[:, None], 0.0)
         total, done = weights.new_zeros(rows.shape[1]), 0

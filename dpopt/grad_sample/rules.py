@@ -27,7 +27,7 @@ from dpopt.grad_sample.conv import (
     standardized_norms,
     standardized_pull_back,
 )
-from dpopt.grad_sample.norms import Gradients, gram, has_kernels, sum_wide
+from dpopt.grad_sample.norms import Gradients, gram, kernels, sum_wide
 from dpopt.models.layers import StandardizedConv2d
 
 
@@ -89,11 +89,9 @@ def linear_scaled_ghost_norm(module: nn.Linear, a: Tensor, g: Tensor, scale: Gra
 def group_norm(module: nn.GroupNorm, a: Tensor, g: Tensor) -> Gradients:
     """Every channel of every view as a channel of one big example: torch's own backward then keeps them apart."""
     examples, views, channels = a.shape[:3]
-    if has_kernels(a) and a.dtype != torch.float64:
-        from dpopt.grad_sample import triton_kernels
-
+    if a.is_cuda and a.dtype != torch.float64 and (on_gpu := kernels(a)) is not None:
         x, y = (t.reshape(examples * views, channels, -1) for t in (a, g))
-        found = triton_kernels.group_norm_gradients(x, y, module.num_groups, module.eps)
+        found = on_gpu.group_norm_gradients(x, y, module.num_groups, module.eps)
         weight, bias = (t.view(examples, views, channels).sum(1) for t in found)
         return {"weight": weight, "bias": bias}
     a, g = a.reshape(1, examples * views * channels, -1), g.reshape(1, examples * views * channels, -1)

@@ -1,8 +1,5 @@
 """Per-example gradients, their norms and sums on a GPU: a launch each, which reads a value once or from its cache."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -41,69 +38,53 @@ def square_norms(rows: Tensor) -> Tensor:
     return squares.sum(1) if pieces > 1 else squares[:, 0]
 
 
-def standardized_square_norms(parts: Tensor, filters: "Filters", weight: bool, gain: bool) -> Tensor:
+def standardized_square_norms(
+    parts: Tensor, weight: Tensor, gain: Tensor | None, how: tuple[float, float, float], counted: tuple[bool, bool]
+) -> Tensor:
     """‖∂/∂w‖² + ‖∂/∂gain‖² of every example, (B,) float64 (`dpopt.grad_sample.conv` has the equations).
 
     Args:
         parts: G, (B, P, out, m): P pieces of every filter, each contiguous.
-        filters: w alike, and how they are standardized.
-        weight: count ∂/∂w.
-        gain: count ∂/∂gain.
+        weight: w, (P, out, m), contiguous.
+        gain: (out,), or None for 1.
+        how: floor, extra and factor: a filter is used as factor·gain·(w − mean(w))/τ, where
+            τ² = max(‖w − mean(w)‖², floor) + extra.
+        counted: whether ∂/∂w and ∂/∂gain are.
     """
     parts = parts if parts.stride(3) == 1 else parts.contiguous()
     examples, pieces, out, length = parts.shape
     squares = torch.empty(examples, out, dtype=torch.float64, device=parts.device)
     with torch.cuda.device_of(parts):
         _standardized_kernel[(examples, out)](
-            *(parts, filters.weight, filters.gain, squares, squares, length, *parts.stride()[:3]),
-            *(filters.floor, filters.extra, filters.factor),
-            **filters.constants(pieces, length),
+            *(parts, weight, gain, squares, squares, length, *parts.stride()[:3], *how),
+            PIECES=pieces,
+            GAINED=gain is not None,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(length)),
             FORM=False,
-            WEIGHT=weight,
-            GAIN=gain,
+            WEIGHT=counted[0],
+            GAIN=counted[1],
         )
     return squares.sum(1)
 
 
-def standardized_gradients(gradient: Tensor, filters: "Filters") -> tuple[Tensor, Tensor]:
-    """∂/∂w (out, n) and ∂/∂gain (out,) of G (out, n), in its type."""
+def standardized_gradients(
+    gradient: Tensor, weight: Tensor, gain: Tensor | None, how: tuple[float, float, float]
+) -> tuple[Tensor, Tensor]:
+    """∂/∂w (out, n) and ∂/∂gain (out,) of G (out, n), in its type; w is (out, n), contiguous."""
     gradient = gradient.contiguous()
     out, length = gradient.shape
     of_weight, of_gain = torch.empty_like(gradient), gradient.new_empty(out)
     with torch.cuda.device_of(gradient):
         _standardized_kernel[(1, out)](
-            *(gradient, filters.weight, filters.gain, of_weight, of_gain, length, 0, 0, length),
-            *(filters.floor, filters.extra, filters.factor),
-            **filters.constants(1, length),
+            *(gradient, weight, gain, of_weight, of_gain, length, 0, 0, length, *how),
+            PIECES=1,
+            GAINED=gain is not None,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(length)),
             FORM=True,
             WEIGHT=True,
             GAIN=True,
         )
     return of_weight, of_gain
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Filters w that a convolution uses as factor·gain·(w − mean(w))/τ, τ² = max(‖w − mean(w)‖², floor) + extra.
-
-    Attributes:
-        weight: (P, out, m), contiguous: P pieces of every filter.
-        gain: (out,), or None for 1.
-        floor: of the squared norm.
-        extra: added to it.
-        factor: that multiplies all.
-    """
-
-    weight: Tensor
-    gain: Tensor | None
-    floor: float
-    extra: float
-    factor: float
-
-    def constants(self, pieces: int, length: int) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        block = min(_BLOCK, triton.next_power_of_2(length))
-        return dict(PIECES=pieces, GAINED=self.gain is not None, BLOCK=block)
 
 
 def conv_weight_gradient(

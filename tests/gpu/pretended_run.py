@@ -24,15 +24,16 @@ class Launches:
         return launch
 
 
-def _pulled_back(g, w, filters):
+def _pulled_back(g, w, gain, how):
     """∂/∂w and ∂/∂gain of ∂/∂(standardized weight), filters in rows."""
     w = w - w.mean(-1, keepdim=True)
     square = w.square().sum(-1)
-    length = (square.clamp(min=filters.floor) + filters.extra).sqrt()
-    direction, gain = w / length[:, None], 1.0 if filters.gain is None else filters.gain.inner
+    floor, extra, factor = how
+    length = (square.clamp(min=floor) + extra).sqrt()
+    direction, gain = w / length[:, None], 1.0 if gain is None else gain.inner
     along = (g * direction).sum(-1)
-    rest = g - g.mean(-1, keepdim=True) - ((square > filters.floor) * along)[..., None] * direction
-    return (filters.factor * gain / length)[:, None] * rest, filters.factor * along
+    rest = g - g.mean(-1, keepdim=True) - ((square > floor) * along)[..., None] * direction
+    return (factor * gain / length)[:, None] * rest, factor * along
 
 
 def stand_in(watch):
@@ -49,15 +50,15 @@ def stand_in(watch):
         watch.launched(rows, times=2)  # the second adds what the programs of a row have found
         return pretended.OnGPU(rows.inner.double().square().sum(1))
 
-    def standardized_square_norms(parts, filters, weight, gain):
-        watch.launched(parts, filters.weight, times=2)
-        g, w = (t.inner.double().movedim(-3, -2).flatten(-2) for t in (parts, filters.weight))
-        of_weight, of_gain = _pulled_back(g, w, filters)
-        return pretended.OnGPU((weight * of_weight.square().sum(2) + gain * of_gain.square()).sum(1))
+    def standardized_square_norms(parts, weight, gain, how, counted):
+        watch.launched(parts, weight, times=2)
+        g, w = (t.inner.double().movedim(-3, -2).flatten(-2) for t in (parts, weight))
+        of_weight, of_gain = _pulled_back(g, w, gain, how)
+        return pretended.OnGPU((counted[0] * of_weight.square().sum(2) + counted[1] * of_gain.square()).sum(1))
 
-    def standardized_gradients(gradient, filters):
-        watch.launched(gradient, gradient, filters.weight)
-        found = _pulled_back(gradient.inner.double(), filters.weight.inner[0].double(), filters)
+    def standardized_gradients(gradient, weight, gain, how):
+        watch.launched(gradient, gradient, weight)
+        found = _pulled_back(gradient.inner.double(), weight.inner.double(), gain, how)
         return tuple(pretended.OnGPU(x.to(gradient.dtype)) for x in found)
 
     def conv_weight_gradient(a, g, kernel, stride, dilation, corner, groups):

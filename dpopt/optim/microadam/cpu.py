@@ -1,33 +1,18 @@
-"""One step of MicroAdam on all blocks of a packed state in one pass on a CPU: `cpu.c`, built by the system's compiler.
-
-The library is built at its first use (about a second) and kept in the user's cache directory under a name that depends
-on source, compiler and processor.
-"""
+"""One step of MicroAdam on all blocks of a packed state in one pass on a CPU: `cpu.c` (`dpopt.native` builds it)."""
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpopt.machine import cache_folder, processor_features
+from dpopt import native
 from dpopt.optim.microadam.packing import PackedState
 from dpopt.optim.microadam.reference import window_weights
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-# No fused multiply-add, no reassociation: the reference's bits.
-_FLAGS = (
-    "-std=c11 -O3 -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math -fno-strict-aliasing -shared -fPIC"
-)
 _WORTH_A_THREAD = 64  # blocks
 
 
@@ -77,18 +62,14 @@ def step_packed(
         return
     weights = window_weights(step, window, betas, torch.float32, form.device)
     shared = [state[name].data_ptr() if name in state else None for name in ("feedback", "ranges", "indices", "values")]
-    blocks = sum(packed.count(p) for p in parameters)
-    threads = max(1, min(torch.get_num_threads(), blocks // _WORTH_A_THREAD))
 
-    def work(part: int) -> None:
+    def work(begin: int, end: int) -> None:
         scratch = torch.empty(4 * form.size + window * form.k)
-        begin, end = blocks * part // threads, blocks * (part + 1) // threads
         library().microadam_step(
             *(tensors.data_ptr(), begin, end, *shared, weights.data_ptr(), scratch.data_ptr(), ctypes.byref(options))
         )
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
+    native.in_parts(work, sum(packed.count(p) for p in parameters), _WORTH_A_THREAD)
 
 
 @functools.cache
@@ -98,23 +79,7 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: when there is no compiler, or it fails.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise OSError("no C compiler was found (install gcc or clang, or name one in CC)")
-    known = "\n".join(
-        [_SOURCE.read_text(), _FLAGS, os.path.realpath(compiler), platform.platform(), processor_features()]
-    )
-    cache = cache_folder()
-    built = cache / f"microadam-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
-    if not built.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # beside its place: other processes see all or nothing
-            fresh = Path(folder) / built.name
-            command = [compiler, *_FLAGS.split(), str(_SOURCE), "-o", str(fresh), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
-            fresh.replace(built)
-    loaded = ctypes.CDLL(str(built))
+    loaded = native.library(_SOURCE, "-ffp-contract=off")  # no fused multiply-add: the reference's bits
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     loaded.microadam_step.argtypes = [pointer, count, count, *[pointer] * 7]
     loaded.microadam_dense_step.argtypes = [pointer, count, *[pointer] * 4]

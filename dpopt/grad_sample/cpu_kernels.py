@@ -1,0 +1,114 @@
+"""Norms and sums of per-example gradients on a CPU in one pass each: `cpu.c` (`dpopt.native` builds it)."""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpopt import native
+
+_SOURCE = Path(__file__).with_name("cpu.c")
+_WORTH_A_THREAD = 1 << 18  # values
+
+
+def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """Σ weights[i]·rows[i], (n,) float32; a row of weight zero is not read, so that it may hold NaN.
+
+    Args:
+        rows: (B, n) of float32 or bfloat16, contiguous in n.
+        weights: (B,) float32.
+    """
+    rows, weights = _in_rows(rows), weights.contiguous()
+    total = torch.empty(rows.shape[1], dtype=torch.float32)
+    place = rows.stride(0), _narrow(rows), weights.data_ptr(), total.data_ptr()
+
+    def work(begin: int, end: int) -> None:
+        _library().weighted_sum(rows.data_ptr(), len(rows), begin, end, *place)
+
+    native.in_parts(work, len(total), _WORTH_A_THREAD // max(1, len(rows)))
+    return total
+
+
+def square_norms(rows: Tensor) -> Tensor:
+    """‖·‖² of each row of (R, n) of float32 or bfloat16, in float64."""
+    rows = _in_rows(rows)
+    squares = torch.empty(len(rows), dtype=torch.float64)
+    place = rows.shape[1], rows.stride(0), _narrow(rows), squares.data_ptr()
+    native.in_parts(
+        lambda begin, end: _library().square_norms(rows.data_ptr(), begin, end, *place),
+        len(rows),
+        _WORTH_A_THREAD // max(1, rows.shape[1]),
+    )
+    return squares
+
+
+def standardized_square_norms(
+    parts: Tensor, weight: Tensor, gain: Tensor | None, how: tuple[float, float, float], counted: tuple[bool, bool]
+) -> Tensor:
+    """‖∂/∂w‖² + ‖∂/∂gain‖² of every example, (B,) float64 (`dpopt.grad_sample.conv` has the equations).
+
+    Args:
+        parts: G, (B, P, out, m): P pieces of every filter, each contiguous.
+        weight: w, (P, out, m), contiguous.
+        gain: (out,), or None for 1.
+        how: floor, extra and factor: a filter is used as factor·gain·(w − mean(w))/τ, where
+            τ² = max(‖w − mean(w)‖², floor) + extra.
+        counted: whether ∂/∂w and ∂/∂gain are.
+    """
+    parts = _in_rows(parts)
+    examples, pieces, out, length = parts.shape
+    direction, numbers = torch.empty(out, pieces, length), torch.empty(2, out, dtype=torch.float64)
+    known = weight.data_ptr(), None if gain is None else gain.data_ptr(), pieces, out, length
+    constants = direction.data_ptr(), *(row.data_ptr() for row in numbers)
+    _library().standardize(*known, *how, *constants)
+    squares = torch.empty(examples, dtype=torch.float64)
+    shape = pieces, out, length, *parts.stride()[:3], _narrow(parts)
+
+    def work(begin: int, end: int) -> None:
+        _library().standardized_square_norms(
+            parts.data_ptr(), begin, end, *shape, *constants, how[2], *counted, squares.data_ptr()
+        )
+
+    native.in_parts(work, examples, _WORTH_A_THREAD // max(1, pieces * out * length))
+    return squares
+
+
+def supports(x: Tensor) -> bool:
+    """Whether the library can be had, and takes the type of a tensor."""
+    return x.dtype in (torch.float32, torch.bfloat16) and available()
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a compiler that builds it."""
+    try:
+        _library()
+    except OSError:
+        return False
+    return True
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _narrow(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    # Accumulators may be reordered, hence vectorized; NaN and infinity keep their meaning.
+    loaded = native.library(_SOURCE, "-fassociative-math -fno-signed-zeros -ffp-contract=fast")
+    pointer, count, flag, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+    shape: list[Any] = [pointer, *[count] * 8, flag]
+    loaded.square_norms.argtypes = [pointer, *[count] * 4, flag, pointer]
+    loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, pointer]
+    loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 3, number, flag, flag, pointer]
+    loaded.standardize.argtypes = [pointer, pointer, *[count] * 3, *[number] * 3, *[pointer] * 3]
+    for name in ("square_norms", "weighted_sum", "standardize", "standardized_square_norms"):
+        getattr(loaded, name).restype = None
+    return loaded
