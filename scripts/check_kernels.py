@@ -111,7 +111,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "group normalization, bf16": lambda: per_example.group_norm_gradients(
         rows(3).bfloat16(), rows(3).bfloat16(), 16, 1e-5
     ),
-    "norms, standardized": lambda: per_example.standardized_square_norms(rows(4), *filters(True), counted=(True, True)),
+    "norms, standardized": lambda: per_example.standardized_square_norms(*(rows(4), *filters(True), (True, True))),
     "gradients, standardized": lambda: per_example.standardized_gradients(torch.zeros(64, 576), *filters()),
 }
 
