@@ -159,9 +159,14 @@ def work(model_name: str, variant: str, views: int, total: int, device: str) -> 
     x = torch.randn(total // views, views, 3, size, size, device=device)
     y = torch.randint(0, 10, (total // views,), device=device)
     where = torch.device(device)
-    before = torch.cuda.memory_allocated() if where.type == "cuda" else _resident()
+    before = torch.cuda.memory_allocated() if where.type == "cuda" else resident()
+    serve(lambda: make_step(variant, model, x, y), where, before)
+
+
+def serve(make: Callable[[], Callable[[], None]], where: torch.device, before: int) -> None:
+    """Say the peak memory of the step that `make` makes, beside what was there before, then a time for every line."""
     try:
-        step = make_step(variant, model, x, y)
+        step = make()
         step()  # measures what is fastest
         reset_peak_memory(where)
         for _ in range(4):  # freed memory is not always fit for what comes next: the first step may need less
@@ -181,13 +186,16 @@ def work(model_name: str, variant: str, views: int, total: int, device: str) -> 
         print(f"time {time.perf_counter() - start}", flush=True)
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes of memory that the process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def bench(model: str, views: int, total: int, device: str, rounds: int, variants: list[str]) -> list[dict]:
-    """One row per variant."""
-    command = [sys.executable, __file__, "--device", device, "--precision", PRECISION, "--worker"]
+def bench(
+    model: str, views: int, total: int, device: str, rounds: int, variants: list[str], script: str = __file__
+) -> list[dict]:
+    """One row per variant, each in a process of a script that says `peak` and `time` as `work` does."""
+    command = [sys.executable, script, "--device", device, "--precision", PRECISION, "--worker"]
     workers, rows = {}, {}
     for variant in variants:
         arguments = [model, variant, str(views), str(total)]
@@ -221,7 +229,7 @@ def bench(model: str, views: int, total: int, device: str, rounds: int, variants
     return list(rows.values())
 
 
-def _short(machine: str) -> str:
+def short(machine: str) -> str:
     """Name the processor or GPU in a file's name."""
     words = re.sub(r"\(r\)|\(tm\)|@.*|\d+ cpu cores|processor", " ", machine.lower())
     return "_".join(re.findall(r"[a-z0-9]+", words))
@@ -324,7 +332,7 @@ def main() -> None:
             rows += bench(model, views, total, arguments.device, arguments.rounds, variants)
             print(markdown([r for r in rows if (r["model"], r["views"]) == (model, views)], ""), flush=True)
     machine = hardware(arguments.device)
-    name = f"bench_engine_{kind}_{_short(machine)}_{PRECISION}"
+    name = f"bench_engine_{kind}_{short(machine)}_{PRECISION}"
     command = f"`python scripts/bench_engine.py {shlex.join(sys.argv[1:])}`"
     header = (
         f"# A private gradient beside an ordinary one\n\n{machine}, {PRECISION}; {versions()}, "

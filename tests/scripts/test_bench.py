@@ -75,3 +75,13 @@ def test_the_engine_benchmark(monkeypatch, tmp_path):
     assert "Error" in table and "ratio" not in broken
     bench_engine.figure(rows, tmp_path / "figure.png", "")
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_the_whole_step(monkeypatch):
+    """DP-MicroAdam keeps less than DP-Adam, and all take turns."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_training
+
+    rows = bench_training.bench("wrn_16_4", 1, 2, "cpu", 2, list(bench_training.OPTIMIZERS), bench_training.__file__)
+    assert [row["variant"] for row in rows] == list(bench_training.OPTIMIZERS)
+    assert all(row["ratio"] > 0 and row["peak"] > 20e6 for row in rows)

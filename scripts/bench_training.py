@@ -1,0 +1,135 @@
+"""Examples per second and peak memory of the whole training step: per-example gradients, clip, noise and optimizer.
+
+    python scripts/bench_training.py                                    # this machine; CUDA where there is a GPU
+    python scripts/bench_training.py --models wrn_16_4 --rounds 20
+
+DP-Adam and DP-MicroAdam stand beside each other and beside Adam without privacy, each in a process of its own; they
+take turns, one step each, round by round. A ratio is the median of the ratios to Adam within a round. Memory is the
+peak of four steps minus what the process has before the model is made: weights, gradients, sums and state count.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_engine import PLAIN, bench, markdown, resident, serve, short
+from bench_optim import hardware, versions
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import dpopt
+from dpopt import models
+from dpopt.training.cost import keep_freed_memory
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    PLAIN: torch.optim.Adam,
+    "DP-Adam": torch.optim.Adam,
+    "DP-MicroAdam": dpopt.optim.MicroAdam,
+    "DP-SGD": torch.optim.SGD,
+}
+# Model, image size, views in a batch on a CPU and on a GPU, policy of the engine.
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, int, str]] = {
+    "wrn_16_4": (models.wrn_16_4, 32, 32, 2048, "auto"),
+    "deit_base": (lambda: models.deit_base(pretrained=False, zero_head=False), 224, 4, 256, "auto"),
+    "vit_150m": (lambda: VisionTransformer(112, 16, embed_dim=1024, depth=12, num_heads=16), 112, 2, 128, "ghost"),
+}
+
+
+def work(name: str, variant: str, total: int, device: str) -> None:
+    """A process of one variant, as `bench` wants it."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+    make, size, _, _, policy = MODELS[name]
+    where = torch.device(device)
+    inputs = torch.randn(total, 1, 3, size, size, device=where)
+    targets = torch.randint(0, 10, (total,), device=where)
+    before = torch.cuda.memory_allocated() if where.type == "cuda" else resident()
+
+    def step() -> Callable[[], None]:
+        model = make().to(where)
+        optimizer = OPTIMIZERS[variant](model.parameters(), lr=1e-3)
+        return plain(model, optimizer) if variant == PLAIN else private(model, optimizer)
+
+    def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def call() -> None:
+            optimizer.zero_grad()
+            with autocast(where):
+                loss = F.cross_entropy(model(inputs[:, 0]), targets)
+            loss.backward()
+            optimizer.step()
+
+        return call
+
+    def private(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        # Every example in every batch: all steps are alike.
+        plan = dpopt.PrivacyPlan.calibrate(
+            delta=1e-5, noise_multiplier=1.0, accountant="rdp", seed=0, dataset_size=total, batch_size=total, steps=1000
+        )
+        clip = dpopt.clipping.Flat(1.0)
+        gradient = dpopt.PrivateGradient(model, F.cross_entropy, plan, clip, precision=precision(where), engine=policy)
+        batches = dpopt.poisson_batches((inputs[:, 0], targets), plan, micro_batch=total)
+
+        def call() -> None:
+            gradient.backward(next(batches))
+            optimizer.step()
+
+        return call
+
+    serve(step, where, before)
+
+
+def precision(where: torch.device) -> str:
+    """bf16 on a GPU."""
+    return "bf16" if where.type == "cuda" else "fp32"
+
+
+def autocast(where: torch.device) -> torch.autocast:
+    """The same for an ordinary step."""
+    return torch.autocast(where.type, torch.bfloat16, enabled=precision(where) == "bf16")
+
+
+def main() -> None:
+    """Measure, print, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--precision", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--output", type=Path, default=Path("experiments/results/benchmarks"), help="folder of the table"
+    )
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        name, variant, _, total = arguments.worker
+        work(name, variant, int(total), arguments.device)
+        return
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"warning: the load of this machine is {load:.1f}; wait until it is quiet")
+    rows, sizes = [], []
+    for name in arguments.models:
+        _, _, on_cpu, on_gpu, _ = MODELS[name]
+        total = on_gpu if arguments.device.startswith("cuda") else on_cpu
+        rows += bench(name, 1, total, arguments.device, arguments.rounds, list(OPTIMIZERS), __file__)
+        with torch.device("meta"):
+            sizes.append(f"{name} {sum(p.numel() for p in MODELS[name][0]().parameters()) / 1e6:,.1f} M")
+        print(markdown([row for row in rows if row["model"] == name], ""), flush=True)
+    machine = hardware(arguments.device)
+    header = (
+        f"# The whole training step\n\n{machine}, {precision(torch.device(arguments.device))}; {versions()}. "
+        f"`python scripts/bench_training.py {shlex.join(sys.argv[1:])}`: {arguments.rounds} rounds, all variants in "
+        f"turn. Parameters: {', '.join(sizes)}; vit_150m by ghost norms.\nNot private is Adam; ratios to it are "
+        "medians within a round. The peak holds weights, gradients, sums and optimizer state."
+    )
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    kind = torch.device(arguments.device).type
+    (arguments.output / f"bench_training_{kind}_{short(machine)}.md").write_text(markdown(rows, header))
+
+
+if __name__ == "__main__":
+    main()
