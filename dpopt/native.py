@@ -27,7 +27,7 @@ def library(source: Path, flags: str = "") -> ctypes.CDLL:
     """The compiled library of a C file.
 
     Args:
-        source: the file; its name, or that of its folder for `cpu.c`, begins the library's.
+        source: the file; the name of its folder begins the library's.
         flags: of the compiler, beside the common ones.
 
     Raises:

@@ -58,7 +58,8 @@ def standardized_square_norms(
             τ² = max(‖w − mean(w)‖², floor) + extra.
         counted: whether ∂/∂w and ∂/∂gain are.
     """
-    parts = _in_rows(parts)
+    parts, weight = _in_rows(parts), weight.float().contiguous()  # of a model in 16 bits, too
+    gain = None if gain is None else gain.float().contiguous()
     examples, pieces, out, length = parts.shape
     direction, numbers = torch.empty(out, pieces, length), torch.empty(2, out, dtype=torch.float64)
     known = weight.data_ptr(), None if gain is None else gain.data_ptr(), pieces, out, length

@@ -121,6 +121,19 @@ def test_standardized(kernels, monkeypatch, name, layout):
         torch.testing.assert_close(value.double(), exact[key], rtol=1e-5, atol=1e-9)
 
 
+def test_standardized_filters_in_16_bits(kernels):
+    """What a kernel reads of a model in bfloat16 is its weight, not its bytes."""
+    torch.manual_seed(0)
+    layer = StandardizedConv2d(4, 6, 3).bfloat16().to(DEVICE)
+    found = {
+        "weight": torch.randn(5, *layer.weight.shape, device=DEVICE).bfloat16(),
+        "bias": torch.zeros(5, 6, device=DEVICE),
+    }
+    norm = conv.standardized_norms(layer, found)
+    expected = conv.standardized_norms(layer.float(), {name: value.float() for name, value in found.items()})
+    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+
+
 CONVOLUTIONS = [
     dict(out_channels=5, kernel_size=3, padding=1),
     dict(out_channels=20, kernel_size=(1, 3), stride=2, padding=(0, 2), dilation=(1, 2)),
