@@ -6,8 +6,9 @@
 Prints a line per model, precision and policy: the largest relative error of a norm, the relative error of the clipped
 sum, and the length of the longest single contribution over C, which is the sensitivity. Autograd, one example at a
 time in the same precision, shows what rounding explains. Ends with what waits for the GPU in one micro-batch. Exits
-with 1 if anything is refused, longer than C, or more than twice as far off as autograd (a compiled graph: .001 more). The kernels are held against
-torch, bit by bit, by `pytest tests/optim/microadam/test_kernels.py tests/privacy/test_noise.py tests/grad_sample`.
+with 1 if anything is refused, longer than C, or more than twice as far off as autograd (a compiled graph: .001 more).
+The kernels are held against torch by `pytest tests/optim/microadam/test_kernels.py tests/privacy/test_noise.py
+tests/grad_sample/test_kernels_of_gradients.py`.
 """
 
 import argparse
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    torch.backends.cudnn.allow_tf32 = False  # which torch allows convolutions: the comparison would be blunt
     well = all([check(name, device, arguments.precisions, arguments.policies) for name in arguments.models])
     if device.type == "cuda":
         waits(device)

@@ -40,8 +40,13 @@ def _positions(module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """What the filters meet (B, groups, T, n) and the output gradient (B, groups, T, filters), position by position."""
     examples, views, groups = *a.shape[:2], module.groups
     a, kernel, stride, dilation, padding = _as_2d(module, a)
-    columns = F.unfold(F.pad(a, padding).flatten(0, 1), kernel, dilation, 0, stride)
-    columns = columns.view(examples, views, groups, -1, columns.shape[2]).permute(0, 2, 1, 4, 3).flatten(2, 3)
+    x = F.pad(a, padding).flatten(0, 1)
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
+    steps = [by * d for by, d in zip(x.stride()[2:], dilation, strict=True)]
+    steps += [by * s for by, s in zip(x.stride()[2:], stride, strict=True)]
+    met = x.as_strided((*x.shape[:2], *kernel, *sizes), (*x.stride()[:2], *steps))  # not F.unfold: a launch per image
+    met = met.reshape(examples, views, groups, -1, sizes[0] * sizes[1])
+    columns = met.permute(0, 2, 1, 4, 3).flatten(2, 3)
     return columns, g.reshape(examples, views, groups, g.shape[2] // groups, -1).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from dpopt.grad_sample.backward import backpropagate
-from dpopt.grad_sample.choices import Choices, using
+from dpopt.grad_sample.choices import Choices
 from dpopt.grad_sample.compiled import compile_sampler
 from dpopt.grad_sample.data_flow import Answers, DataFlow
 from dpopt.grad_sample.fallback import (
@@ -224,7 +224,7 @@ class GradSampler:
             self._checked = True
             return per_sample.finish(losses)
         examples, views = inputs.shape[:2]
-        collector = BackwardCollector(per_sample)
+        collector = BackwardCollector(per_sample, self._choices(policy))
         copies = {
             name: values[name].view(shape).expand(examples * views, *shape[1:]).requires_grad_()
             for name, shape in self.bare.items()
@@ -259,8 +259,7 @@ class GradSampler:
         settled = {} if self.measured else self.policies  # of a twin
         choose_policies(calls, examples, policy or self.policy, self.memory, self._choices(policy), settled)
         self.policies = {call.tracked.name: call.policy for call in calls}
-        with using(self._choices(policy)):
-            backpropagate(collector, losses, root, copies, values, unsure)
+        backpropagate(collector, losses, root, copies, values, unsure)
         if collector.probe is not None:
             self._record(batch, key, calls, unsure)
         return per_sample.finish(losses.detach())

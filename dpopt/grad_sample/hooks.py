@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from dpopt.grad_sample.choices import Choices, using
 from dpopt.grad_sample.fallback import is_plain, output_tensors
 from dpopt.grad_sample.fit import fit_layout
 from dpopt.grad_sample.layout import RowProbe, UnsureLayoutError
@@ -35,14 +36,16 @@ class BackwardCollector:
 
     Args:
         per_sample: where it goes.
+        choices: what is fastest, for rules that can do it in several ways. Hooks get it from here: with a GPU, autograd
+            calls them in a thread of its own.
 
     Attributes:
         probe: finds the layouts of calls that have none.
         rehearsing: whether the pass is one under scaled losses, whose gradients are only kept for comparison.
     """
 
-    def __init__(self, per_sample: PerSampleGradients) -> None:
-        self.per_sample = per_sample
+    def __init__(self, per_sample: PerSampleGradients, choices: Choices | None = None) -> None:
+        self.per_sample, self.choices = per_sample, choices
         self.probe: RowProbe | None = None
         self.rehearsing = False
         self._partial: dict[Any, tuple[TrackedLayer | None, Gradients]] = {}
@@ -60,7 +63,7 @@ class BackwardCollector:
             raise UnsupportedLayerError(tracked.name, "has an input that is changed in place after it was read")
         call.wide = self.per_sample.scale is not None and tracked.rule.pull_back is not None
         call.output_gradient = g
-        with torch.autocast(g.device.type, enabled=False):
+        with using(self.choices), torch.autocast(g.device.type, enabled=False):
             if call.layout is None:
                 if self.probe is None:
                     raise UnsureLayoutError

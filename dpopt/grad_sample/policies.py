@@ -78,15 +78,15 @@ def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choice
     if call.layout is None:  # its examples have not been found yet
         return guess
     device = next(tracked.module.parameters()).device
-    return choices.find(name, device, {way: functools.partial(_try, call, way, examples) for way in ways})
+    return choices.find(name, device, {way: functools.partial(_try, call, way, examples, choices) for way in ways})
 
 
-def _try(call: LayerCall, policy: str, examples: int) -> None:
+def _try(call: LayerCall, policy: str, examples: int, choices: Choices) -> None:
     """Do all that a policy does with a call, on gradients that are one."""
     per_sample = PerSampleGradients(examples)
     weight = next(call.tracked.module.parameters())
     g = torch.ones(call.shape, dtype=call.dtype, device=weight.device)
-    BackwardCollector(per_sample).arrived(replace(call, policy=policy), g)
+    BackwardCollector(per_sample, choices).arrived(replace(call, policy=policy), g)
     per_sample.finish(torch.zeros(examples, device=weight.device))
     total = torch.float64 if weight.dtype == torch.float64 else torch.float32
     sums = {

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024
+_SUMMED = 32  # rows that a program sums
 _PIECE = 4096  # values of a row that a program squares
 
 
@@ -16,12 +17,13 @@ def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
         rows: (B, n) of 16- or 32-bit floats, contiguous in n.
         weights: (B,) float32.
     """
-    total = torch.empty(rows.shape[1], dtype=torch.float32, device=rows.device)
+    size, parts = rows.shape[1], triton.cdiv(len(rows), _SUMMED)
+    totals = torch.empty(parts, size, dtype=torch.float32, device=rows.device)
     with torch.cuda.device_of(rows):  # Triton launches on the current device
-        _sum_kernel[(triton.cdiv(len(total), _BLOCK),)](
-            rows, weights, total, len(total), rows.stride(0), COUNT=len(rows), BLOCK=_BLOCK
+        _sum_kernel[(triton.cdiv(size, _BLOCK // 2), parts)](
+            *(rows, weights, totals, size, len(rows), rows.stride(0)), SUMMED=_SUMMED, ROWS=8, BLOCK=_BLOCK // 2
         )
-    return total
+    return totals.sum(0) if parts > 1 else totals[0]
 
 
 def square_norms(rows: Tensor) -> Tensor:
@@ -96,10 +98,10 @@ def conv_weight_gradient(
     corner: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """∂/∂weight of every example, (B, out, in/groups, kh, kw), in the type of `a`, without a copy of its input.
+    """∂/∂weight of every example, (B, out, in/groups, kh, kw), in the type of `a`; its input is not unfolded.
 
     Args:
-        a: input (B, K, in, h, w), in any order in memory, of 16- or 32-bit floats; of K views.
+        a: input (B, K, in, h, w) of 16- or 32-bit floats; of K views.
         g: output gradient (B, K, out, h', w'), of the same type.
         kernel: (kh, kw).
         stride: (vertical, horizontal).
@@ -107,20 +109,40 @@ def conv_weight_gradient(
         corner: zeros (above, left of) the input.
         groups: of channels.
     """
-    (examples, views, channels, height, width), out = a.shape, g.shape[2]
-    wide, columns = out // groups, channels // groups * kernel[0] * kernel[1]
-    found = torch.empty(examples, out, channels // groups, *kernel, dtype=a.dtype, device=a.device)
-    block = tuple(min(64, max(16, triton.next_power_of_2(n))) for n in (wide, columns))
-    grid = (examples * groups, triton.cdiv(wide, block[0]), triton.cdiv(columns, block[1]))
+    (examples, views, channels, height, width), out, map_width = a.shape, g.shape[2], g.shape[4]
+    positions = views * g.shape[3] * map_width
+    a, g = channels_last(a), channels_last(g)
+    wide, deep = out // groups, channels // groups
+    found = torch.empty(examples, out, *kernel, deep, dtype=a.dtype, device=a.device)
+    block = tuple(min(64, max(16, triton.next_power_of_2(n))) for n in (wide, deep))
+    tiles = triton.cdiv(wide, block[0]), triton.cdiv(deep, block[1])
     with torch.cuda.device_of(a):
-        _conv_kernel[grid](
-            *(a, g, found, groups, wide, channels // groups, height, width, g.shape[4], g.shape[3] * g.shape[4]),
-            *(views * g.shape[3] * g.shape[4], *stride, *dilation, *corner, *a.stride(), *g.stride()),
-            KH=kernel[0],
-            KW=kernel[1],
+        _conv_kernel[(examples * groups * tiles[0] * tiles[1] * kernel[0] * kernel[1],)](
+            *(a, g, found, groups, wide, deep, *tiles, height, width, map_width, positions // views, positions),
+            *(*stride, *dilation, *corner),
+            TAPS_Y=kernel[0],
+            TAPS_X=kernel[1],
             ROWS=block[0],
             COLUMNS=block[1],
-            POSITIONS=32,
+            POSITIONS=64 if a.element_size() == 2 else 32,
+            num_stages=3,
+        )
+    return found.permute(0, 1, 4, 2, 3)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(N, K, C, h, w) as (N, K, h, w, C), contiguous: a view of what lies so already."""
+    moved = x.permute(0, 1, 3, 4, 2)
+    if moved.is_contiguous():
+        return moved
+    x = x.contiguous()
+    found = torch.empty(moved.shape, dtype=x.dtype, device=x.device)
+    rows, columns = x.shape[2], x.shape[3] * x.shape[4]
+    block = tuple(min(64, triton.next_power_of_2(n)) for n in (rows, columns))
+    tiles = triton.cdiv(rows, block[0]), triton.cdiv(columns, block[1])
+    with torch.cuda.device_of(x):
+        _transpose_kernel[(x.shape[0] * x.shape[1] * tiles[0] * tiles[1],)](
+            *(x, found, rows, columns, *tiles), ROWS=block[0], COLUMNS=block[1]
         )
     return found
 
@@ -146,16 +168,19 @@ def group_norm_gradients(x: Tensor, g: Tensor, groups: int, eps: float) -> tuple
 
 
 @triton.jit
-def _sum_kernel(rows, weights, total, size, stride, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(
+    rows, weights, totals, size, count, stride, SUMMED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    found = tl.zeros((BLOCK,), tl.float32)
-    row = rows + at
-    for i in range(COUNT):
-        weight = tl.load(weights + i)
-        read = at < tl.where(weight != 0.0, size, 0)
-        found += weight * tl.load(row, mask=read, other=0.0).to(tl.float32)
-        row += stride
-    tl.store(total + at, found, mask=at < size)
+    part = tl.program_id(1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(part * SUMMED, part * SUMMED + SUMMED, ROWS):
+        row = start + tl.arange(0, ROWS)
+        weight = tl.load(weights + row, mask=row < count, other=0.0)
+        read = (weight != 0.0)[:, None] & (at < size)[None, :]
+        value = tl.load(rows + row.to(tl.int64)[:, None] * stride + at[None, :], mask=read, other=0.0)
+        total += tl.sum(weight[:, None] * value.to(tl.float32), 0)
+    tl.store(totals + part.to(tl.int64) * size + at, total, mask=at < size)
 
 
 @triton.jit
@@ -219,33 +244,51 @@ def _standardized_kernel(
 
 @triton.jit
 def _conv_kernel(
-    a, g, found, groups, wide, deep, height, width, out_width, map_size, positions,
+    a, g, found, groups, wide, deep, row_tiles, column_tiles, height, width, map_width, map_size, positions,
     down, right, dilation_y, dilation_x, above, left,
-    a_example, a_view, a_channel, a_y, a_x, g_example, g_view, g_channel, g_y, g_x,
-    KH: tl.constexpr, KW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """A tile (ROWS, COLUMNS) of out × (in·kh·kw) of one example and group: a product over the output's positions."""
-    example, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    channel, dy, dx = column // (KH * KW), column // KW % KH, column % KW
-    a_from = a + example * a_example + (group * deep + channel)[None, :] * a_channel
-    g_from = g + example * g_example + (group * wide + row)[:, None] * g_channel
+    """A tile (ROWS, COLUMNS) of out × in, of one place of the filter: a product over the output's positions."""
+    number = tl.program_id(0)
+    tap = number % (TAPS_Y * TAPS_X)
+    number = number // (TAPS_Y * TAPS_X)
+    column = number % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    number = number // column_tiles
+    row = number % row_tiles * ROWS + tl.arange(0, ROWS)
+    number = number // row_tiles
+    example, group = (number // groups).to(tl.int64), number % groups
+    dy, dx = tap // TAPS_X * dilation_y - above, tap % TAPS_X * dilation_x - left
+    inputs = positions // map_size * height * width
+    a_from = a + example * inputs * (groups * deep) + group * deep + column[None, :]
+    g_from = g + example * positions * (groups * wide) + group * wide + row[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, positions, POSITIONS):
         at = start + tl.arange(0, POSITIONS)
-        view, y, x = at // map_size, at % map_size // out_width, at % out_width
-        there = (row < wide)[:, None] & (at < positions)[None, :]
-        of_g = tl.load(g_from + (view * g_view + y * g_y + x * g_x)[None, :], mask=there, other=0.0)
-        in_y = (y * down - above)[:, None] + (dy * dilation_y)[None, :]
-        in_x = (x * right - left)[:, None] + (dx * dilation_x)[None, :]
-        there = (at < positions)[:, None] & (channel < deep)[None, :]
-        there = there & (in_y >= 0) & (in_y < height) & (in_x >= 0) & (in_x < width)
-        of_a = tl.load(a_from + (view * a_view)[:, None] + in_y * a_y + in_x * a_x, mask=there, other=0.0)
-        total = tl.dot(of_g, of_a, total, input_precision="ieee")
-    size = deep * KH * KW
-    into = found + ((example * groups + group) * wide + row)[:, None] * size + column[None, :]
-    tl.store(into, total.to(found.dtype.element_ty), mask=(row < wide)[:, None] & (column < size)[None, :])
+        y, x = at % map_size // map_width * down + dy, at % map_width * right + dx
+        there = (at < positions)[:, None] & (row < wide)[None, :]
+        of_g = tl.load(g_from + at[:, None] * (groups * wide), mask=there, other=0.0)
+        there = (at < positions) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        place = (at // map_size * height + y) * width + x
+        there = there[:, None] & (column < deep)[None, :]
+        of_a = tl.load(a_from + place[:, None] * (groups * deep), mask=there, other=0.0)
+        total = tl.dot(tl.trans(of_g), of_a, total, input_precision="ieee")
+    filters = (example * groups + group) * wide + row
+    into = found + (filters[:, None] * (TAPS_Y * TAPS_X) + tap) * deep + column[None, :]
+    tl.store(into, total.to(found.dtype.element_ty), mask=(row < wide)[:, None] & (column < deep)[None, :])
+
+
+@triton.jit
+def _transpose_kernel(
+    x, found, rows, columns, row_tiles, column_tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    number = tl.program_id(0)
+    column = number % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    number = number // column_tiles
+    row = number % row_tiles * ROWS + tl.arange(0, ROWS)
+    first = (number // row_tiles).to(tl.int64) * rows * columns
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    tile = tl.load(x + first + row[:, None] * columns + column[None, :], mask=there, other=0.0)
+    tl.store(found + first + column[:, None] * rows + row[None, :], tl.trans(tile), mask=tl.trans(there))
 
 
 @triton.jit

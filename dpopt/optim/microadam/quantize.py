@@ -85,7 +85,8 @@ def golden_dither(rows: Tensor, step: int, buckets: int, bucket: int) -> Tensor:
 def _grid(ranges: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """l and u of every bucket, (rows, buckets, 1, 1)."""
     low, high = ranges.float()[:, :, None, None].unbind(4)
-    return low, (high - low) / (2**bits - 1)
+    steps = torch.full((), 2**bits - 1, dtype=torch.float32, device=ranges.device)
+    return low, (high - low) / steps  # by a number, torch on a GPU would multiply by its rounded inverse
 
 
 def _outwards(extremes: Tensor) -> Tensor:
