@@ -14,7 +14,7 @@ from dpopt.grad_sample.modules import TrackedLayer, size_of
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients
 
 _SMALL = 4096  # values of a gradient that is not worth anything but storing
-_LARGEST = 1 << 30  # bytes that a way may take to be tried, where no limit is known
+_LARGEST = 1 << 30  # bytes that a way may take to be tried on a CPU, where no limit is known; an eighth of a GPU's
 
 
 def choose_policies(
@@ -64,7 +64,7 @@ def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choice
     if size <= _SMALL:
         return "store"
     ways = ["store", "recompute"]
-    if 4 * examples * size > (_LARGEST if memory is None else memory):
+    if 4 * examples * size > (_most(call) if memory is None else memory):
         ways.remove("store")
     # Inner products of positions are cheap only where there are few.
     if _has_ghost(tracked) and call.positions * _width(tracked) <= size:
@@ -79,6 +79,11 @@ def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choice
         return guess
     device = next(tracked.module.parameters()).device
     return choices.find(name, device, {way: functools.partial(_try, call, way, examples, choices) for way in ways})
+
+
+def _most(call: LayerCall) -> int:
+    device = next(call.tracked.module.parameters()).device
+    return torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else _LARGEST
 
 
 def _try(call: LayerCall, policy: str, examples: int, choices: Choices) -> None:
