@@ -107,6 +107,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "norms, bf16": lambda: per_example.square_norms(rows().bfloat16()),
     "convolution": lambda: convolution(torch.float32),
     "convolution, bf16": lambda: convolution(torch.bfloat16),
+    "convolution, fp16": lambda: convolution(torch.float16),
     "group normalization": lambda: per_example.group_norm_gradients(rows(3), rows(3), 16, 1e-5),
     "group normalization, bf16": lambda: per_example.group_norm_gradients(
         rows(3).bfloat16(), rows(3).bfloat16(), 16, 1e-5
@@ -120,7 +121,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
 def compiled_only(capability: int) -> Iterator[list[Any]]:
     """Compile what is launched for a capability, run none of it, and collect the kernels."""
     kernels: list[Any] = []
-    run = JITFunction.run
+    run, real = JITFunction.run, per_example.capability
 
     def collect(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernels.append(run(self, *arguments, grid=grid, warmup=True, **options))
@@ -138,12 +139,12 @@ def compiled_only(capability: int) -> Iterator[list[Any]]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", capability, 32)
 
-    JITFunction.run = collect
+    JITFunction.run, per_example.capability = collect, lambda x: capability
     driver.set_active(Pretended())
     try:
         yield kernels
     finally:
-        JITFunction.run = run
+        JITFunction.run, per_example.capability = run, real
         driver._active = None
 
 

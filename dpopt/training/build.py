@@ -35,6 +35,8 @@ from dpopt.runs.identity import is_secret
 from dpopt.tasks.classification import Classification
 from dpopt.training.cost import fit_micro_batch
 
+_LARGE = 2560  # examples of a micro-batch that keep a GPU busy
+
 
 @dataclass
 class Components:
@@ -176,20 +178,28 @@ def _prepare_engine(components: Components) -> int:
         no_data = torch.zeros(1, dtype=torch.bool, device=inputs.device)
         validate(engine, inputs[None], target[None], no_data, estimator.takes_gradients)
     budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
-    size, engine.memory = fit_micro_batch(engine, inputs, budget, _enough(config.batch_size, inputs.device))
-    return size if config.micro_batch == "auto" else int(config.micro_batch)
+    most = _enough(config.batch_size, inputs.device)
+    size, engine.memory = fit_micro_batch(engine, inputs, budget, most)
+    if config.micro_batch != "auto":
+        return int(config.micro_batch)
+    return _even(size, config.batch_size) if inputs.is_cuda else size
 
 
 def _enough(batch_size: int, device: torch.device) -> int:
-    """Examples of a micro-batch beyond which padding the last one costs more than another micro-batch.
+    """Examples of a micro-batch beyond which more bring nothing.
 
-    On a CPU a micro-batch costs as much as about three examples, and half of one is padding, on average. A GPU wants
-    them large; of two thousand, so few make a batch that one more, almost empty, would cost much: they are made to hold
-    two standard deviations more than the batch expects.
+    On a CPU a micro-batch costs as much as about three examples, and half of one is padding, on average.
     """
-    if device.type != "cuda":
-        return min(batch_size, max(16, math.isqrt(6 * batch_size) // 8 * 8))
-    return math.ceil((batch_size + 2 * math.sqrt(batch_size)) / max(1, round(batch_size / 2048)))
+    return _LARGE if device.type == "cuda" else min(batch_size, max(16, math.isqrt(6 * batch_size) // 8 * 8))
+
+
+def _even(most: int, batch_size: int) -> int:
+    """Examples of a micro-batch, so many at most, of which a batch rarely takes one more, almost empty.
+
+    They hold two standard deviations more than the batch expects.
+    """
+    large = batch_size + 2 * math.sqrt(batch_size)
+    return math.ceil(large / math.ceil(large / most))
 
 
 def build_model(config: Config, task: Classification, offline: bool) -> nn.Module:

@@ -39,9 +39,12 @@ def test_kernels_compile(capability, tmp_path):
     found = json.loads(done.stdout)
     kernels = {(one["launch"], one["kernel"]) for one in found}
     steps = {(launch, kernel) for launch in STEPS for kernel in ("step_kernel", "dense_kernel")}
-    assert kernels == steps | set(OTHERS.items())
+    turned = {(launch, "transpose_kernel") for launch in OTHERS if launch.startswith("convolution")}
+    assert kernels == steps | set(OTHERS.items()) | turned
     for one in found:
-        assert one["instructions"] > 50 and one["shared"] <= 48 << 10, one
+        assert one["instructions"] > 50, one
+        # Two programs fit the 100 KB of a multiprocessor of a consumer card.
+        assert one["shared"] <= 50 << 10, one
         # Bytes of a thread that no register holds; two steps and four of the others fit on a multiprocessor.
-        assert one["stack"] <= {"step_kernel": 256, "conv_kernel": 512}.get(one["kernel"], 32), one
+        assert one["stack"] <= {"step_kernel": 256}.get(one["kernel"], 32), one
         assert one["registers"] <= {"step_kernel": 128, "conv_kernel": 255}.get(one["kernel"], 128), one

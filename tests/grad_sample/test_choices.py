@@ -1,12 +1,19 @@
 """What is fastest on this machine: measured once, remembered, taken along by a run."""
 
 import json
+import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from dpopt.grad_sample import choices as module
 from dpopt.grad_sample.choices import Choices, fastest, using
+from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.training.build import _even
 
 CPU = torch.device("cpu")
 
@@ -99,3 +106,23 @@ def test_a_damaged_file_is_measured_again(clock, tmp_path, content):
     path.write_text(content)
     assert Choices().find("this", CPU, ways(clock, [], first=[0.2], second=[0.1])) == "second"
     assert json.loads(path.read_text())["this"] == "second"
+
+
+def test_hooks_measure_in_the_thread_that_runs_them(clock, monkeypatch):
+    """With a GPU, autograd calls hooks in a thread of its own."""
+    pool, grad = ThreadPoolExecutor(1), torch.autograd.grad
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Flatten(), nn.Linear(40 * 16, 2))
+    inputs, targets = torch.randn(4, 1, 3, 6, 6), torch.tensor([0, 1, 0, 1])
+    sampler = GradSampler(model, F.cross_entropy, "auto")
+    validate_against_autograd(sampler, inputs, targets)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pool.submit(grad, *args, **kwargs).result())
+    sampler(inputs, targets)
+    assert any(what.startswith("convolution") for what in sampler.choices.made)
+
+
+@pytest.mark.parametrize("most, batch_size", [(2560, 4096), (1946, 4096), (64, 4096), (2560, 64), (7, 100), (1, 8)])
+def test_micro_batches_of_a_gpu_are_even(most, batch_size):
+    """Two standard deviations more than is expected fit into as few as must be, and little is padding."""
+    size, large = _even(most, batch_size), batch_size + 2 * math.sqrt(batch_size)
+    count = math.ceil(large / size)
+    assert size <= most and count == math.ceil(large / most) and count * size < large + count

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
+import re
 import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpopt.optim.microadam.packing import PackedState
+
+_warned: set[str] = set()
 
 
 def choose(packed: PackedState, kernels: str) -> str:
@@ -32,7 +34,10 @@ def choose(packed: PackedState, kernels: str) -> str:
     if kernels != "auto":
         raise ValueError(f"kernels={kernels} cannot be used: {reason}; use kernels=auto or torch")
     if expected:
-        _warn_once(f"MicroAdam runs without its {wanted} kernels, several times slower: {reason}")
+        kind = re.sub(r"\d[\d,]*", "n", reason)  # once for blocks of all sizes
+        if kind not in _warned:
+            _warned.add(kind)
+            warnings.warn(f"MicroAdam runs without its {wanted} kernels, several times slower: {reason}", stacklevel=2)
     return "torch"
 
 
@@ -63,8 +68,3 @@ def _without_c(packed: PackedState) -> tuple[str, bool]:
     except OSError as error:
         return str(error), True
     return "", True
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)

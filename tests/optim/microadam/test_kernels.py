@@ -147,7 +147,7 @@ def test_what_c_does_not_take_goes_to_the_reference(options, reason):
 def test_without_a_compiler(monkeypatch, tmp_path):
     """None, one that fails, one that works: built once, into the user's cache."""
     from dpopt.optim.microadam.cpu import library
-    from dpopt.optim.microadam.dispatch import _warn_once
+    from dpopt.optim.microadam.dispatch import _warned
 
     parameter = nn.Parameter(torch.zeros(5001))
     parameter.grad = torch.ones_like(parameter)
@@ -156,7 +156,7 @@ def test_without_a_compiler(monkeypatch, tmp_path):
         for compiler, reason in (("no-such-compiler", "no C compiler was found"), ("false", "/false failed")):
             monkeypatch.setenv("CC", compiler)
             library.cache_clear()
-            _warn_once.cache_clear()
+            _warned.clear()
             with pytest.raises(ValueError, match=f"kernels=c cannot be used: .*{reason}"):
                 MicroAdam([parameter], kernels="c").step()
             optimizer = MicroAdam([parameter])
