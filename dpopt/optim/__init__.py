@@ -4,7 +4,8 @@ from dpopt.optim.adam_bc import AdamBC
 from dpopt.optim.averaged_sgd import AveragedSGD
 from dpopt.optim.lamb import LAMB
 from dpopt.optim.microadam import MicroAdam
+from dpopt.optim.noise_normalized import NoiseNormalizedSGD
 from dpopt.optim.scale_then_privatize import AdamSTP, MicroAdamSTP
 from dpopt.optim.sign_sgd import SignSGD
 
-__all__ = ["LAMB", "AdamBC", "AdamSTP", "AveragedSGD", "MicroAdam", "MicroAdamSTP", "SignSGD"]
+__all__ = ["LAMB", "AdamBC", "AdamSTP", "AveragedSGD", "MicroAdam", "MicroAdamSTP", "NoiseNormalizedSGD", "SignSGD"]

@@ -100,6 +100,14 @@ def micro_adam(x, gradients, noise, lr, density, window):
     return x
 
 
+def noise_normalized(x, gradients, noise, lr, momentum):
+    m = np.zeros_like(x)
+    for t, g in enumerate(gradients, start=1):
+        m = momentum * m + (1 - momentum) * g
+        x = x - lr * m / (1 - momentum**t) / noise[t - 1]
+    return x
+
+
 PAPER = dict(bits=32, scope="tensor", dense_size=0, density=0.1)
 TRANSCRIBED = {
     "dp_sgd": (dict(lr=0.1), partial(sgd, lr=0.1)),
@@ -111,6 +119,7 @@ TRANSCRIBED = {
     "dp_adamw_bc": (dict(weight_decay=0.1), partial(adam, lr=3e-3, corrected=True, floor=1e-6, decay=0.1)),
     "dp_signsgd": (dict(momentum=0.8), partial(sign_sgd, lr=3e-3, momentum=0.8)),
     "dp_lamb": (dict(weight_decay=0.1), partial(lamb, lr=1e-2, decay=0.1)),
+    "dp_nsgd": (dict(), partial(noise_normalized, lr=1e-3, momentum=0.9)),
     "dp_psasc_momentum": (dict(plain_steps=5), partial(averaged_sgd, lr=1.0, momentum=0.9, plain_steps=5)),
     "dp_microadam": (PAPER, partial(micro_adam, lr=3e-3, density=0.1, window=10)),
     "dp_microadam_stp": (PAPER, partial(micro_adam, lr=3e-3, density=0.1, window=10)),
