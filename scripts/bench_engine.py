@@ -10,6 +10,7 @@ fewer examples: the number of views is the same. Memory is the peak of four step
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from bench_optim import hardware, versions
 from torch import nn
+from torch.func import functional_call
 
 from dpopt import models
 from dpopt.grad_sample.engine import GradSampler
@@ -44,6 +46,7 @@ VARIANTS = {
     "dpopt, compiled": "compiled auto",
     "Opacus, hooks": "hooks",
     "Opacus, ghost": "ghost",
+    "Opake": "opake",  # pip install opake==0.16.0
 }
 
 
@@ -82,6 +85,8 @@ def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) 
     how = VARIANTS[variant]
     if how is None:
         return plain_step(model, x, y)
+    if how == "opake":
+        return opake_step(model, x, y)
     return opacus_step(how, model, x, y) if how in ("hooks", "ghost") else private_step(how, model, x, y)
 
 
@@ -148,6 +153,25 @@ def opacus_step(how: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) ->
         loss.backward()
 
     return two_passes
+
+
+def opake_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+    """Make Opake's, by vmap."""
+    from opake.dpsgd.clipping import clipped_grad
+
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(values: dict[str, torch.Tensor], views: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(functional_call(model, values, (views,)), label.expand(len(views)))
+
+    gradient, state = clipped_grad(loss, clipping_norm=1.0)
+
+    def step() -> None:
+        nonlocal state
+        with autocast(x.device):
+            _, state = gradient(values, x, y, state=state)
+
+    return step
 
 
 def work(model_name: str, variant: str, views: int, total: int, device: str) -> None:
@@ -305,6 +329,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--views", nargs="+", type=int, default=[1, 4, 16], help="augmented views per example, K")
     ready = [name for name in VARIANTS if "compiled" not in name]  # minutes to compile
+    if importlib.util.find_spec("opake") is None:
+        ready.remove("Opake")
     parser.add_argument("--variants", nargs="+", default=ready, choices=list(VARIANTS))
     parser.add_argument("--total", type=int, help="views in a batch, instead of each model's own number")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

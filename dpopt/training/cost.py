@@ -19,7 +19,7 @@ from dpopt.privacy.plan import PrivacyPlan
 from dpopt.runs.result import Estimate
 
 _ACTIVATIONS = 1.3  # of what the forward keeps: gradients of activations and working memory come on top
-STEP_INFO = {"noise_std": 0.0, "pre_clip_scaled": True}  # what optimizers must be told before a step
+STEP_INFO = {"noise_std": 1.0, "pre_clip_scaled": True}  # what optimizers must be told before a step
 _PROBE_SECONDS = 0.2  # long enough to time, short enough not to be noticed
 
 
