@@ -32,7 +32,9 @@ from dpopt.privacy.clipping import Flat
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "cnn": (lambda: models.cnn(in_channels=3), 32),
     "wrn_16_4": (models.wrn_16_4, 32),
+    "wrn_40_4": (models.wrn_40_4, 32),
     "resnet18": (lambda: models.resnet18(num_classes=10, small_images=True), 32),
+    "resnet50": (lambda: models.resnet50(num_classes=10), 64),
     "nf_resnet50": (lambda: models.nf_resnet50(num_classes=10), 64),
     "deit_tiny": (lambda: models.deit_tiny(num_classes=10, pretrained=False, zero_head=False), 224),
 }

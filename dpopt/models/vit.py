@@ -1,4 +1,4 @@
-"""A small vision transformer (Dosovitskiy et al., 2010.11929) for digits and Fashion-MNIST: trains privately in minutes."""
+"""A small vision transformer (Dosovitskiy et al., 2010.11929), for digits and Fashion-MNIST in minutes."""
 
 from torch import nn
 

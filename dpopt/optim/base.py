@@ -25,6 +25,10 @@ class PerTensorOptimizer(torch.optim.Optimizer):
                     self.update(parameter, parameter.grad, self.state[parameter], group)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        keep_dtypes(self, state_dict)
+
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """Step one parameter in place.
 
@@ -35,6 +39,15 @@ class PerTensorOptimizer(torch.optim.Optimizer):
             group: the options.
         """
         raise NotImplementedError
+
+
+def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give tensors of a state that was loaded the dtypes that it was saved in: torch casts codes to floats."""
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for parameter, name in zip(group["params"], saved["params"], strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                if isinstance(value, Tensor):
+                    optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def check_options(**ranges: tuple[float, float, float]) -> None:

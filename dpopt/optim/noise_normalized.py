@@ -9,7 +9,7 @@ the noise, which is public and needs no storage. With it in the place of √v̂ 
 that of DP-SGD with momentum whose learning rate is divided by s = σS/(qN), so that one rate serves every ε, C and batch
 as Adam's does. The momentum is kept in 4 bits by default, rounded stochastically, with a range for every `bucket`
 values: 4/8 + 4/256 bytes of state per parameter. This is our own combination; what it does beside Adam is measured in
-experiments/results/delay.
+experiments/results/momentum.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ class NoiseNormalizedSGD(PerTensorOptimizer):
 
     Args:
         params: parameters or parameter groups.
-        lr: learning rate, in units of the noise: a coordinate of nothing but noise moves by about lr·√((1 − β)/(1 + β)).
+        lr: learning rate in units of the noise: a coordinate of noise alone moves by about lr·√((1 − β)/(1 + β)).
         momentum: β.
         bits: of a stored value: 4 or 8, or 32 for none of it quantized.
         bucket: values that share a range, a multiple of 4.

@@ -27,9 +27,13 @@ def test_four_bits_are_a_sixteenth_of_adam():
     assert optimizer_state_bytes(optimizer) / p.numel() == pytest.approx(0.5 + 4 / 256, abs=0.01)
 
 
-@pytest.mark.parametrize("bits, far", [(8, 0.02), (4, 0.3)])
+@pytest.mark.parametrize("bits, far", [(8, 0.02), (4, 0.4)])
 def test_few_bits_add_little_noise_and_no_bias(bits, far):
-    """Beside the path in 32 bits, whose spread at the end is 1."""
+    """Beside the path in 32 bits, whose spread at the end is 1.
+
+    Of 256 values the range is about 5.6 of their deviations. In 4 bits a step of it is .37, stochastic rounding adds
+    .15 (the root of a sixth of a step), and the momentum of .9 makes .35 of that.
+    """
     exact, few = trained(32)[0], trained(bits)[0]
     assert 0 < (few - exact).norm() <= far * exact.norm()
     assert abs(float((few - exact).mean())) < 4 * far * float(exact.std()) / exact.numel() ** 0.5 + 1e-3

@@ -35,7 +35,7 @@ def make(name, parameters, **options):
     assert set(options) <= set(node) | {"noise_std"}
     optimizer = build("optimizer", {**node, **options})(parameters)
     for group in optimizer.param_groups:  # gradients that nobody has noised or scaled
-        known = {"noise_std": 1.0, "pre_clip_scaled": True}
+        known = {"noise_std": 1.0 if name == "dp_nsgd" else 0.0, "pre_clip_scaled": True}
         group.update({key: value for key, value in known.items() if key in group and group[key] is None})
     return optimizer
 

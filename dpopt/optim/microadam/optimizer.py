@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpopt.optim.base import keep_dtypes
 from dpopt.optim.microadam.dispatch import choose
 from dpopt.optim.microadam.packing import Layout, PackedState, layout
 from dpopt.optim.microadam.reference import microadam_step, read_feedback, topk_positions, window_moments
@@ -125,13 +126,8 @@ class MicroAdam(torch.optim.Optimizer):
                 _step_packed(packed, {p: t for p, t in active.items() if p in packed.first}, group, step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a saved state, with the dtypes that it was saved in (torch would cast positions to floats)."""
         super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for parameter, name in zip(group["params"], saved["params"], strict=True):
-                for key, value in state_dict["state"].get(name, {}).items():
-                    if isinstance(value, Tensor):
-                        self.state[parameter][key] = value.to(parameter.device)
+        keep_dtypes(self, state_dict)
         self._packed.clear()  # the next step makes them of this state
 
     def __getstate__(self) -> dict[str, Any]:
