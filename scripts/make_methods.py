@@ -100,6 +100,7 @@ def page() -> str:
         ("filter", "kalman"): ("8", "1; none with gamma=null"),
         ("estimator", "gradient"): ("0", "none"),
         ("estimator", "zeroth_order"): ("0", "two forward passes, no gradient"),
+        ("estimator", "least_squares"): ("0", "one forward pass in all, no gradient"),
     }
     rows = []
     for (group, name), (state, extra) in costs.items():

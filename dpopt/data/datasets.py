@@ -125,26 +125,35 @@ def cifar10_scattering(groups: int = 27) -> DataSpec:
     """
     images = cifar10(augment=False)
     side = images.shape[1] // 4
-
-    def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
-        path = data_dir / f"cifar10_scattering_v{VERSION}_{groups}.pt"
-        if not path.exists():
-            sources = images.load(data_dir, device, workers)  # not under the lock, which a download takes, too
-
-            def features() -> dict[str, torch.Tensor]:
-                found: dict[str, torch.Tensor] = {}
-                for part, source in zip(("train", "test"), sources, strict=True):
-                    pieces = [F.group_norm(scatter(x), groups).half().cpu() for x, _ in source.plain(128)]
-                    found |= {part: torch.cat(pieces), f"{part}_targets": source.targets.cpu()}
-                return found
-
-            _make_once(path, features)
-        parts = _read(path)
-        train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
-        return train, test
-
+    load = _features(images, f"scattering_v{VERSION}_{groups}", lambda _: lambda x: F.group_norm(scatter(x), groups))
     constants = f"{images.constants}; then each example by its own groups of channels"
     return DataSpec("cifar10_scattering", 50_000, 10, (scattering_channels(3), side, side), load, constants)
+
+
+def cifar10_squeezenet(weights: str = "squeezenet1_1.safetensors", image_size: int = 96) -> DataSpec:
+    """CIFAR-10 as the 512 averages of SqueezeNet 1.1's last map, each example normalized to mean 0 and variance 1.
+
+    The features are computed once and kept beside the images. They depend on one example each, so they cost no privacy;
+    what the weights were trained on is not covered by ε.
+
+    Args:
+        weights: file of a state dict in the data folder, or its path (`dpopt.models.squeezenet`).
+        image_size: pixels that images are resized to.
+    """
+    images = cifar10(augment=False, image_size=image_size)
+
+    def network(data_dir: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+        from dpopt.models import squeezenet
+
+        features = squeezenet(weights=str(data_dir / weights))[:-1]  # type: ignore[index]
+        return lambda x: F.layer_norm(features.to(x.device)(x), (512,))[:, :, None, None]
+
+    load = _features(images, f"squeezenet_{Path(weights).stem}_{image_size}", network)
+    constants = (
+        f"{images.constants}; then features of SqueezeNet 1.1 ({Path(weights).name}, taken as trained on ImageNet, "
+        "which ε does not cover), each example by its own mean and variance"
+    )
+    return DataSpec("cifar10_squeezenet", 50_000, 10, (512, 1, 1), load, constants)
 
 
 def imagenet(
@@ -220,6 +229,32 @@ def _image_folder(root: Path, transform: Any) -> Any:
             f"{root} has class folders without images ({without or 'all'}): give each at least one .jpg, .jpeg, .png, "
             ".ppm, .bmp, .pgm, .tif, .tiff or .webp file, or remove the folder"
         ) from error
+
+
+def _features(
+    images: DataSpec, name: str, network: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]
+) -> Callable[[Path, torch.device, int], Loaded]:
+    """Load features of images, which the first process computes and all read from a file, in half precision."""
+
+    def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
+        path = data_dir / f"{images.name}_{name}.pt"
+        if not path.exists():
+            sources = images.load(data_dir, device, workers)  # not under the lock, which a download takes, too
+
+            @torch.no_grad()
+            def features() -> dict[str, torch.Tensor]:
+                take, found = network(data_dir), dict[str, torch.Tensor]()
+                for part, source in zip(("train", "test"), sources, strict=True):
+                    pieces = [take(x).half().cpu() for x, _ in source.plain(128)]
+                    found |= {part: torch.cat(pieces), f"{part}_targets": source.targets.cpu()}
+                return found
+
+            _make_once(path, features)
+        parts = _read(path)
+        train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
+        return train, test
+
+    return load
 
 
 def _make_once(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:

@@ -8,6 +8,7 @@ from dpopt.models.deit import deit_base, deit_small, deit_tiny
 from dpopt.models.linear import linear
 from dpopt.models.nf_resnet import nf_resnet50
 from dpopt.models.resnet import resnet18, resnet50
+from dpopt.models.squeezenet import squeezenet
 from dpopt.models.vit import vit
 from dpopt.models.wrn import wrn_16_4, wrn_40_4
 
@@ -20,6 +21,7 @@ __all__ = [
     "nf_resnet50",
     "resnet18",
     "resnet50",
+    "squeezenet",
     "vit",
     "wrn_16_4",
     "wrn_40_4",

@@ -92,7 +92,7 @@ def test_budgets_behave_under_every_preset(name):
 CHANGED = dict(
     dataset=["dataset=cifar100"],
     model=["model=wrn_40_4"],
-    optimizer=["optimizer.density=0.05"],
+    optimizer=["optimizer.lr=0.123"],
     clipping=["clipping=automatic"],
     estimator=["estimator=zeroth_order"],
     filter=["filter=kalman"],

@@ -124,6 +124,29 @@ def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
         assert groups.mean(2).abs().max() < 2e-3 and (groups.std(2) - 1).abs().max() < 0.1  # GroupNorm's ε is felt
 
 
+def test_features_of_a_network_are_computed_once(tmp_path, monkeypatch):
+    """By the weights of a file in the data folder."""
+    from safetensors.torch import save_file
+    from torchvision.models import squeezenet1_1
+
+    from dpopt.data.sources import TensorSource
+
+    torch.manual_seed(0)
+    save_file(squeezenet1_1().state_dict(), tmp_path / "squeezenet1_1.safetensors")
+    pictures = torch.randint(256, (6, 3, 48, 48), dtype=torch.uint8)
+    part = TensorSource(pictures, torch.arange(6), (0.5,) * 3, (0.2,) * 3)
+    spec = data.DataSpec("cifar10", 6, 10, (3, 48, 48), lambda *_: (part, part))
+    monkeypatch.setattr(data.datasets, "cifar10", lambda augment, image_size: spec)
+    features = data.cifar10_squeezenet(image_size=48)
+    assert features.shape == (512, 1, 1) and "trained on ImageNet, which ε does not cover" in features.constants
+    train, _ = load(features, tmp_path)
+    (tmp_path / "squeezenet1_1.safetensors").unlink()
+    again, _ = load(features, tmp_path)
+    inputs, _ = next(train.plain(6))
+    assert torch.equal(inputs, next(again.plain(6))[0]) and inputs.shape == (6, 512, 1, 1)
+    assert inputs.float().mean(1).abs().max() < 2e-3 and (inputs.float().std(1) - 1).abs().max() < 1e-2
+
+
 def test_features_of_pictures_that_cannot_be_had_say_so(tmp_path, monkeypatch):
     """And do not wait for ever for a lock that they hold themselves."""
     from threading import Thread

@@ -123,7 +123,7 @@ def test_an_input_changed_in_place():
     assert_exact(inplace, torch.randn(3, 2, 4), torch.arange(3))
 
 
-@pytest.mark.parametrize("name", ["wrn_16_4", "resnet18", "cnn", "deit_tiny", "nf_resnet50"])
+@pytest.mark.parametrize("name", ["wrn_16_4", "resnet18", "cnn", "deit_tiny", "nf_resnet50", "squeezenet"])
 def test_models(name):
     options = dict(pretrained=False, image_size=32, zero_head=False) if name.startswith("deit") else {}
     options |= {"small_images": True} if name == "resnet18" else {}

@@ -23,6 +23,7 @@ def count(model):
         (models.nf_resnet50, 1000, 25_503_928),
         (models.cnn, 10, 21_578),
         (models.linear, 10, 7_850),
+        (models.squeezenet, 10, 722_496 + 5_130),
     ],
 )
 def test_parameter_counts(make, classes, expected):
@@ -95,3 +96,40 @@ def test_weights_that_cannot_be_had(monkeypatch):
 def test_bad_depth():
     with pytest.raises(ValueError, match="6n"):
         models.wrn.WideResNet(17, 4)
+
+
+def test_squeezenet_is_torchvisions(tmp_path):
+    """On raw pixels minus Caffe's means, with the weights of a file; what is trained is what was asked for."""
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    source = squeezenet1_1(num_classes=7).eval()
+    path = tmp_path / "squeezenet.safetensors"
+    save_file({name: value for name, value in source.state_dict().items() if name.startswith("features.")}, path)
+    model = models.squeezenet(num_classes=4, weights=str(path), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    pixels = torch.randint(256, (2, 3, 48, 48)).float()
+    normalized = (pixels / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
+        :, None, None
+    ]
+    expected = source.features(pixels - torch.tensor([123.68, 116.779, 103.939])[:, None, None]).mean((2, 3))
+    torch.testing.assert_close(model[:-1](normalized), expected, rtol=1e-4, atol=1e-4)
+    assert (model(normalized) == 0).all()
+    for train, count_trained in (("all", 722_496 + 2_052), ("fires", 386_176 + 2_052), ("head", 2_052)):
+        model = models.squeezenet(num_classes=4, weights=str(path), train=train)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count_trained, train
+
+
+def test_what_squeezenet_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist: give the path"):
+        models.squeezenet(weights="nowhere")
+    other = tmp_path / "other.safetensors"
+    save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, other)
+    with pytest.raises(ValueError, match=r"do not fit \(features.0.bias\)"):
+        models.squeezenet(weights=str(other))
+    other.write_text("no weights")
+    with pytest.raises(ValueError, match="do not fit"):
+        models.squeezenet(weights=str(other))
+    with pytest.raises(ValueError, match="train=some must be all"):
+        models.squeezenet(train="some")
+    with pytest.raises(ValueError, match="3 channels, not 1"):
+        models.squeezenet(in_channels=1)
