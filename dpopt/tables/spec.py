@@ -30,7 +30,10 @@ from dpopt.runs.identity import content_key, failure_note, finished_runs, run_na
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
 SIZES = ("smoke", "cpu", "full")
-COLUMNS = {"eps1": "ε = 1", "eps3": "ε = 3", "eps8": "ε = 8", "noiseless": "ε = ∞ (clipped)", "none": "not private"}
+COLUMNS = {
+    **{"eps0_1": "ε = 0.1", "eps0_3": "ε = 0.3", "eps1": "ε = 1", "eps3": "ε = 3", "eps8": "ε = 8"},
+    **{"noiseless": "ε = ∞ (clipped)", "none": "not private"},
+}
 
 
 @dataclass(frozen=True)
