@@ -4,6 +4,7 @@ Each is a function of `num_classes` and `in_channels` (and its own arguments) th
 """
 
 from dpopt.models.cnn import cnn
+from dpopt.models.cnn5 import cnn5
 from dpopt.models.deit import deit_base, deit_small, deit_tiny
 from dpopt.models.linear import linear
 from dpopt.models.nf_resnet import nf_resnet50
@@ -14,6 +15,7 @@ from dpopt.models.wrn import wrn_16_4, wrn_40_4
 
 __all__ = [
     "cnn",
+    "cnn5",
     "deit_base",
     "deit_small",
     "deit_tiny",

@@ -35,7 +35,7 @@ _ALWAYS = {
         *("floor", "lr", "momentum", "plain_steps", "rounding", "scope", "weight_decay", "window"),
     },
     "clipping": {"bounds", "clip_norm", "count_noise", "gamma", "lr", "quantile", "r", "s"},
-    "estimator": {"eigenvalue_floor", "smoothing"},
+    "estimator": {"smoothing"},
     "filter": {"gamma", "kappa"},
     "schedule": {
         *("T_max", "bounds", "end_factor", "eta_min", "factor", "rate", "start_factor", "target", "total_iters"),

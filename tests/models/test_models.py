@@ -22,6 +22,7 @@ def count(model):
         (models.wrn_40_4, 10, 8_961_306),
         (models.nf_resnet50, 1000, 25_503_928),
         (models.cnn, 10, 21_578),
+        (models.cnn5, 10, 411_466),
         (models.linear, 10, 7_850),
         (models.squeezenet, 10, 722_496 + 5_130),
     ],
@@ -133,3 +134,16 @@ def test_what_squeezenet_refuses(tmp_path):
         models.squeezenet(train="some")
     with pytest.raises(ValueError, match="3 channels, not 1"):
         models.squeezenet(in_channels=1)
+
+
+def test_activations_of_cnn5():
+    """(2, 2, 1) is tanh; the default is that of 2007.14191, 0.08 at 0."""
+    from dpopt.models.cnn5 import TemperedSigmoid
+
+    x = torch.linspace(-3, 3, 7)
+    torch.testing.assert_close(TemperedSigmoid(2.0, 2.0, 1.0)(x), torch.tanh(x))
+    assert float(TemperedSigmoid()(torch.zeros(()))) == pytest.approx(0.08)
+    for activation in ("tanh", "relu", "tempered_sigmoid"):
+        assert models.cnn5(activation=activation)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(ValueError, match="activation=gelu must be one of tanh"):
+        models.cnn5(activation="gelu")
