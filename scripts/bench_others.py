@@ -53,7 +53,7 @@ def opake_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, autocast: Aut
     def loss(values: dict[str, torch.Tensor], views: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(functional_call(model, values, (views,)), label.expand(len(views)))
 
-    gradient, state = clipped_grad(loss, clipping_norm=1.0)
+    gradient, state = clipped_grad(loss, clipping_norm=1.0, batch_argnums=(1, 2))
 
     def step() -> None:
         nonlocal state
