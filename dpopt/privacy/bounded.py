@@ -40,6 +40,8 @@ def clip_weights(clip: ClipRule, norms: Tensor, present: Tensor, bound: float) -
             f"{type(clip).__name__}.weight gives weights of shape {tuple(weights.shape)} for norms of shape "
             f"{tuple(norms.shape)}: return one weight per norm"
         )
+    if not _is_ours(clip):  # squares of what is so small underflow: its norm says nothing
+        weights = weights.masked_fill(norms < (1e-140 if norms.dtype == torch.float64 else 1e-15), 0.0)
     lengths = (weights * norms).abs().view(len(norms), -1).norm(dim=1)
     factor = (bound / lengths).clamp(max=1.0).view(-1, *(1,) * (norms.ndim - 1))
     weights = weights * factor

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import vmap
 
 from dpopt.machine import sent
 from dpopt.privacy.adaptive import Adaptive
@@ -61,6 +62,9 @@ class LeastSquares(PrivateGradient):
             raise ValueError(f"least squares trains one nn.Linear, the last layer, not {names}: freeze the others")
         self.layer, self.eigenvalue_floor = trained[0], eigenvalue_floor
         self.bias = self.layer.bias is not None and self.layer.bias.requires_grad
+        fixed_bias = self.layer.bias is not None and not self.bias and bool((self.layer.bias != 0).any())
+        if fixed_bias or not isinstance(self.layer.weight, nn.Parameter):
+            raise ValueError("least squares wants a weight of its own and no frozen bias: unfreeze it, or drop it")
 
     def _constants(self) -> dict[str, Any]:
         return {}  # the step is no noisy gradient
@@ -73,9 +77,9 @@ class LeastSquares(PrivateGradient):
         raw = RawStatistics()
         for inputs, targets, mask in batch:
             inputs, targets, mask = (sent(x, device) for x in (inputs, targets, mask))
-            x, y = self._rows(inputs, targets, mask)
+            x, y, known = self._rows(inputs, targets, mask)
             norms = x.norm(dim=1) * (x.square().sum(1) + y.square().sum(1)).sqrt()
-            valid = mask & norms.isfinite()
+            valid = mask & known & norms.isfinite()
             x, norms = x.masked_fill(~valid[:, None], 0.0), norms.masked_fill(~valid, 0.0)
             weights = mask.double() if self.clip is None else clip_weights(self.clip, norms, valid, sensitivity)
             moments += (x * weights[:, None]).mT @ torch.cat([x, y], 1)
@@ -95,27 +99,44 @@ class LeastSquares(PrivateGradient):
         square[above[0], above[1]] = upper / math.sqrt(2)
         self._solve(square + square.mT + diagonal.diag(), cross.view(size, classes), sensitivity)
 
-    def _rows(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, d) and centered targets (B, classes), in float64."""
+    def _rows(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (B, d) and centered targets (B, classes), in float64, and which targets are classes (B,).
+
+        Each example goes through the model by itself, under vmap: no row can hold anything of another one.
+        """
         if targets.ndim != 1 or targets.is_floating_point() or inputs.shape[1] != 1:
             raise ValueError("least squares wants one class per example, and one view: set views=1")
-        weight = self.layer.weight
+        weight, classes = self.layer.weight, self.layer.out_features
         inputs = inputs.to(weight.dtype) if inputs.is_floating_point() else inputs
         if self.clip is not None:
             self._validate(inputs, targets, mask)
-        kept: list[Tensor] = []
-        handle = self.layer.register_forward_pre_hook(lambda _, arguments: kept.append(arguments[0].detach()))
         try:
             with self.engine.autocast():
-                self.model(inputs.flatten(0, 1))
+                x = vmap(self._features)(inputs).double()
+        except RuntimeError as error:
+            raise ValueError(
+                f"least squares takes features example by example, which this model does not allow ({error}): "
+                "choose estimator=gradient"
+            ) from error
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1) if self.bias else x
+        known = (targets >= 0) & (targets < classes)
+        return x, F.one_hot(targets.clamp(0, classes - 1), classes).double() - 1 / classes, known
+
+    def _features(self, views: Tensor) -> Tensor:
+        """What the layer sees of one example (1, …): (d,)."""
+        kept: list[Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            kept.extend(x.clone() for x in (*arguments, *keywords.values()))
+
+        handle = self.layer.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self.engine.forward({}, views)
         finally:
             handle.remove()
-        if len(kept) != 1 or kept[0].shape != (len(inputs), self.layer.in_features):
+        if len(kept) != 1 or kept[0].shape != (1, self.layer.in_features):
             raise ValueError("least squares wants a layer that sees each example once, as one row of features")
-        x = kept[0].double()
-        x = torch.cat([x, x.new_ones(len(x), 1)], 1) if self.bias else x
-        classes = self.layer.out_features
-        return x, F.one_hot(targets, classes).double() - 1 / classes
+        return kept[0][0]
 
     def _solve(self, a: Tensor, b: Tensor, sensitivity: float) -> None:
         """Set `p.grad` to what leads from the parameters to the solution."""

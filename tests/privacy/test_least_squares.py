@@ -139,6 +139,66 @@ def test_a_model_before_the_layer():
     torch.testing.assert_close(solution(private), expected, rtol=1e-8, atol=1e-10)
 
 
+def frozen_bias():
+    layer = nn.Linear(6, 3)
+    layer.bias.requires_grad_(False)
+    return layer
+
+
+class Sorted(nn.Module):
+    """Sorts its rows by a feature before the layer, and back behind it: outputs are independent, its rows are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3, bias=False).double()
+
+    def forward(self, h):
+        order = h[:, 0].argsort()
+        return self.layer(h[order])[order.argsort()]
+
+
+class Meeting(Sorted):
+    """Shows the layer the mean of the batch, and does not use what comes of it."""
+
+    def forward(self, h):
+        self.layer(h.mean(0, keepdim=True).expand_as(h))
+        return F.linear(h, self.layer.weight)
+
+
+@pytest.mark.parametrize("make_model", [Sorted, Meeting])
+def test_no_row_holds_anything_of_another_example(make_model):
+    """One example more moves the statistics by no more than the sensitivity."""
+    x = torch.zeros(65, 6, dtype=torch.float64)
+    x[:64, 0] = -1e-3 + torch.arange(64) * 1e-6
+    x[:64, 1] = torch.where(torch.arange(64) % 2 == 0, 0.5, -0.5)
+    x[64, :2] = torch.tensor([-1.0, 0.01])
+    y = torch.cat([torch.arange(64) % 2, torch.tensor([0])])
+    seen = []
+    for size in (65, 64):
+        try:
+            private = make(0.0, size=size, clip=Flat(0.1), model=make_model())
+            private._release = lambda total, s: seen.append(total.clone())
+            private._solve = lambda *arguments: None
+            private.backward(batch_of(private.plan, x[:size], y[:size]))
+        except ValueError:  # refused
+            return
+    assert float((seen[0] - seen[1]).norm()) <= 0.1 * (1 + 1e-9)
+
+
+def test_a_target_that_is_no_class_counts_as_zero():
+    x, y = data()
+    wrong = y.clone()
+    wrong[3], wrong[4] = -100, 7
+    solutions = []
+    for targets, rows in ((wrong, x), (y, x.clone())):
+        rows[3:5] = float("nan") if targets is y else rows[3:5]
+        private = make(0.0)
+        private._validate = lambda *arguments: None
+        private.backward(batch_of(private.plan, rows, targets))
+        solutions.append(solution(private))
+    torch.testing.assert_close(*solutions)
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [
@@ -149,6 +209,7 @@ def test_a_model_before_the_layer():
         (dict(model=nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))), "not Linear, Linear: freeze the others"),
         (dict(model=nn.Conv2d(1, 3, 1)), "not Conv2d"),
         (dict(eigenvalue_floor=-1.0), "must not be negative"),
+        (dict(model=frozen_bias()), "no frozen bias"),
     ],
 )
 def test_what_is_refused(options, reason):
