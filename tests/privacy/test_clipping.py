@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import batch_of, make_plan
 from torch import nn
 
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.privacy.bounded import clip_weights
 from dpopt.privacy.clipping import PSAC, PSASC, Adaptive, Automatic, Flat, PerLayer
+from dpopt.privacy.private_gradient import PrivateGradient
 
 RULES = [
     *(Flat(1.0), Flat(0.37), Automatic(1.0), Automatic(2.5, gamma=0.1), PSAC(1.0), PSAC(0.3, r=0.01)),
@@ -83,3 +86,23 @@ def test_bad_clip_norms(value):
             rule(value)
     with pytest.raises(ValueError, match="s=0 must be a positive number"):
         PSASC(1.0, s=0)
+
+
+class Inverse:
+    """A rule of a user's, that normalizes whatever is longer than 1e-30."""
+
+    sensitivity = 1.0
+
+    def weight(self, norms):
+        return 1 / (norms + 1e-30)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-28, 1e-24, 1e-20, 1e-10, 1.0])
+def test_a_gradient_whose_squares_underflow_is_no_longer_than_the_sensitivity(scale):
+    """Its norm is 0 in float32, and 0 times any weight is below the sensitivity."""
+    torch.manual_seed(0)
+    model, plan = nn.Linear(2000, 2, bias=False), make_plan(sigma=0.0)
+    inputs = scale * torch.randn(1, 2000)
+    private = PrivateGradient(model, F.cross_entropy, plan, Inverse())
+    private.backward(batch_of(plan, inputs, torch.tensor([1])))
+    assert float(model.weight.grad.double().norm()) * plan.batch_size <= 1 + 1e-5
