@@ -1,6 +1,6 @@
 """How sharp a direction an optimizer's delay allows: predicted from its response to one push, and measured.
 
-    python scripts/delay_model.py            # a table and a figure in experiments/results/momentum; ten minutes
+    python scripts/delay_model.py            # a table and a figure in experiments/results/momentum
 
 Where noise of deviation s is most of the gradient, an optimizer answers a small push δ of the gradient with a move that
 begins at once or later and ends some steps after: its response R(0), R(1), …, in units of lr·δ/s. On a direction of

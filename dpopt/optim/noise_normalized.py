@@ -8,8 +8,8 @@ the noise, which is public and needs no storage. With it in the place of √v̂ 
 
 that of DP-SGD with momentum whose learning rate is divided by s = σS/(qN), so that one rate serves every ε, C and batch
 as Adam's does. The momentum is kept in 4 bits by default, rounded stochastically, with a range for every `bucket`
-values: 4/8 + 4/256 bytes of state per parameter. This is our own combination; what it does beside Adam is measured in
-experiments/results/momentum.
+values: 4/8 + 4/256 bytes of state per parameter. This is our own combination; its rates are
+chosen by experiments/momentum_tuning.yaml.
 """
 
 from typing import Any
