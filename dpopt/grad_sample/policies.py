@@ -64,7 +64,7 @@ def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choice
     if size <= _SMALL:
         return "store"
     ways = ["store", "recompute"]
-    if 4 * examples * size > (_most(call) if memory is None else memory):
+    if 4 * examples * size > (_largest(call) if memory is None else memory):
         ways.remove("store")
     # Inner products of positions are cheap only where there are few.
     if _has_ghost(tracked) and call.positions * _width(tracked) <= size:
@@ -81,7 +81,8 @@ def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choice
     return choices.find(name, device, {way: functools.partial(_try, call, way, examples, choices) for way in ways})
 
 
-def _most(call: LayerCall) -> int:
+def _largest(call: LayerCall) -> int:
+    """Bytes that a way may take to be tried."""
     device = next(call.tracked.module.parameters()).device
     return torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else _LARGEST
 

@@ -31,9 +31,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
 SIZES = ("smoke", "cpu", "full")
 COLUMNS = {
-    **{"eps0_1": "ε = 0.1", "eps0_3": "ε = 0.3", "eps1": "ε = 1", "eps3": "ε = 3"},
-    **{"eps7": "ε = 7", "eps8": "ε = 8"},
-    **{"noiseless": "ε = ∞ (clipped)", "none": "not private"},
+    "eps0_1": "ε = 0.1",
+    "eps0_3": "ε = 0.3",
+    "eps1": "ε = 1",
+    "eps3": "ε = 3",
+    "eps7": "ε = 7",
+    "eps8": "ε = 8",
+    "noiseless": "ε = ∞ (clipped)",
+    "none": "not private",
 }
 
 
