@@ -10,14 +10,21 @@ from dpopt.data.datasets import (
     fashion_mnist,
     imagenet,
 )
+from dpopt.data.text import agnews, e2e, hub_text, sst2, text_file, trec
 
 __all__ = [
     "DataSpec",
+    "agnews",
     "cifar10",
     "cifar10_scattering",
     "cifar10_squeezenet",
     "cifar100",
     "digits",
+    "e2e",
     "fashion_mnist",
+    "hub_text",
     "imagenet",
+    "sst2",
+    "text_file",
+    "trec",
 ]

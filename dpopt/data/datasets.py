@@ -35,12 +35,14 @@ class DataSpec:
     Attributes:
         name: short name.
         train_size: number of training examples, public.
-        classes: number of classes.
-        shape: shape of one input, (channels, height, width).
+        classes: number of classes; 0 where targets are no classes.
+        shape: shape of one input, (channels, height, width) or (tokens,).
         load: (data_dir, device, workers) → (train, test): Sources, tensor pairs or map-style Datasets.
         constants: what inputs are normalized by and where it is from, for the privacy card; empty where it is unknown.
         collection: the public collection that the images belong to, on which initial weights must not have been
             trained; empty for none, None to go by the name and the class folders.
+        task: what is learned: `classification`, `sequence_classification` or `language_modeling`.
+        unit: what a record is, for the privacy card.
     """
 
     name: str
@@ -50,11 +52,13 @@ class DataSpec:
     load: Callable[[Path, torch.device, int], Loaded]
     constants: str = ""
     collection: str | None = None
+    task: str = "classification"
+    unit: str = "one training example with its label (all its augmented views together)"
 
     @property
     def expected(self) -> Expected:
         """What every example has to be."""
-        return Expected(tuple(self.shape), self.classes)
+        return Expected(tuple(self.shape), self.classes or None)
 
 
 def looks_like_imagenet(name: str) -> bool:

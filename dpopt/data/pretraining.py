@@ -1,11 +1,11 @@
-"""Refuses a private run on images that the initial weights were trained on: ε would not cover them."""
+"""Refuses a private run on records that the initial weights were trained on: ε would not cover them."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpopt.data.datasets import DataSpec, looks_like_imagenet
-from dpopt.models.pretrained import weights_origin
+from dpopt.models.pretrained import UNSTATED, weights_origin
 
 _WORDNET = re.compile(r"n\d{8}")  # ImageNet's class folders, those of its subsets too
 
@@ -29,11 +29,17 @@ def check_pretraining(spec: DataSpec, model: Mapping[str, Any], classes: Sequenc
         named = [name for name in classes if _WORDNET.fullmatch(str(name))]
         alike = looks_like_imagenet(spec.name) or len(named) > len(classes) / 2
         collection = "imagenet" if alike else ""
-    both = looks_like_imagenet(origin) and looks_like_imagenet(collection)
-    if not both and origin.lower() != collection.lower():
+    if origin == UNSTATED:
+        raise ValueError(
+            "nothing says what the initial weights were trained on, so ε might cover less than it seems to: name the "
+            "collections in model.pretrained_on, or set model.pretrained_on=unknown, which the privacy card repeats"
+        )
+    names = {name.strip().lower() for name in origin.split(",")}
+    if collection.lower() not in names and not (looks_like_imagenet(origin) and looks_like_imagenet(collection)):
         return
+    free = "dataset.is_imagenet=false" if looks_like_imagenet(origin) else "dataset.collection=''"
     raise ValueError(
-        f"the initial weights were trained on {origin}, whose images {spec.name} holds, so ε would not cover what they "
-        "know of them: train from random weights (model.pretrained=false model.weights=null), or, if these are not its "
-        "images, state it with dataset.is_imagenet=false (collection='' in a DataSpec)"
+        f"the initial weights were trained on {collection}, whose records {spec.name} holds, so ε would not cover what "
+        "they know of them: train from random weights (model.pretrained=false model.weights=null), or, if these are "
+        f"not its records, state it with {free} (collection='' in a DataSpec)"
     )

@@ -24,6 +24,7 @@ from dpopt.rng import RandomKey
 
 __all__ = ["MapSource", "Request", "Source", "TensorSource", "as_source"]
 
+_SHORTEST = 16  # tokens; every length that occurs is validated and measured
 _MEMBERS = ("public_size", "subset", "fingerprint", "contents", "check")
 
 
@@ -81,6 +82,8 @@ class TensorSource:
         image_size: resize (bilinear) to this many pixels after augmentation.
         groups: the group of each example, a user for instance; None for none.
         announced: the public number of examples; None for the number there is.
+        trimmed: whether inputs are token ids (N, T) with -1 for padding on the right; a micro-batch is then as long as
+            its longest text, rounded up to a power of two, and so are targets (N, T).
         whole: fingerprint of the source that this one is a subset of, and of what was selected.
     """
 
@@ -93,6 +96,7 @@ class TensorSource:
     image_size: int | None = None
     groups: Any = None
     announced: int | None = None
+    trimmed: bool = False
     whole: str = ""
 
     def __post_init__(self) -> None:
@@ -122,9 +126,10 @@ class TensorSource:
         for step, indices in requests:
             indices = sent(indices, self.inputs.device)
             if not (self.crop or self.flip):
-                for at in indices.split(micro_batch):
-                    images = self._finish(self.inputs.index_select(0, at))
-                    yield images.unsqueeze(1).expand(-1, views, *images.shape[1:]), self.targets[at]
+                order = self._lengths(indices).argsort(stable=True) if self.trimmed else None  # alike in length
+                for at in (indices if order is None else indices[order]).split(micro_batch):
+                    images, targets = self._trim(self._finish(self.inputs.index_select(0, at)), self.targets[at])
+                    yield images.unsqueeze(1).expand(-1, views, *images.shape[1:]), targets
                 continue
             draws = sent(key.uniform(3 * views * len(indices), "augment", step).view(-1, views, 3), indices.device)
             for at, piece in zip(indices.split(micro_batch), draws.split(micro_batch), strict=True):
@@ -133,7 +138,7 @@ class TensorSource:
 
     def plain(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for images, targets in zip(self.inputs.split(batch_size), self.targets.split(batch_size), strict=True):
-            yield self._finish(images), targets
+            yield self._trim(self._finish(images), targets)
 
     def subset(self, indices: Tensor, public_size: int | None = None) -> "TensorSource":
         at = indices.to(self.inputs.device)
@@ -174,6 +179,17 @@ class TensorSource:
         if expected.classes is None:
             return self
         return replace(self, targets=class_labels(self.targets, expected.classes, lambda i: f"{part} example {i}"))
+
+    def _lengths(self, at: Tensor) -> Tensor:
+        return (self.inputs.index_select(0, at) >= 0).sum(1)
+
+    def _trim(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut columns that hold padding alone."""
+        if not self.trimmed:
+            return tokens, targets
+        longest = int((tokens >= 0).sum(1).max()) if len(tokens) else 1
+        width = min(tokens.shape[1], max(_SHORTEST, 1 << (longest - 1).bit_length()))
+        return tokens[:, :width], targets[:, :width] if targets.ndim > 1 else targets
 
     def _finish(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:

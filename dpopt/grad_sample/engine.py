@@ -257,7 +257,8 @@ class GradSampler:
                 call.hint = hint
             unsure = set()
         settled = {} if self.measured else self.policies  # of a twin
-        choose_policies(calls, examples, policy or self.policy, self.memory, self._choices(policy), settled)
+        options = (policy or self.policy, self.memory, self._choices(policy), settled, scale is not None)
+        choose_policies(calls, examples, *options)
         self.policies = {call.tracked.name: call.policy for call in calls}
         backpropagate(collector, losses, root, copies, values, unsure)
         if collector.probe is not None:

@@ -16,6 +16,7 @@ from dpopt.grad_sample.modules import TrackedLayer, UnsupportedLayerError, size_
 from dpopt.grad_sample.norms import Gradients, at_once, exact
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients, apply_rule, split_examples, squares_of
 from dpopt.grad_sample.rules import BY_VMAP
+from dpopt.grad_sample.text_rules import shared_ghost_norm
 
 
 class _Attach(torch.autograd.Function):
@@ -49,6 +50,7 @@ class BackwardCollector:
         self.probe: RowProbe | None = None
         self.rehearsing = False
         self._partial: dict[Any, tuple[TrackedLayer | None, Gradients]] = {}
+        self._shared: dict[str, list[tuple[LayerCall, Tensor, Tensor]]] = {}  # by layer
 
     @torch.no_grad()
     def arrived(self, call: LayerCall, g: Tensor) -> None:
@@ -73,6 +75,10 @@ class BackwardCollector:
             if call.policy == "store":
                 self._store(call, apply_rule(call, arguments, g))
                 call.arguments, call.output_gradient = (), None
+                return
+            if call.shared:
+                self.per_sample.keep(call, {})
+                self._shared.setdefault(call.shared, []).append((call, arguments[0], g))
                 return
             with exact(g.device):
                 if (closed := self._closed_form(call, arguments[0], g)) is not None:
@@ -123,6 +129,10 @@ class BackwardCollector:
         """Store what was accumulated once the backward pass is done."""
         for tracked, total in self._partial.values():
             self.per_sample.store(tracked, total)
+        for layer, calls in self._shared.items():
+            reads = [(call.tracked.module, a, g) for call, a, g in calls]
+            with exact(reads[0][2].device):
+                self.per_sample.count({layer: shared_ghost_norm(reads)})
 
 
 def _rows(call: LayerCall, arguments: tuple[Any, ...], start: int, count: int) -> tuple[Any, ...]:
@@ -195,6 +205,11 @@ class LayerHooks:
 
     def _ruled(self, tracked: TrackedLayer, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         given = [x for x in (*arguments, *keywords.values()) if x is not None]
+        if (
+            tracked.rule.reads is not None
+            and (read := tracked.rule.reads(tracked.module, arguments, keywords)) is not None
+        ):
+            given = [read]
         if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(output, Tensor):
             raise UnsupportedLayerError(tracked.name, "is called with more than one tensor", "whole")
         x = given[0]

@@ -36,6 +36,8 @@ class LayerCall:
         kept: values of an example in arguments and output.
         policy: what is done with the gradients.
         alone: whether this call is all that the layer's parameters are used for.
+        shared: name of the layer that a weight of several calls counts for, where its norm is taken from all of them
+            together; else empty.
         index: of the output tensor; a layer with several has a call for each.
         shape: of that tensor.
         dtype: of that tensor.
@@ -53,6 +55,7 @@ class LayerCall:
     kept: int
     policy: str = "store"
     alone: bool = True
+    shared: str = ""
     output_gradient: Tensor | None = None
     structure: TreeSpec | None = None
     index: int = 0
@@ -102,12 +105,12 @@ class PerSampleGradients:
     def store(self, tracked: TrackedLayer | None, found: Gradients) -> None:
         """Keep gradients (B, *shape), and count their norms."""
         with exact(next(iter(found.values())).device):
-            self._count(squares_of(tracked, found, self.scale))
+            self.count(squares_of(tracked, found, self.scale))
         self._stored.append((tracked, found))
 
     def keep(self, call: LayerCall, squares: Gradients) -> None:
         """Keep what a layer's sum can be made of."""
-        self._count(squares)
+        self.count(squares)
         self._kept.append(call)
 
     def finish(self, losses: Tensor) -> "PerSampleGradients":
@@ -179,7 +182,8 @@ class PerSampleGradients:
                     local = {name: gradient[0] for name, gradient in apply_rule(call, together, weighted).items()}
                     _add(sums, call.tracked, local, layer if len(layers) > 1 and weights.ndim > 1 else None)
 
-    def _count(self, squares: Gradients) -> None:
+    def count(self, squares: Gradients) -> None:
+        """Add squared norms (B,) by layer."""
         for layer, square in squares.items():
             self._squares[layer] = self._squares[layer] + square if layer in self._squares else square
 
@@ -199,7 +203,7 @@ def _add(sums: Gradients, tracked: TrackedLayer | None, local: Gradients, layer:
 
 def _layer(tracked: TrackedLayer | None, name: str) -> str:
     """The module that a parameter belongs to: the unit, but for units that were left in one piece."""
-    if tracked is not None and tracked.rule is not BY_VMAP:
+    if tracked is not None and tracked.rule is not BY_VMAP and not tracked.tied:
         return tracked.name
     return (name if tracked is None else tracked.names[name]).rpartition(".")[0]
 

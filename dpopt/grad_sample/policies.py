@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from dpopt.grad_sample.choices import Choices
 from dpopt.grad_sample.hooks import BackwardCollector
@@ -24,6 +25,7 @@ def choose_policies(
     memory: int | None,
     choices: Choices | None = None,
     known: Mapping[str, str] = MappingProxyType({}),
+    scaled: bool = False,
 ) -> None:
     """Set the policy of every call.
 
@@ -34,6 +36,7 @@ def choose_policies(
         memory: bytes that stored gradients may take under `auto`; None for no limit.
         choices: what is fastest, for `auto`; None to go by the numbers of positions and weights.
         known: policies of layers that are settled, for `auto`.
+        scaled: whether norms are those of scaled gradients.
     """
     times = Counter(call.tracked for call in calls)
     for call in calls:
@@ -41,13 +44,17 @@ def choose_policies(
         call.alone = times[tracked] == 1 and not tracked.tied
         narrow = call.structure is not None and next(tracked.module.parameters()).element_size() < 4
         if not call.alone or narrow:
-            call.policy = "store"  # several calls make one gradient; in 16 bits norm and sum would differ
+            call.policy = (
+                "store"  # in 16 bits norm and sum would differ; several calls make one gradient, but see below
+            )
         elif policy == "ghost":
             call.policy = "ghost" if _has_ghost(tracked) else "recompute" if size > _SMALL else "store"
         elif policy != "auto":
             call.policy = policy
         else:
             call.policy = known.get(tracked.name) or _fastest(call, examples, memory, choices)
+    if policy in ("auto", "ghost") and not scaled:
+        _share(calls, examples, policy, memory)
     if policy == "auto" and memory is not None:
         stored = [call for call in calls if call.policy == "store"]
         left = memory - sum(4 * examples * size_of(call.tracked) for call in stored)
@@ -56,6 +63,26 @@ def choose_policies(
             if left < 0 and call.alone and size_of(call.tracked) > call.kept:
                 call.policy = "recompute"
                 left += 4 * examples * size_of(call.tracked)
+
+
+def _share(calls: list[LayerCall], examples: int, policy: str, memory: int | None) -> None:
+    """Take norms of a large weight that several calls use, tied embeddings for instance, from all calls together."""
+    groups: dict[str, list[LayerCall]] = {}
+    for call in calls:
+        if not call.alone:
+            groups.setdefault(call.tracked.names.get("weight", ""), []).append(call)
+    for name, group in groups.items():
+        modules = {call.tracked.module for call in group}
+        plain = all(call.structure is None and type(m) in (nn.Linear, nn.Embedding) for call in group for m in modules)
+        own_bias = len(modules) > 1 and any(getattr(m, "bias", None) is not None for m in modules)
+        if not name or not plain or own_bias or not all(_has_ghost(call.tracked) for call in group):
+            continue
+        size, positions = size_of(group[0].tracked), sum(call.positions for call in group)
+        cheap = size > _SMALL and 8 * positions * _width(group[0].tracked) < size
+        large = 4 * examples * size > (_largest(group[0]) if memory is None else memory)
+        if cheap or large or policy == "ghost":
+            for call in group:
+                call.policy, call.shared = "ghost", name.rpartition(".")[0]
 
 
 def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choices | None) -> str:

@@ -11,7 +11,7 @@ Layers without a rule are differentiated by `torch.func.vmap` or in a loop, one 
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,13 @@ from dpopt.grad_sample.conv import (
     standardized_pull_back,
 )
 from dpopt.grad_sample.norms import Gradients, gram, kernels, sum_wide
+from dpopt.grad_sample.text_rules import (
+    kind_of,
+    root_mean_square_norm,
+    shifted_positions,
+    transposed_linear,
+    transposed_linear_ghost_norm,
+)
 from dpopt.models.layers import StandardizedConv2d
 
 
@@ -47,6 +54,8 @@ class Rule:
             (B,), at one position of one view; None where the gradients have to be formed.
         positionwise: whether the layer treats all dimensions before its features alike, so that examples may lie in
             any of them.
+        reads: (layer, arguments, keywords) → the one tensor that the layer reads, where not all arguments matter; None
+            where they do.
     """
 
     gradients: Callable[[Any, Any, Tensor], Gradients]
@@ -55,6 +64,7 @@ class Rule:
     pull_back: Callable[[Any, Gradients], Gradients] | None = None
     scaled_ghost_norm: Callable[[Any, Tensor, Tensor, Gradients], Tensor] | None = None
     positionwise: bool = False
+    reads: Callable[[Any, Sequence[Any], Mapping[str, Any]], Tensor | None] | None = None
 
 
 # Linear
@@ -170,6 +180,11 @@ RULES: dict[type, Rule] = {
     nn.Embedding: Rule(embedding, embedding_ghost_norm, positionwise=True),
     nn.EmbeddingBag: Rule(embedding_bag),
 }
+_OF_TRANSFORMERS = {
+    "transposed": Rule(transposed_linear, transposed_linear_ghost_norm, positionwise=True),
+    "rms": Rule(root_mean_square_norm, positionwise=True),
+    "positions": Rule(embedding, embedding_ghost_norm, positionwise=True, reads=shifted_positions),
+}
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -180,6 +195,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     moved = any(name.endswith(("_g", "_v", "_orig")) for name in module._parameters)
     if moved or nn.utils.parametrize.is_parametrized(module):
         return None
+    if kind := kind_of(module):
+        return _OF_TRANSFORMERS[kind]
     rules = {**RULES, **(_timm_rules() if "timm" in sys.modules else {})}
     for kind in type(module).__mro__:
         if kind in rules and type(module).forward is getattr(kind, "forward", None):

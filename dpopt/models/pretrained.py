@@ -7,18 +7,22 @@ it covers nothing.
 from collections.abc import Mapping
 from typing import Any
 
+UNSTATED = "unstated collections"
+
 
 def weights_origin(node: Mapping[str, Any]) -> str:
-    """Name the collection that initial weights were trained on; may be empty.
+    """Name the collections that initial weights were trained on, separated by commas; empty for random weights.
 
     Weights of timm and torchvision, and files of weights, count as ImageNet's unless `pretrained_on` names another.
+    Those of a transformer, which has a `path`, are UNSTATED then.
 
     Args:
         node: the model's arguments, defaults included.
     """
-    if not (node.get("pretrained") or node.get("weights")):
+    loads = node.get("pretrained") and node.get("path", True)
+    if not (loads or node.get("weights")):
         return ""
-    return str(node.get("pretrained_on") or "imagenet")
+    return str(node.get("pretrained_on") or (UNSTATED if "path" in node else "imagenet"))
 
 
 def describe_weights(node: Mapping[str, Any]) -> str:
@@ -26,7 +30,11 @@ def describe_weights(node: Mapping[str, Any]) -> str:
     origin = weights_origin(node)
     if not origin:
         return "drawn at random by the seed"
-    source = node.get("weights") or f"the pretrained weights of {str(node.get('_target_')).rpartition('.')[2]}"
+    source = (
+        node.get("path")
+        or node.get("weights")
+        or f"the pretrained weights of {str(node.get('_target_')).rpartition('.')[2]}"
+    )
     return f"{source}, taken as trained on {origin}; ε does not cover the examples they were trained on"
 
 

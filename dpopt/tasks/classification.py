@@ -41,14 +41,18 @@ class Classification:
             "loss": float(F.cross_entropy(outputs.double(), targets, reduction="sum")),
         }
 
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what follows from mean metrics: nothing."""
+        return {}
+
     def check(self, model: nn.Module) -> None:
         """Check that the model reads the dataset's inputs and has an output per class.
 
         Raises:
             ValueError: naming the shapes.
         """
-        spec, reference = self.spec, next(model.parameters())
-        inputs = torch.zeros(2, *spec.shape, dtype=reference.dtype, device=reference.device)
+        spec = self.spec
+        inputs, _ = self.example(2, next(model.parameters()))
         try:
             with torch.no_grad(), eval_mode(model):
                 shape = tuple(model(inputs).shape)

@@ -32,7 +32,7 @@ from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
 from dpopt.runs.directory import WEIGHTS, read_config
 from dpopt.runs.identity import is_secret
-from dpopt.tasks.classification import Classification
+from dpopt.tasks import TASKS, Task
 from dpopt.training.cost import fit_micro_batch
 
 _LARGE = 2560  # examples of a micro-batch that keep a GPU busy
@@ -58,7 +58,7 @@ class Components:
     """
 
     config: Config
-    task: Classification
+    task: Task
     device: torch.device
     model: nn.Module
     clip: ClipRule | None
@@ -164,9 +164,10 @@ def build_components(config: Config) -> Components:
     return components
 
 
-def make_task(config: Config) -> Classification:
+def make_task(config: Config) -> Task:
     """Make the task of a configuration; reads no data."""
-    return Classification(build("dataset", config.dataset)())
+    spec = build("dataset", config.dataset)()
+    return TASKS[spec.task](spec)
 
 
 def _prepare_engine(components: Components) -> int:
@@ -202,7 +203,7 @@ def _even(most: int, batch_size: int) -> int:
     return math.ceil(large / math.ceil(large / most))
 
 
-def build_model(config: Config, task: Classification, offline: bool) -> nn.Module:
+def build_model(config: Config, task: Task, offline: bool) -> nn.Module:
     """Build the model for a task, initialized by the seed; `offline` leaves pretrained weights out."""
     make = build("model", config.model)
     options = task.model_arguments() | ({"pretrained": False, "weights": None} if offline else {})
@@ -240,7 +241,7 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     return Data(train, test, held_out, train.fingerprint(kind))
 
 
-def load_test_set(config: Config, task: Classification) -> Source:
+def load_test_set(config: Config, task: Task) -> Source:
     """Load the test set on the CPU."""
     device = torch.device("cpu")
     _, test = task.spec.load(Path(config.data_dir).expanduser(), device, config.workers)

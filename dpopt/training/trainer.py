@@ -320,11 +320,12 @@ def evaluate(
     with eval_mode(model):
         for inputs, targets in source.plain(512):
             with autocast:
-                outputs = model(inputs.to(reference.dtype))
+                outputs = model(inputs.to(reference.dtype) if inputs.is_floating_point() else inputs)
             for name, value in task.metric_sums(outputs, targets).items():
                 sums[name] = sums.get(name, 0.0) + value
             count += len(targets)
-    return {f"{prefix}{name}": value / max(count, 1) for name, value in sums.items()}
+    means = {name: value / max(count, 1) for name, value in sums.items()}
+    return {f"{prefix}{name}": value for name, value in (means | task.summary(means)).items()}
 
 
 @contextmanager

@@ -1,0 +1,382 @@
+"""Datasets of text: records are read from files, tokenized once per run, and padded by -1 to one public length.
+
+A classifier reads a text and its class. A language model reads a prompt and writes a completion: a record's targets are
+the tokens of the completion and the end of text, each at the position before it; all others are -100.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpopt.data.datasets import DataSpec
+from dpopt.data.sources import TensorSource
+from dpopt.models.transformer import import_transformers, unavailable
+
+PAD, IGNORED = -1, -100  # a token that is none, a target that is none
+_PHRASE = "one phrase with its label; SST-2's phrases are parts of about 6,900 sentences, which are protected less"
+_REFERENCE = (
+    "one reference text with its meaning representation; E2E has about nine references of each meaning representation, "
+    "which is protected less"
+)
+
+
+@dataclass
+class Records:
+    """Texts and what is to be told or written of them.
+
+    Attributes:
+        texts: of the records; prompts for a language model.
+        targets: names of classes, or completions.
+        origin: where they are from, for errors.
+        groups: a name per record, by which hold-outs are split; empty for none.
+    """
+
+    texts: list[str]
+    targets: list[str]
+    origin: str
+    groups: list[Any] = field(default_factory=list)
+
+
+def text_file(
+    train: str,
+    test: str,
+    train_size: int,
+    text: str | None = "text",
+    target: str = "label",
+    classes: Sequence[str] | None = None,
+    max_length: int = 128,
+    tokenizer: str | None = None,
+    gguf: str | None = None,
+    unit: str = "one record",
+    collection: str = "",
+) -> DataSpec:
+    """Local files of records: .csv or .tsv with a header, or .jsonl.
+
+    Args:
+        train: file in the data folder, or its path.
+        test: likewise.
+        train_size: number of training records, checked against the file.
+        text: column of the text, or of the prompt; None for no prompt.
+        target: column of the class, or of the completion.
+        classes: names of the classes in their order; None to write the target instead.
+        max_length: tokens of a record; what is longer is cut.
+        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
+        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+        unit: what a record is, for the privacy card.
+        collection: public collection of the texts, on which initial weights must not have been trained.
+    """
+
+    def read(data_dir: Path) -> tuple[Records, Records]:
+        parts = [_columns(data_dir / name, text, target) for name in (train, test)]
+        return parts[0], parts[1]
+
+    tokens = Tokens(tokenizer, gguf, max_length)
+    return _spec(Path(train).stem, train_size, classes, tokens, read, unit, collection)
+
+
+def hub_text(
+    path: str,
+    train_size: int,
+    text: str | None = "text",
+    target: str = "label",
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
+    train: str = "train",
+    test: str = "test",
+    max_length: int = 128,
+    tokenizer: str | None = None,
+    gguf: str | None = None,
+    unit: str = "one record",
+    collection: str = "",
+) -> DataSpec:
+    """A dataset of the Hugging Face hub, where the network allows it, or that `datasets` has in its cache.
+
+    Args:
+        path: of the dataset.
+        train_size: number of training records, checked.
+        text: column of the text, or of the prompt; None for no prompt.
+        target: column of the class, a number or a name, or of the completion.
+        classes: names of the classes in their order; None to write the target instead.
+        name: of a configuration of the dataset.
+        train: name of the split.
+        test: name of the split.
+        max_length: tokens of a record; what is longer is cut.
+        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
+        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+        unit: what a record is, for the privacy card.
+        collection: public collection of the texts, on which initial weights must not have been trained.
+    """
+
+    def part(split: str) -> Records:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError("dataset=hub_text needs datasets: pip install 'dpopt[text]'") from error
+        with unavailable(f"dataset.path={path}"):
+            rows = load_dataset(path, name, split=split)
+        for column in filter(None, (text, target)):
+            _check_column(column, rows.column_names, f"{path}, {split}")
+        targets = rows[target]
+        named = [classes[t] if classes and isinstance(t, int) and 0 <= t < len(classes) else str(t) for t in targets]
+        return Records([""] * len(named) if text is None else list(rows[text]), named, f"{path}, {split}")
+
+    tokens = Tokens(tokenizer, gguf, max_length)
+    short = path.rpartition("/")[2]
+    return _spec(short, train_size, classes, tokens, lambda _: (part(train), part(test)), unit, collection)
+
+
+def sst2(max_length: int = 64, tokenizer: str | None = None, gguf: str | None = None) -> DataSpec:
+    """SST-2 (Socher et al., 2013) as in GLUE: 67,349 phrases and 872 sentences, negative or positive.
+
+    DATA_DIR/SST-2 holds train.tsv and dev.tsv, which has the labels of the test. Hold-outs are split by sentence, since
+    phrases are parts of each other.
+
+    Args:
+        max_length: tokens of a record.
+        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
+        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+    """
+
+    def read(data_dir: Path) -> tuple[Records, Records]:
+        train, test = (_columns(data_dir / "SST-2" / f"{part}.tsv", "sentence", "label") for part in ("train", "dev"))
+        train.groups = sentences_of(train.texts)
+        return train, test
+
+    return _spec("sst2", 67_349, ("0", "1"), Tokens(tokenizer, gguf, max_length), read, _PHRASE, "sst2")
+
+
+def trec(max_length: int = 32, tokenizer: str | None = None, gguf: str | None = None) -> DataSpec:
+    """TREC (Li & Roth, 2002): 5,452 and 500 questions of six coarse classes.
+
+    DATA_DIR/trec holds train_5500.label and TREC_10.label.
+
+    Args:
+        max_length: tokens of a record.
+        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
+        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+    """
+
+    def part(path: Path) -> Records:
+        lines = [line.split(" ", 1) for line in _text_of(path, "latin-1").splitlines()]
+        return Records([line[1].strip() for line in lines], [line[0].split(":")[0] for line in lines], str(path))
+
+    def read(data_dir: Path) -> tuple[Records, Records]:
+        return part(data_dir / "trec/train_5500.label"), part(data_dir / "trec/TREC_10.label")
+
+    classes = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
+    return _spec("trec", 5_452, classes, Tokens(tokenizer, gguf, max_length), read, "one question", "trec")
+
+
+def agnews(max_length: int = 96, tokenizer: str | None = None, gguf: str | None = None) -> DataSpec:
+    """AG News (Zhang et al., 2015): 120,000 and 7,600 titles with descriptions, of four classes.
+
+    DATA_DIR/ag_news holds train.csv and test.csv as published: class, title, description.
+
+    Args:
+        max_length: tokens of a record.
+        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
+        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+    """
+
+    def part(path: Path) -> Records:
+        rows = list(csv.reader(_text_of(path).splitlines()))
+        return Records([f"{row[1]} {row[2]}" for row in rows], [row[0] for row in rows], str(path))
+
+    def read(data_dir: Path) -> tuple[Records, Records]:
+        return part(data_dir / "ag_news/train.csv"), part(data_dir / "ag_news/test.csv")
+
+    tokens = Tokens(tokenizer, gguf, max_length)
+    return _spec("agnews", 120_000, ("1", "2", "3", "4"), tokens, read, "one news item", "agnews")
+
+
+def e2e(max_length: int = 100, tokenizer: str | None = None, gguf: str | None = None) -> DataSpec:
+    """E2E NLG (Novikova et al., 2017): 42,061 texts about restaurants, to be written from what they mean.
+
+    DATA_DIR/e2e-dataset holds trainset.csv and testset_w_refs.csv, of which each meaning representation and each
+    reference is a record.
+
+    Args:
+        max_length: tokens of a record, prompt included.
+        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
+        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+    """
+
+    def read(data_dir: Path) -> tuple[Records, Records]:
+        names = ("trainset.csv", "testset_w_refs.csv")
+        train, test = (_columns(data_dir / "e2e-dataset" / name, "mr", "ref") for name in names)
+        return Records(train.texts, train.targets, train.origin, groups=train.texts), test
+
+    return _spec("e2e", 42_061, None, Tokens(tokenizer, gguf, max_length), read, _REFERENCE, "e2e")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How texts become token ids of one length.
+
+    Attributes:
+        tokenizer: name on the Hugging Face hub, or a folder.
+        gguf: file in that folder that holds the tokenizer.
+        max_length: T.
+    """
+
+    tokenizer: str | None
+    gguf: str | None
+    max_length: int
+
+    def load(self) -> Any:
+        """Load the tokenizer.
+
+        Raises:
+            ValueError: when none is named; FileNotFoundError when it cannot be read or downloaded.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "text needs a tokenizer and this model names none: choose a transformer (model=minilm) or set "
+                "dataset.tokenizer to a name or a folder"
+            )
+        options = {} if self.gguf is None else {"gguf_file": self.gguf}
+        with unavailable(f"dataset.tokenizer={self.tokenizer}"):
+            return import_transformers().AutoTokenizer.from_pretrained(self.tokenizer, **options)
+
+    def encode(self, records: Records, classes: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+        """Tokenize records; return tokens (N, T) and classes (N,), or next tokens (N, T) of a language model.
+
+        Raises:
+            ValueError: naming the first record without text or with a class that there is not.
+        """
+        tokenizer = self.load()
+        if classes is not None:
+            labels = _labels(records, classes)
+            for i, text in enumerate(records.texts):
+                _check_text(text, i, records.origin, "text")
+            return self._padded(tokenizer(records.texts)["input_ids"], PAD), labels
+        for i, text in enumerate(records.targets):
+            _check_text(text, i, records.origin, "completion")
+        end = tokenizer.eos_token_id
+        prompts = tokenizer([f"{text}\n" if text else "" for text in records.texts])["input_ids"]
+        completions = tokenizer([text.strip() for text in records.targets], add_special_tokens=False)["input_ids"]
+        rows, targets = [], []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            written = completion + ([] if end is None else [end])
+            prompt = prompt or [written[0] if end is None else end]
+            rows.append(prompt + written)
+            targets.append([IGNORED] * (len(prompt) - 1) + written)
+        return self._padded(rows, PAD), self._padded(targets, IGNORED)
+
+    def _padded(self, rows: Iterable[Sequence[int]], value: int) -> Tensor:
+        rows = [row[: self.max_length] for row in rows]
+        padded = torch.full((len(rows), self.max_length), value)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = torch.tensor(row)
+        return padded
+
+
+def sentences_of(texts: Sequence[str]) -> list[int]:
+    """Name, for each text, the longest text that it is part of, word by word; equal texts agree."""
+    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
+    owner: dict[str, int] = {}
+    for i in order:
+        words = texts[i].split()
+        if " ".join(words) in owner:
+            continue
+        for start in range(len(words)):
+            for end in range(start + 1, len(words) + 1):
+                owner.setdefault(" ".join(words[start:end]), i)
+    return [owner.get(" ".join(text.split()), -1) for text in texts]
+
+
+def _spec(
+    name: str,
+    train_size: int,
+    classes: Sequence[str] | None,
+    tokens: Tokens,
+    read: Callable[[Path], tuple[Records, Records]],
+    unit: str,
+    collection: str,
+) -> DataSpec:
+    def load(data_dir: Path, device: torch.device, workers: int) -> tuple[TensorSource, TensorSource]:
+        parts = []
+        for records in read(data_dir):
+            inputs, targets = tokens.encode(records, classes)
+            parts.append(
+                TensorSource(inputs.to(device), targets.to(device), groups=records.groups or None, trimmed=True)
+            )
+        return parts[0], parts[1]
+
+    constants = f"tokens of {tokens.tokenizer}, the first {tokens.max_length} of a record"
+    task = "language_modeling" if classes is None else "sequence_classification"
+    count = 0 if classes is None else len(classes)
+    return DataSpec(name, train_size, count, (tokens.max_length,), load, constants, collection, task, unit)
+
+
+def _columns(path: Path, text: str | None, target: str) -> Records:
+    """Read two columns of a file.
+
+    Raises:
+        ValueError: for a missing column or a file of another kind; FileNotFoundError for a missing file.
+    """
+    rows = list(_rows(path))
+    if not rows:
+        raise ValueError(f"{path} holds no records: give it at least one")
+    for column in filter(None, (text, target)):
+        _check_column(column, list(rows[0]), str(path))
+    texts = [str(row.get(text) or "") if text else "" for row in rows]
+    return Records(texts, [str("" if row.get(target) is None else row[target]) for row in rows], str(path))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    content = _text_of(path)
+    if path.suffix == ".jsonl":
+        for i, line in enumerate(content.splitlines()):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {i + 1} of {path} is no JSON: give one object per line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {i + 1} of {path} is no JSON object: give one object per line")
+            yield row
+    elif path.suffix == ".csv":
+        yield from csv.DictReader(content.splitlines(keepends=True))
+    elif path.suffix == ".tsv":  # as GLUE writes it: quotes are text
+        yield from csv.DictReader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        raise ValueError(f"{path} is neither .csv, .tsv nor .jsonl: convert it to one of them")
+
+
+def _text_of(path: Path, encoding: str = "utf-8") -> str:
+    try:
+        return path.read_text(encoding=encoding)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is missing: put the file there, or set data_dir (or DPOPT_DATA_DIR) to the folder that holds it"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}): convert it") from error
+
+
+def _check_column(column: str, found: Sequence[str], where: str) -> None:
+    if column not in found:
+        names = ", ".join(map(str, found[:8]))
+        raise ValueError(f"{where} has no column {column!r} but {names}: set dataset.text and dataset.target")
+
+
+def _check_text(text: Any, index: int, origin: str, kind: str) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"record {index + 1} of {origin} has an empty {kind}: remove it, or fill it in")
+
+
+def _labels(records: Records, classes: Sequence[str]) -> Tensor:
+    number = {str(name): i for i, name in enumerate(classes)}
+    for i, name in enumerate(records.targets):
+        if name not in number:
+            raise ValueError(
+                f"record {i + 1} of {records.origin} has the label {name!r}, which is none of the classes "
+                f"({', '.join(list(number)[:8])}): correct it, or dataset.classes"
+            )
+    return torch.tensor([number[name] for name in records.targets])

@@ -1,0 +1,286 @@
+"""Transformers of Hugging Face for text: classification and language modeling, trained whole or in part.
+
+A model here reads token ids (N, T) whose padding, on either side, is -1. Mask, positions and token types follow from
+the ids and have a row per sequence, so that the gradients of sequences can be told apart. A pad is seen by no token.
+
+Dropout is switched off: under differential privacy its noise comes on top of that in the gradient.
+"""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Train = Literal["full", "lora", "bitfit", "head"]
+
+
+class Transformer(nn.Module):
+    """A model of `transformers` that reads token ids alone.
+
+    Args:
+        network: of `transformers`; a base model with a head, else one that returns logits.
+        head: of a classifier, reads the mean over tokens of the last layer; None where the network returns logits.
+
+    Attributes:
+        network: the model.
+        head: its head.
+        max_length: the longest sequence that the network reads; None for any.
+        vocabulary: number of tokens that the network knows.
+    """
+
+    def __init__(self, network: Any, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+        config = network.config
+        self._arguments = set(inspect.signature(network.forward).parameters)
+        self._causal = not _reads_both_ways(network)
+        table = next((m for name, m in network.named_modules() if name.endswith("position_embeddings")), None)
+        padding = getattr(table, "padding_idx", None)
+        self._first = 0 if padding is None else padding + 1  # RoBERTa counts positions from behind its padding
+        self.vocabulary = int(config.vocab_size)
+        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.max_length = None if longest is None else int(longest) - self._first
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits: (N, classes) of a classifier, (N, T, vocabulary) of a language model."""
+        present = tokens >= 0
+        given: dict[str, Any] = {"input_ids": tokens.clamp(min=0), "attention_mask": self._mask(present)}
+        given["position_ids"] = (present.cumsum(1) - 1).clamp(min=0) + self._first
+        given["token_type_ids"] = torch.zeros_like(tokens)
+        given["use_cache"] = False
+        outputs = self.network(**{name: value for name, value in given.items() if name in self._arguments})
+        if self.head is None:
+            logits: Tensor = outputs.logits
+            return logits
+        hidden, weights = outputs.last_hidden_state, present[..., None]
+        mean = hidden.masked_fill(~weights, 0.0).sum(1) / weights.sum(1).clamp(min=1).to(hidden.dtype)
+        scores: Tensor = self.head(mean)
+        return scores
+
+    def _mask(self, present: Tensor) -> Tensor:
+        """What attention adds to scores, (N, 1, T, T): a token sees tokens, a pad sees itself."""
+        length = present.shape[1]
+        itself = torch.eye(length, dtype=torch.bool, device=present.device)
+        seen = present[:, None].expand(-1, length, length)
+        if self._causal:
+            seen = seen & torch.ones_like(itself).tril()
+        dtype = next(self.network.parameters()).dtype
+        dtype = (
+            torch.get_autocast_dtype(present.device.type) if torch.is_autocast_enabled(present.device.type) else dtype
+        )
+        lowest = torch.finfo(dtype).min
+        return torch.zeros(seen.shape, dtype=dtype, device=present.device).masked_fill(~(seen | itself), lowest)[
+            :, None
+        ]
+
+
+def transformer(
+    path: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    gguf: str | None = None,
+    train: Train = "full",
+    pooling: Literal["mean"] | None = None,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_targets: Sequence[str] | None = None,
+    pretrained: bool = True,
+    pretrained_on: str | None = None,
+    num_classes: int | None = None,
+) -> Transformer:
+    """Build a transformer for classification or, without `num_classes`, for language modeling.
+
+    Args:
+        path: name on the Hugging Face hub, or a local folder.
+        config: the architecture, `model_type` and what differs from its defaults; read from `path` where it is None.
+        gguf: a file of quantized weights in `path`, which are dequantized.
+        train: `full` for all parameters, `lora` for adapters (Hu et al., 2106.09685), `bitfit` for biases (Ben Zaken et
+            al., 2106.10199), `head` for the classifier alone. The classifier is always trained.
+        pooling: `mean` classifies the mean over tokens by a new linear layer; None leaves it to the network's own head.
+        lora_rank: columns of an adapter.
+        lora_alpha: adapters are scaled by lora_alpha / lora_rank.
+        lora_targets: ends of the names of layers that get an adapter; None for all linear layers but the output.
+        pretrained: load weights from `path`; False to start at random.
+        pretrained_on: what the weights were trained on, separated by commas; ε does not cover it.
+        num_classes: size of the output.
+
+    Raises:
+        ValueError: for arguments that do not go together.
+        FileNotFoundError: when `path` cannot be read or downloaded.
+    """
+    if train not in ("full", "lora", "bitfit", "head"):
+        raise ValueError(f"model.train={train} must be full, lora, bitfit or head")
+    if num_classes is None and (train == "head" or pooling):
+        raise ValueError("a language model has no head of its own to train: set model.train=full or lora, pooling=null")
+    if pooling not in (None, "mean"):
+        raise ValueError(f"model.pooling={pooling} must be mean or null")
+    network = _network(path, config, gguf, pretrained, num_classes, pooling)
+    _switch_dropout_off(network)
+    head = None
+    if pooling:
+        network.pooler = None  # reads the first token, for a head that is not used
+        head = nn.Linear(network.config.hidden_size, int(num_classes or 0))
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        head.to(next(network.parameters()).dtype)
+    own = _own_head(network) if num_classes is not None and not pooling else []
+    model = Transformer(network, head)
+    if train == "lora":
+        model.network = _with_adapters(network, lora_rank, lora_alpha, lora_targets, own)
+    elif train != "full":
+        _train_only(network, train, own)
+    return model
+
+
+def export(model: Transformer, folder: Path, adapter: bool = False) -> None:
+    """Write a model so that plain `transformers` loads it; a new head goes to `head.safetensors` beside it.
+
+    Args:
+        model: a trained one; LoRA adapters are merged into its copy on disk, and the model itself is used up.
+        folder: made if there is none.
+        adapter: write the LoRA adapter alone, for `peft`.
+
+    Raises:
+        ValueError: for an adapter of a model that has none.
+    """
+    from safetensors.torch import save_file
+
+    network: Any = model.network
+    has_adapter = hasattr(network, "merge_and_unload")
+    if adapter and not has_adapter:
+        raise ValueError("this model was not trained with model.train=lora: leave adapter=true out")
+    folder.mkdir(parents=True, exist_ok=True)
+    if has_adapter and not adapter:
+        network = network.merge_and_unload()
+    network.save_pretrained(folder)
+    if model.head is not None:
+        save_file({name: x.contiguous() for name, x in model.head.state_dict().items()}, folder / "head.safetensors")
+
+
+def _network(
+    path: str | None,
+    config: Mapping[str, Any] | None,
+    gguf: str | None,
+    pretrained: bool,
+    num_classes: int | None,
+    pooling: str | None,
+) -> Any:
+    """Load or build a model of `transformers` in float32."""
+    transformers = import_transformers()
+    if path is None and config is None:
+        raise ValueError("a transformer needs weights or an architecture: set model.path to a name or a folder")
+    kind = transformers.AutoModelForCausalLM if num_classes is None else transformers.AutoModelForSequenceClassification
+    kind = transformers.AutoModel if pooling else kind
+    options: dict[str, Any] = {} if num_classes is None or pooling else {"num_labels": num_classes}
+    with unavailable(f"model.path={path}"):
+        if config is not None and (path is None or not pretrained):
+            own = dict(config)
+            made = transformers.AutoConfig.for_model(own.pop("model_type"), **own, **options)
+        else:
+            made = transformers.AutoConfig.from_pretrained(path, **_in_file(gguf), **options)
+        if num_classes is not None and made.pad_token_id is None:
+            made.pad_token_id = made.eos_token_id if isinstance(made.eos_token_id, int) else 0
+        if path is None or not pretrained:
+            return kind.from_config(made, dtype=torch.float32)
+        return kind.from_pretrained(path, config=made, dtype=torch.float32, **_in_file(gguf))
+
+
+def import_transformers() -> Any:
+    """Import `transformers`, silenced.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("text needs transformers, which is not installed: pip install 'dpopt[text]'") from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+@contextmanager
+def unavailable(what: str) -> Iterator[None]:
+    """Turn the many errors of a hub into one sentence.
+
+    Raises:
+        FileNotFoundError: for what cannot be read or downloaded.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+        raise FileNotFoundError(
+            f"{what} can neither be read here nor downloaded ({reason}): give a name on the Hugging Face hub while "
+            "online, or the path of a local folder"
+        ) from error
+
+
+def _in_file(gguf: str | None) -> dict[str, Any]:
+    return {} if gguf is None else {"gguf_file": gguf}
+
+
+def _reads_both_ways(network: Any) -> bool:
+    """Tell an encoder from a decoder."""
+    causal = [bool(m.is_causal) for m in network.modules() if hasattr(m, "is_causal")]
+    return not any(causal) if causal else not network.config.is_decoder
+
+
+def _switch_dropout_off(network: nn.Module) -> None:
+    for module in network.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
+                setattr(module, name, 0.0)
+
+
+def _own_head(network: Any) -> list[str]:
+    """Name the modules with parameters that a network puts on its base model."""
+    return [
+        name
+        for name, module in network.named_children()
+        if name != network.base_model_prefix and next(module.parameters(), None) is not None
+    ]
+
+
+def _train_only(network: Any, train: Train, own: list[str]) -> None:
+    """Freeze all but biases, or all but the classifier."""
+    biases = 0
+    for name, parameter in network.named_parameters():
+        bias = train == "bitfit" and name.endswith("bias")
+        biases += bias
+        parameter.requires_grad_(bias or name.partition(".")[0] in own)
+    if train == "bitfit" and not biases:
+        raise ValueError(f"{type(network).__name__} has no biases for model.train=bitfit: set model.train=lora")
+
+
+def _with_adapters(network: Any, rank: int, alpha: float, targets: Sequence[str] | None, own: list[str]) -> Any:
+    """Add LoRA adapters; all but these and the classifier is frozen."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("model.train=lora needs peft, which is not installed: pip install 'dpopt[text]'") from error
+    wanted = "all-linear" if targets is None else list(targets)
+    try:
+        settings = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=wanted, modules_to_save=own or None
+        )
+        if targets is None and own:
+            settings.exclude_modules = own
+        with warnings.catch_warnings():  # of peft about transformers, which its user can do nothing about
+            warnings.simplefilter("ignore")
+            return get_peft_model(network, settings)
+    except ValueError as error:
+        raise ValueError(
+            f"model.lora_targets={wanted} finds no layer ({str(error).splitlines()[0][:120]}): give ends of names such "
+            f"as {_names_of_linear_layers(network)}"
+        ) from error
+
+
+def _names_of_linear_layers(network: nn.Module) -> str:
+    names = dict.fromkeys(name.rpartition(".")[2] for name, m in network.named_modules() if isinstance(m, nn.Linear))
+    return ", ".join(list(names)[:4])

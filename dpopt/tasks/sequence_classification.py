@@ -1,0 +1,43 @@
+"""Classification of texts: token ids of one length into classes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpopt.tasks.classification import Classification
+
+
+class SequenceClassification(Classification):
+    """Classify the texts of a `DataSpec`: cross-entropy, accuracy, one output per class."""
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Return what a model may take from the dataset; it gets those that it has arguments for."""
+        return {"num_classes": self.spec.classes}
+
+    def example(self, views: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Make one text (views, T) of a token and its class (), on the device of `like`, to measure with."""
+        inputs = torch.zeros(views, *self.spec.shape, dtype=torch.long, device=like.device)
+        return inputs, torch.zeros((), dtype=torch.long, device=like.device)
+
+    def check(self, model: nn.Module) -> None:
+        """Check that the model reads texts of this length and has an output per class.
+
+        Raises:
+            ValueError: naming lengths or shapes.
+        """
+        check_length(model, self.spec.shape[0])
+        super().check(model)
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Check that a model reads texts of a length.
+
+    Raises:
+        ValueError: naming both.
+    """
+    longest = getattr(model, "max_length", None)
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"texts have {length:,} tokens and the model reads {longest:,}: set dataset.max_length={longest}"
+        )
