@@ -5,9 +5,8 @@ the tokens of the completion and the end of text, each at the position before it
 """
 
 import csv
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpopt.data.datasets import DataSpec
+from dpopt.data.records import Records, check_column, read_columns, read_text, sentences_of
 from dpopt.data.sources import TensorSource
 from dpopt.models.transformer import import_transformers, unavailable
 
@@ -24,23 +24,6 @@ _REFERENCE = (
     "one reference text with its meaning representation; E2E has about nine references of each meaning representation, "
     "which is protected less"
 )
-
-
-@dataclass
-class Records:
-    """Texts and what is to be told or written of them.
-
-    Attributes:
-        texts: of the records; prompts for a language model.
-        targets: names of classes, or completions.
-        origin: where they are from, for errors.
-        groups: a name per record, by which hold-outs are split; empty for none.
-    """
-
-    texts: list[str]
-    targets: list[str]
-    origin: str
-    groups: list[Any] = field(default_factory=list)
 
 
 def text_file(
@@ -73,7 +56,7 @@ def text_file(
     """
 
     def read(data_dir: Path) -> tuple[Records, Records]:
-        parts = [_columns(data_dir / name, text, target) for name in (train, test)]
+        parts = [read_columns(data_dir / name, text, target) for name in (train, test)]
         return parts[0], parts[1]
 
     tokens = Tokens(tokenizer, gguf, max_length)
@@ -121,7 +104,7 @@ def hub_text(
         with unavailable(f"dataset.path={path}"):
             rows = load_dataset(path, name, split=split)
         for column in filter(None, (text, target)):
-            _check_column(column, rows.column_names, f"{path}, {split}")
+            check_column(column, rows.column_names, f"{path}, {split}")
         targets = rows[target]
         named = [classes[t] if classes and isinstance(t, int) and 0 <= t < len(classes) else str(t) for t in targets]
         return Records([""] * len(named) if text is None else list(rows[text]), named, f"{path}, {split}")
@@ -131,7 +114,9 @@ def hub_text(
     return _spec(short, train_size, classes, tokens, lambda _: (part(train), part(test)), unit, collection)
 
 
-def sst2(max_length: int = 64, tokenizer: str | None = None, gguf: str | None = None) -> DataSpec:
+def sst2(
+    max_length: int = 64, train_size: int = 67_349, tokenizer: str | None = None, gguf: str | None = None
+) -> DataSpec:
     """SST-2 (Socher et al., 2013) as in GLUE: 67,349 phrases and 872 sentences, negative or positive.
 
     DATA_DIR/SST-2 holds train.tsv and dev.tsv, which has the labels of the test. Hold-outs are split by sentence, since
@@ -139,63 +124,78 @@ def sst2(max_length: int = 64, tokenizer: str | None = None, gguf: str | None = 
 
     Args:
         max_length: tokens of a record.
+        train_size: number of training records; fewer than all are a random part, the same for everybody.
         tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
         gguf: file of a quantized model, in that folder, that holds the tokenizer.
     """
 
     def read(data_dir: Path) -> tuple[Records, Records]:
-        train, test = (_columns(data_dir / "SST-2" / f"{part}.tsv", "sentence", "label") for part in ("train", "dev"))
+        train, test = (
+            read_columns(data_dir / "SST-2" / f"{part}.tsv", "sentence", "label") for part in ("train", "dev")
+        )
         train.groups = sentences_of(train.texts)
         return train, test
 
-    return _spec("sst2", 67_349, ("0", "1"), Tokens(tokenizer, gguf, max_length), read, _PHRASE, "sst2")
+    return _spec("sst2", train_size, ("0", "1"), Tokens(tokenizer, gguf, max_length), read, _PHRASE, "sst2", 67_349)
 
 
-def trec(max_length: int = 32, tokenizer: str | None = None, gguf: str | None = None) -> DataSpec:
+def trec(
+    max_length: int = 32, train_size: int = 5_452, tokenizer: str | None = None, gguf: str | None = None
+) -> DataSpec:
     """TREC (Li & Roth, 2002): 5,452 and 500 questions of six coarse classes.
 
     DATA_DIR/trec holds train_5500.label and TREC_10.label.
 
     Args:
         max_length: tokens of a record.
+        train_size: number of training records; fewer than all are a random part, the same for everybody.
         tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
         gguf: file of a quantized model, in that folder, that holds the tokenizer.
     """
 
     def part(path: Path) -> Records:
-        lines = [line.split(" ", 1) for line in _text_of(path, "latin-1").splitlines()]
+        lines = [line.split(" ", 1) for line in read_text(path, "latin-1").splitlines()]
         return Records([line[1].strip() for line in lines], [line[0].split(":")[0] for line in lines], str(path))
 
     def read(data_dir: Path) -> tuple[Records, Records]:
         return part(data_dir / "trec/train_5500.label"), part(data_dir / "trec/TREC_10.label")
 
     classes = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
-    return _spec("trec", 5_452, classes, Tokens(tokenizer, gguf, max_length), read, "one question", "trec")
+    return _spec("trec", train_size, classes, Tokens(tokenizer, gguf, max_length), read, "one question", "trec", 5_452)
 
 
-def agnews(max_length: int = 96, tokenizer: str | None = None, gguf: str | None = None) -> DataSpec:
+def agnews(
+    max_length: int = 96, train_size: int = 120_000, tokenizer: str | None = None, gguf: str | None = None
+) -> DataSpec:
     """AG News (Zhang et al., 2015): 120,000 and 7,600 titles with descriptions, of four classes.
 
     DATA_DIR/ag_news holds train.csv and test.csv as published: class, title, description.
 
     Args:
         max_length: tokens of a record.
+        train_size: number of training records; fewer than all are a random part, the same for everybody.
         tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
         gguf: file of a quantized model, in that folder, that holds the tokenizer.
     """
 
     def part(path: Path) -> Records:
-        rows = list(csv.reader(_text_of(path).splitlines()))
+        rows = list(csv.reader(read_text(path).splitlines()))
         return Records([f"{row[1]} {row[2]}" for row in rows], [row[0] for row in rows], str(path))
 
     def read(data_dir: Path) -> tuple[Records, Records]:
         return part(data_dir / "ag_news/train.csv"), part(data_dir / "ag_news/test.csv")
 
     tokens = Tokens(tokenizer, gguf, max_length)
-    return _spec("agnews", 120_000, ("1", "2", "3", "4"), tokens, read, "one news item", "agnews")
+    return _spec("agnews", train_size, ("1", "2", "3", "4"), tokens, read, "one news item", "agnews", 120_000)
 
 
-def e2e(max_length: int = 100, tokenizer: str | None = None, gguf: str | None = None) -> DataSpec:
+def e2e(
+    max_length: int = 100,
+    train_size: int = 42_061,
+    test_size: int | None = None,
+    tokenizer: str | None = None,
+    gguf: str | None = None,
+) -> DataSpec:
     """E2E NLG (Novikova et al., 2017): 42,061 texts about restaurants, to be written from what they mean.
 
     DATA_DIR/e2e-dataset holds trainset.csv and testset_w_refs.csv, of which each meaning representation and each
@@ -203,16 +203,20 @@ def e2e(max_length: int = 100, tokenizer: str | None = None, gguf: str | None = 
 
     Args:
         max_length: tokens of a record, prompt included.
+        train_size: number of training records; fewer than all are a random part, the same for everybody.
+        test_size: number of test records, chosen likewise; None for all.
         tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
         gguf: file of a quantized model, in that folder, that holds the tokenizer.
     """
 
     def read(data_dir: Path) -> tuple[Records, Records]:
         names = ("trainset.csv", "testset_w_refs.csv")
-        train, test = (_columns(data_dir / "e2e-dataset" / name, "mr", "ref") for name in names)
+        train, test = (read_columns(data_dir / "e2e-dataset" / name, "mr", "ref") for name in names)
         return Records(train.texts, train.targets, train.origin, groups=train.texts), test
 
-    return _spec("e2e", 42_061, None, Tokens(tokenizer, gguf, max_length), read, _REFERENCE, "e2e")
+    return _spec(
+        "e2e", train_size, None, Tokens(tokenizer, gguf, max_length), read, _REFERENCE, "e2e", 42_061, test_size
+    )
 
 
 @dataclass(frozen=True)
@@ -277,20 +281,6 @@ class Tokens:
         return padded
 
 
-def sentences_of(texts: Sequence[str]) -> list[int]:
-    """Name, for each text, the longest text that it is part of, word by word; equal texts agree."""
-    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
-    owner: dict[str, int] = {}
-    for i in order:
-        words = texts[i].split()
-        if " ".join(words) in owner:
-            continue
-        for start in range(len(words)):
-            for end in range(start + 1, len(words) + 1):
-                owner.setdefault(" ".join(words[start:end]), i)
-    return [owner.get(" ".join(text.split()), -1) for text in texts]
-
-
 def _spec(
     name: str,
     train_size: int,
@@ -299,71 +289,26 @@ def _spec(
     read: Callable[[Path], tuple[Records, Records]],
     unit: str,
     collection: str,
+    whole: int | None = None,
+    test_size: int | None = None,
 ) -> DataSpec:
+    """Make the DataSpec; a training set smaller than the `whole` is a public random part of it."""
+
     def load(data_dir: Path, device: torch.device, workers: int) -> tuple[TensorSource, TensorSource]:
+        train, test = read(data_dir)
+        if len(train.texts) == whole:
+            train = train.part(train_size)
         parts = []
-        for records in read(data_dir):
+        for records in (train, test if test_size is None else test.part(test_size)):
             inputs, targets = tokens.encode(records, classes)
-            parts.append(
-                TensorSource(inputs.to(device), targets.to(device), groups=records.groups or None, trimmed=True)
-            )
+            groups = records.groups or None
+            parts.append(TensorSource(inputs.to(device), targets.to(device), groups=groups, trimmed=True))
         return parts[0], parts[1]
 
     constants = f"tokens of {tokens.tokenizer}, the first {tokens.max_length} of a record"
     task = "language_modeling" if classes is None else "sequence_classification"
     count = 0 if classes is None else len(classes)
     return DataSpec(name, train_size, count, (tokens.max_length,), load, constants, collection, task, unit)
-
-
-def _columns(path: Path, text: str | None, target: str) -> Records:
-    """Read two columns of a file.
-
-    Raises:
-        ValueError: for a missing column or a file of another kind; FileNotFoundError for a missing file.
-    """
-    rows = list(_rows(path))
-    if not rows:
-        raise ValueError(f"{path} holds no records: give it at least one")
-    for column in filter(None, (text, target)):
-        _check_column(column, list(rows[0]), str(path))
-    texts = [str(row.get(text) or "") if text else "" for row in rows]
-    return Records(texts, [str("" if row.get(target) is None else row[target]) for row in rows], str(path))
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    content = _text_of(path)
-    if path.suffix == ".jsonl":
-        for i, line in enumerate(content.splitlines()):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {i + 1} of {path} is no JSON: give one object per line") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {i + 1} of {path} is no JSON object: give one object per line")
-            yield row
-    elif path.suffix == ".csv":
-        yield from csv.DictReader(content.splitlines(keepends=True))
-    elif path.suffix == ".tsv":  # as GLUE writes it: quotes are text
-        yield from csv.DictReader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        raise ValueError(f"{path} is neither .csv, .tsv nor .jsonl: convert it to one of them")
-
-
-def _text_of(path: Path, encoding: str = "utf-8") -> str:
-    try:
-        return path.read_text(encoding=encoding)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} is missing: put the file there, or set data_dir (or DPOPT_DATA_DIR) to the folder that holds it"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}): convert it") from error
-
-
-def _check_column(column: str, found: Sequence[str], where: str) -> None:
-    if column not in found:
-        names = ", ".join(map(str, found[:8]))
-        raise ValueError(f"{where} has no column {column!r} but {names}: set dataset.text and dataset.target")
 
 
 def _check_text(text: Any, index: int, origin: str, kind: str) -> None:

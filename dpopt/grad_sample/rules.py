@@ -195,8 +195,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     moved = any(name.endswith(("_g", "_v", "_orig")) for name in module._parameters)
     if moved or nn.utils.parametrize.is_parametrized(module):
         return None
-    if kind := kind_of(module):
-        return _OF_TRANSFORMERS[kind]
+    if layer := kind_of(module):
+        return _OF_TRANSFORMERS[layer]
     rules = {**RULES, **(_timm_rules() if "timm" in sys.modules else {})}
     for kind in type(module).__mro__:
         if kind in rules and type(module).forward is getattr(kind, "forward", None):

@@ -86,7 +86,7 @@ def transformer(
     train: Train = "full",
     pooling: Literal["mean"] | None = None,
     lora_rank: int = 8,
-    lora_alpha: float = 16,
+    lora_alpha: int = 16,
     lora_targets: Sequence[str] | None = None,
     pretrained: bool = True,
     pretrained_on: str | None = None,
@@ -258,7 +258,7 @@ def _train_only(network: Any, train: Train, own: list[str]) -> None:
         raise ValueError(f"{type(network).__name__} has no biases for model.train=bitfit: set model.train=lora")
 
 
-def _with_adapters(network: Any, rank: int, alpha: float, targets: Sequence[str] | None, own: list[str]) -> Any:
+def _with_adapters(network: Any, rank: int, alpha: int, targets: Sequence[str] | None, own: list[str]) -> Any:
     """Add LoRA adapters; all but these and the classifier is frozen."""
     try:
         from peft import LoraConfig, get_peft_model

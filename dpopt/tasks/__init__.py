@@ -5,7 +5,7 @@ from dpopt.tasks.language_modeling import LanguageModeling
 from dpopt.tasks.sequence_classification import SequenceClassification
 
 Task = Classification | LanguageModeling
-TASKS = {
+TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "sequence_classification": SequenceClassification,
     "language_modeling": LanguageModeling,

@@ -117,7 +117,9 @@ def test_parts(kind, train):
                 p.add_(0.1 * torch.randn_like(p))
     if train == "lora":
         assert any("lora_A" in name for name, p in model.named_parameters() if p.requires_grad)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) < sum(p.numel() for p in model.parameters()) / 2
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) < sum(p.numel() for p in model.parameters()) / 2
+    )
     assert_exact(model, F.cross_entropy, tokens(), torch.tensor([0, 2, 1, 1, 0]))
 
 

@@ -1,0 +1,146 @@
+"""Datasets of text: what becomes a token, what becomes a target, and what is refused in a sentence."""
+
+import json
+
+import pytest
+import torch
+from text_models import WORDS, make_tokenizer
+
+from dpopt import data
+from dpopt.data.records import sentences_of
+from dpopt.data.sources import TensorSource
+from dpopt.data.text import IGNORED, PAD
+from dpopt.rng import RandomKey
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return str(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def write(folder, name, content):
+    (folder / name).write_text(content)
+    return name
+
+
+def classes_of(folder, named, rows="a film,good\n", suffix="csv", **options):
+    name = write(folder, f"train.{suffix}", "text,label\n" + rows if suffix == "csv" else rows)
+    options = {"train_size": 1, "classes": ("bad", "good"), "max_length": 6, "tokenizer": named} | options
+    return data.text_file(name, name, **options).load(folder, CPU, 0)
+
+
+def test_a_classifier_reads_ids_padded_by_minus_one(tmp_path, tokenizer):
+    train, _ = classes_of(tmp_path, tokenizer, 'a film,good\n"the film, is very very very bad",bad\n', train_size=2)
+    assert train.inputs.tolist() == [[2, 4, 5, 3, PAD, PAD], [2, 10, 5, 1, 11, 12]]  # the second is cut
+    assert train.targets.tolist() == [1, 0]
+
+
+def test_every_kind_of_file_reads_alike(tmp_path, tokenizer):
+    lines = [("text", "label"), ("a film", "good"), ('the "bad" film', "bad")]
+    csv = classes_of(tmp_path, tokenizer, 'a film,good\n"the ""bad"" film",bad\n')[0]
+    tsv = classes_of(tmp_path, tokenizer, "".join("\t".join(line) + "\n" for line in lines), "tsv")[0]
+    rows = "".join(json.dumps(dict(zip(lines[0], line, strict=True))) + "\n" for line in lines[1:])
+    jsonl = classes_of(tmp_path, tokenizer, rows, "jsonl")[0]
+    for other in (tsv, jsonl):
+        assert torch.equal(csv.inputs, other.inputs) and torch.equal(csv.targets, other.targets)
+
+
+def test_a_language_model_writes_completions_only(tmp_path, tmp_path_factory):
+    plain = str(make_tokenizer(tmp_path_factory.mktemp("plain"), cls=False))
+    name = write(tmp_path, "pairs.jsonl", json.dumps({"prompt": "name film", "ref": "a good film"}) + "\n")
+    spec = data.text_file(name, name, 1, text="prompt", target="ref", max_length=8, tokenizer=plain)
+    train, _ = spec.load(tmp_path, CPU, 0)
+    assert train.inputs.tolist() == [[13, 5, 4, 6, 5, 3, PAD, PAD]]
+    assert train.targets.tolist() == [[IGNORED, 4, 6, 5, 3, IGNORED, IGNORED, IGNORED]]
+    assert spec.task == "language_modeling" and spec.classes == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ("a film,good\n  ,bad\n", {}, r"record 2 of .*train.csv has an empty text: remove it, or fill it in"),
+        ("a film,great\n", {}, r"record 1 of .* has the label 'great', which is none of the classes \(bad, good\)"),
+        ("a film,good\n", {"text": "review"}, r"has no column 'review' but text, label: set dataset.text"),
+        ("a film,good\n", {"tokenizer": None}, r"text needs a tokenizer .*model=minilm.* or set dataset.tokenizer"),
+        (
+            "a film,good\n",
+            {"tokenizer": "no/such"},
+            r"dataset.tokenizer=no/such can neither be read here nor downloaded",
+        ),
+        ("", {}, r"train.csv holds no records: give it at least one"),
+    ],
+    ids=["empty", "label", "column", "no tokenizer", "tokenizer", "no records"],
+)
+def test_refusals(tmp_path, tokenizer, monkeypatch, rows, options, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((ValueError, OSError), match=message):
+        classes_of(tmp_path, tokenizer, rows, **options)
+
+
+def test_other_files_are_refused(tmp_path, tokenizer):
+    for name, content, message in (
+        ("train.txt", "a", r"neither .csv, .tsv nor .jsonl"),
+        ("train.jsonl", "a\n", r"line 1 of .* is no JSON"),
+    ):
+        write(tmp_path, name, content)
+        spec = data.text_file(name, name, 1, classes=("bad", "good"), tokenizer=tokenizer)
+        with pytest.raises(ValueError, match=message):
+            spec.load(tmp_path, CPU, 0)
+    spec = data.text_file("none.csv", "none.csv", 1, classes=("bad", "good"), tokenizer=tokenizer)
+    with pytest.raises(FileNotFoundError, match=r"none.csv is missing: put the file there, or set data_dir"):
+        spec.load(tmp_path, CPU, 0)
+
+
+def sst2_files(folder):
+    (folder / "SST-2").mkdir()
+    train = ["sentence\tlabel", "the film is good\t1", "is good\t1", "a dull film\t0", "dull\t0", "very fine\t1"]
+    (folder / "SST-2/train.tsv").write_text("\n".join(train) + "\n")
+    (folder / "SST-2/dev.tsv").write_text("sentence\tlabel\na fine film\t1\n")
+
+
+def test_sst2_groups_phrases_by_sentence(tmp_path, tokenizer):
+    sst2_files(tmp_path)
+    spec = data.sst2(16, tokenizer=tokenizer)
+    train, test = spec.load(tmp_path, CPU, 0)
+    assert train.groups == [0, 0, 2, 2, 4] and len(test) == 1
+    assert train.contents()[0] == train.contents()[1] != train.contents()[2]
+    assert "phrase" in spec.unit
+
+
+def test_a_part_is_the_same_for_everybody(tmp_path, tokenizer):
+    lines = [f"DESC:x the film {WORDS[4 + i % 11]} {WORDS[4 + i // 11 % 11]}" for i in range(5_452)]
+    (tmp_path / "trec").mkdir()
+    for name in ("train_5500.label", "TREC_10.label"):
+        (tmp_path / "trec" / name).write_text("\n".join(lines) + "\n", encoding="latin-1")
+    whole, small, again = (
+        data.trec(train_size=n, tokenizer=tokenizer).load(tmp_path, CPU, 0)[0] for n in (5_452, 100, 100)
+    )
+    assert len(whole) == 5_452 and len(small) == 100
+    assert torch.equal(small.inputs, again.inputs) and not torch.equal(small.inputs, whole.inputs[:100])
+
+
+def test_sentences_of_phrases():
+    texts = ["a b c d", "b c", "c b", "d", "x y", "y", "a b c d "]
+    assert sentences_of(texts) == [6, 6, 2, 6, 4, 4, 6] or sentences_of(texts) == [0, 0, 2, 0, 4, 4, 0]
+
+
+def padded(lengths, width=64):
+    rows = torch.full((len(lengths), width), PAD)
+    for row, length in zip(rows, lengths, strict=True):
+        row[:length] = torch.arange(length) + 1
+    return rows
+
+
+def test_micro_batches_are_as_long_as_their_longest_text():
+    lengths = [40, 3, 17, 64, 9, 16, 1, 33]
+    targets = torch.arange(8)[:, None].expand(8, 64)
+    source = TensorSource(padded(lengths), targets, trimmed=True)
+    key = RandomKey.from_seed(0)
+    pieces = list(source.views([(0, torch.arange(8)), (1, torch.arange(0))], key, 1, 4))
+    assert [x.shape for x, _ in pieces] == [(4, 1, 16), (4, 1, 64), (0, 1, 16)]
+    assert [tuple(y.shape) for _, y in pieces] == [(4, 16), (4, 64), (0, 16)]
+    found = {int(y[0]): int((x >= 0).sum()) for piece in pieces for x, y in zip(*piece, strict=True)}
+    assert found == dict(enumerate(lengths))  # nothing is cut, and each text keeps its targets
+    assert [x.shape[1] for x, _ in source.plain(4)] == [64, 64]
