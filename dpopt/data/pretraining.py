@@ -37,9 +37,11 @@ def check_pretraining(spec: DataSpec, model: Mapping[str, Any], classes: Sequenc
     names = {name.strip().lower() for name in origin.split(",")}
     if collection.lower() not in names and not (looks_like_imagenet(origin) and looks_like_imagenet(collection)):
         return
-    free = "dataset.is_imagenet=false" if looks_like_imagenet(origin) else "dataset.collection=''"
+    what = "images" if len(spec.shape) == 3 else "records"
+    images = "dataset.is_imagenet=false, or " if looks_like_imagenet(origin) else ""
+    which = collection if "," in origin else origin
     raise ValueError(
-        f"the initial weights were trained on {collection}, whose records {spec.name} holds, so ε would not cover what "
-        "they know of them: train from random weights (model.pretrained=false model.weights=null), or, if these are "
-        f"not its records, state it with {free} (collection='' in a DataSpec)"
+        f"the initial weights were trained on {which}, whose {what} {spec.name} holds, "
+        "so ε would not cover what they know of them: train from random weights (model.pretrained=false "
+        f"model.weights=null), or, if these are not its {what}, state it with {images}collection='' in the DataSpec"
     )

@@ -26,9 +26,9 @@ class Records:
     origin: str
     groups: list[Any] = field(default_factory=list)
 
-    def part(self, size: int) -> "Records":
-        """Choose some records at random, the same ones for everybody; all in their order if there are no more."""
-        if size >= len(self.texts):
+    def part_of(self, whole: int, size: int) -> "Records":
+        """Choose `size` of `whole` records at random, the same ones for everybody; all, if there are not as many."""
+        if len(self.texts) != whole or size >= whole:
             return self
         at = sorted(RandomKey.from_seed(0, "part").uniform(len(self.texts), "records").argsort()[:size].tolist())
         groups = [self.groups[i] for i in at] if self.groups else []
@@ -93,7 +93,7 @@ def check_column(column: str, found: Sequence[str], where: str) -> None:
     """
     if column not in found:
         names = ", ".join(map(str, found[:8]))
-        raise ValueError(f"{where} has no column {column!r} but {names}: set dataset.text and dataset.target")
+        raise ValueError(f"{where} has no column {column!r} but {names}: set dataset.columns")
 
 
 def sentences_of(texts: Sequence[str]) -> list[int]:

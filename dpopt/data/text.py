@@ -16,7 +16,7 @@ from torch import Tensor
 from dpopt.data.datasets import DataSpec
 from dpopt.data.records import Records, check_column, read_columns, read_text, sentences_of
 from dpopt.data.sources import TensorSource
-from dpopt.models.transformer import import_transformers, unavailable
+from dpopt.models.transformer import import_transformers, unavailable, where
 
 PAD, IGNORED = -1, -100  # a token that is none, a target that is none
 _PHRASE = "one phrase with its label; SST-2's phrases are parts of about 6,900 sentences, which are protected less"
@@ -27,96 +27,87 @@ _REFERENCE = (
 
 
 def text_file(
-    train: str,
-    test: str,
+    files: Sequence[str],
     train_size: int,
-    text: str | None = "text",
-    target: str = "label",
+    columns: Sequence[str | None] = ("text", "label"),
     classes: Sequence[str] | None = None,
     max_length: int = 128,
     tokenizer: str | None = None,
-    gguf: str | None = None,
     unit: str = "one record",
     collection: str = "",
 ) -> DataSpec:
     """Local files of records: .csv or .tsv with a header, or .jsonl.
 
     Args:
-        train: file in the data folder, or its path.
-        test: likewise.
+        files: of training and of test records, in the data folder, or their paths.
         train_size: number of training records, checked against the file.
-        text: column of the text, or of the prompt; None for no prompt.
-        target: column of the class, or of the completion.
-        classes: names of the classes in their order; None to write the target instead.
+        columns: of the text (or of the prompt; null for none), and of the class (or of the completion).
+        classes: names of the classes in their order; None to write the second column instead.
         max_length: tokens of a record; what is longer is cut.
-        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
-        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
         unit: what a record is, for the privacy card.
         collection: public collection of the texts, on which initial weights must not have been trained.
     """
+    text, target = columns
 
     def read(data_dir: Path) -> tuple[Records, Records]:
-        parts = [read_columns(data_dir / name, text, target) for name in (train, test)]
-        return parts[0], parts[1]
+        train, test = (read_columns(data_dir / name, text, str(target)) for name in files)
+        return train, test
 
-    tokens = Tokens(tokenizer, gguf, max_length)
-    return _spec(Path(train).stem, train_size, classes, tokens, read, unit, collection)
+    return _spec(Path(files[0]).stem, train_size, classes, Tokens(tokenizer, max_length), read, unit, collection)
 
 
 def hub_text(
     path: str,
     train_size: int,
-    text: str | None = "text",
-    target: str = "label",
+    columns: Sequence[str | None] = ("text", "label"),
     classes: Sequence[str] | None = None,
-    name: str | None = None,
-    train: str = "train",
-    test: str = "test",
+    splits: Sequence[str] = ("train", "test"),
     max_length: int = 128,
     tokenizer: str | None = None,
-    gguf: str | None = None,
-    unit: str = "one record",
     collection: str = "",
 ) -> DataSpec:
     """A dataset of the Hugging Face hub, where the network allows it, or that `datasets` has in its cache.
 
     Args:
-        path: of the dataset.
+        path: OWNER/NAME, or OWNER/NAME/SUBSET.
         train_size: number of training records, checked.
-        text: column of the text, or of the prompt; None for no prompt.
-        target: column of the class, a number or a name, or of the completion.
-        classes: names of the classes in their order; None to write the target instead.
-        name: of a configuration of the dataset.
-        train: name of the split.
-        test: name of the split.
+        columns: of the text (or of the prompt; null for none), and of the class, a number or a name (or of the
+            completion).
+        classes: names of the classes in their order; None to write the second column instead.
+        splits: of training and of test records.
         max_length: tokens of a record; what is longer is cut.
-        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
-        gguf: file of a quantized model, in that folder, that holds the tokenizer.
-        unit: what a record is, for the privacy card.
+        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
         collection: public collection of the texts, on which initial weights must not have been trained.
     """
 
-    def part(split: str) -> Records:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ValueError("dataset=hub_text needs datasets: pip install 'dpopt[text]'") from error
-        with unavailable(f"dataset.path={path}"):
-            rows = load_dataset(path, name, split=split)
-        for column in filter(None, (text, target)):
-            check_column(column, rows.column_names, f"{path}, {split}")
-        targets = rows[target]
-        named = [classes[t] if classes and isinstance(t, int) and 0 <= t < len(classes) else str(t) for t in targets]
-        return Records([""] * len(named) if text is None else list(rows[text]), named, f"{path}, {split}")
+    def read(_: Path) -> tuple[Records, Records]:
+        train, test = (_from_hub(path, split, columns, classes) for split in splits)
+        return train, test
 
-    tokens = Tokens(tokenizer, gguf, max_length)
-    short = path.rpartition("/")[2]
-    return _spec(short, train_size, classes, tokens, lambda _: (part(train), part(test)), unit, collection)
+    name = path.rpartition("/")[2]
+    return _spec(name, train_size, classes, Tokens(tokenizer, max_length), read, "one record", collection)
 
 
-def sst2(
-    max_length: int = 64, train_size: int = 67_349, tokenizer: str | None = None, gguf: str | None = None
-) -> DataSpec:
+def _from_hub(path: str, split: str, columns: Sequence[str | None], classes: Sequence[str] | None) -> Records:
+    """Read a split; numbers of classes become their names."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            "dataset=hub_text needs datasets, which is not installed: pip install 'dpopt[text]'"
+        ) from error
+    owner, name, *subset = path.split("/")
+    with unavailable(f"dataset.path={path}"):
+        rows = load_dataset(f"{owner}/{name}", *subset, split=split)
+    for column in filter(None, columns):
+        check_column(column, rows.column_names, f"{path}, {split}")
+    text, target = columns
+    named = [classes[t] if classes and isinstance(t, int) and 0 <= t < len(classes) else str(t) for t in rows[target]]
+    return Records([""] * len(named) if text is None else list(rows[text]), named, f"{path}, {split}")
+
+
+def sst2(max_length: int = 64, train_size: int = 67_349, tokenizer: str | None = None) -> DataSpec:
     """SST-2 (Socher et al., 2013) as in GLUE: 67,349 phrases and 872 sentences, negative or positive.
 
     DATA_DIR/SST-2 holds train.tsv and dev.tsv, which has the labels of the test. Hold-outs are split by sentence, since
@@ -125,8 +116,7 @@ def sst2(
     Args:
         max_length: tokens of a record.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
-        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
-        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
     """
 
     def read(data_dir: Path) -> tuple[Records, Records]:
@@ -134,14 +124,12 @@ def sst2(
             read_columns(data_dir / "SST-2" / f"{part}.tsv", "sentence", "label") for part in ("train", "dev")
         )
         train.groups = sentences_of(train.texts)
-        return train, test
+        return train.part_of(67_349, train_size), test
 
-    return _spec("sst2", train_size, ("0", "1"), Tokens(tokenizer, gguf, max_length), read, _PHRASE, "sst2", 67_349)
+    return _spec("sst2", train_size, ("0", "1"), Tokens(tokenizer, max_length), read, _PHRASE, "sst2")
 
 
-def trec(
-    max_length: int = 32, train_size: int = 5_452, tokenizer: str | None = None, gguf: str | None = None
-) -> DataSpec:
+def trec(max_length: int = 32, train_size: int = 5_452, tokenizer: str | None = None) -> DataSpec:
     """TREC (Li & Roth, 2002): 5,452 and 500 questions of six coarse classes.
 
     DATA_DIR/trec holds train_5500.label and TREC_10.label.
@@ -149,8 +137,7 @@ def trec(
     Args:
         max_length: tokens of a record.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
-        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
-        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
     """
 
     def part(path: Path) -> Records:
@@ -158,15 +145,14 @@ def trec(
         return Records([line[1].strip() for line in lines], [line[0].split(":")[0] for line in lines], str(path))
 
     def read(data_dir: Path) -> tuple[Records, Records]:
-        return part(data_dir / "trec/train_5500.label"), part(data_dir / "trec/TREC_10.label")
+        train = part(data_dir / "trec/train_5500.label")
+        return train.part_of(5_452, train_size), part(data_dir / "trec/TREC_10.label")
 
     classes = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
-    return _spec("trec", train_size, classes, Tokens(tokenizer, gguf, max_length), read, "one question", "trec", 5_452)
+    return _spec("trec", train_size, classes, Tokens(tokenizer, max_length), read, "one question", "trec")
 
 
-def agnews(
-    max_length: int = 96, train_size: int = 120_000, tokenizer: str | None = None, gguf: str | None = None
-) -> DataSpec:
+def agnews(max_length: int = 96, train_size: int = 120_000, tokenizer: str | None = None) -> DataSpec:
     """AG News (Zhang et al., 2015): 120,000 and 7,600 titles with descriptions, of four classes.
 
     DATA_DIR/ag_news holds train.csv and test.csv as published: class, title, description.
@@ -174,8 +160,7 @@ def agnews(
     Args:
         max_length: tokens of a record.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
-        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
-        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
     """
 
     def part(path: Path) -> Records:
@@ -183,10 +168,11 @@ def agnews(
         return Records([f"{row[1]} {row[2]}" for row in rows], [row[0] for row in rows], str(path))
 
     def read(data_dir: Path) -> tuple[Records, Records]:
-        return part(data_dir / "ag_news/train.csv"), part(data_dir / "ag_news/test.csv")
+        train = part(data_dir / "ag_news/train.csv")
+        return train.part_of(120_000, train_size), part(data_dir / "ag_news/test.csv")
 
-    tokens = Tokens(tokenizer, gguf, max_length)
-    return _spec("agnews", train_size, ("1", "2", "3", "4"), tokens, read, "one news item", "agnews", 120_000)
+    tokens = Tokens(tokenizer, max_length)
+    return _spec("agnews", train_size, ("1", "2", "3", "4"), tokens, read, "one news item", "agnews")
 
 
 def e2e(
@@ -194,7 +180,6 @@ def e2e(
     train_size: int = 42_061,
     test_size: int | None = None,
     tokenizer: str | None = None,
-    gguf: str | None = None,
 ) -> DataSpec:
     """E2E NLG (Novikova et al., 2017): 42,061 texts about restaurants, to be written from what they mean.
 
@@ -205,18 +190,17 @@ def e2e(
         max_length: tokens of a record, prompt included.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
         test_size: number of test records, chosen likewise; None for all.
-        tokenizer: name on the Hugging Face hub, or a folder; the model's by default.
-        gguf: file of a quantized model, in that folder, that holds the tokenizer.
+        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
     """
 
     def read(data_dir: Path) -> tuple[Records, Records]:
         names = ("trainset.csv", "testset_w_refs.csv")
         train, test = (read_columns(data_dir / "e2e-dataset" / name, "mr", "ref") for name in names)
-        return Records(train.texts, train.targets, train.origin, groups=train.texts), test
+        train.groups = train.texts
+        size = len(test.texts)
+        return train.part_of(42_061, train_size), test.part_of(size, size if test_size is None else test_size)
 
-    return _spec(
-        "e2e", train_size, None, Tokens(tokenizer, gguf, max_length), read, _REFERENCE, "e2e", 42_061, test_size
-    )
+    return _spec("e2e", train_size, None, Tokens(tokenizer, max_length), read, _REFERENCE, "e2e", 42_061, test_size)
 
 
 @dataclass(frozen=True)
@@ -224,13 +208,11 @@ class Tokens:
     """How texts become token ids of one length.
 
     Attributes:
-        tokenizer: name on the Hugging Face hub, or a folder.
-        gguf: file in that folder that holds the tokenizer.
+        tokenizer: name on the Hugging Face hub, a folder or a .gguf file.
         max_length: T.
     """
 
     tokenizer: str | None
-    gguf: str | None
     max_length: int
 
     def load(self) -> Any:
@@ -244,9 +226,8 @@ class Tokens:
                 "text needs a tokenizer and this model names none: choose a transformer (model=minilm) or set "
                 "dataset.tokenizer to a name or a folder"
             )
-        options = {} if self.gguf is None else {"gguf_file": self.gguf}
         with unavailable(f"dataset.tokenizer={self.tokenizer}"):
-            return import_transformers().AutoTokenizer.from_pretrained(self.tokenizer, **options)
+            return import_transformers().AutoTokenizer.from_pretrained(**where(self.tokenizer))
 
     def encode(self, records: Records, classes: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """Tokenize records; return tokens (N, T) and classes (N,), or next tokens (N, T) of a language model.
@@ -289,17 +270,10 @@ def _spec(
     read: Callable[[Path], tuple[Records, Records]],
     unit: str,
     collection: str,
-    whole: int | None = None,
-    test_size: int | None = None,
 ) -> DataSpec:
-    """Make the DataSpec; a training set smaller than the `whole` is a public random part of it."""
-
     def load(data_dir: Path, device: torch.device, workers: int) -> tuple[TensorSource, TensorSource]:
-        train, test = read(data_dir)
-        if len(train.texts) == whole:
-            train = train.part(train_size)
         parts = []
-        for records in (train, test if test_size is None else test.part(test_size)):
+        for records in read(data_dir):
             inputs, targets = tokens.encode(records, classes)
             groups = records.groups or None
             parts.append(TensorSource(inputs.to(device), targets.to(device), groups=groups, trimmed=True))

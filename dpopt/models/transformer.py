@@ -8,7 +8,7 @@ Dropout is switched off: under differential privacy its noise comes on top of th
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -82,12 +82,9 @@ class Transformer(nn.Module):
 def transformer(
     path: str | None = None,
     config: Mapping[str, Any] | None = None,
-    gguf: str | None = None,
     train: Train = "full",
     pooling: Literal["mean"] | None = None,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    lora_targets: Sequence[str] | None = None,
+    lora: Mapping[str, Any] | None = None,
     pretrained: bool = True,
     pretrained_on: str | None = None,
     num_classes: int | None = None,
@@ -95,15 +92,13 @@ def transformer(
     """Build a transformer for classification or, without `num_classes`, for language modeling.
 
     Args:
-        path: name on the Hugging Face hub, or a local folder.
+        path: name on the Hugging Face hub, or a local folder; of quantized weights, which are dequantized, a .gguf file.
         config: the architecture, `model_type` and what differs from its defaults; read from `path` where it is None.
-        gguf: a file of quantized weights in `path`, which are dequantized.
         train: `full` for all parameters, `lora` for adapters (Hu et al., 2106.09685), `bitfit` for biases (Ben Zaken et
             al., 2106.10199), `head` for the classifier alone. The classifier is always trained.
         pooling: `mean` classifies the mean over tokens by a new linear layer; None leaves it to the network's own head.
-        lora_rank: columns of an adapter.
-        lora_alpha: adapters are scaled by lora_alpha / lora_rank.
-        lora_targets: ends of the names of layers that get an adapter; None for all linear layers but the output.
+        lora: of adapters, `rank` (8), `alpha` (16), so that they are scaled by alpha / rank, and `targets`, ends of the
+            names of layers that get one (null: all linear layers but the output).
         pretrained: load weights from `path`; False to start at random.
         pretrained_on: what the weights were trained on, separated by commas; ε does not cover it.
         num_classes: size of the output.
@@ -112,25 +107,14 @@ def transformer(
         ValueError: for arguments that do not go together.
         FileNotFoundError: when `path` cannot be read or downloaded.
     """
-    if train not in ("full", "lora", "bitfit", "head"):
-        raise ValueError(f"model.train={train} must be full, lora, bitfit or head")
-    if num_classes is None and (train == "head" or pooling):
-        raise ValueError("a language model has no head of its own to train: set model.train=full or lora, pooling=null")
-    if pooling not in (None, "mean"):
-        raise ValueError(f"model.pooling={pooling} must be mean or null")
-    network = _network(path, config, gguf, pretrained, num_classes, pooling)
+    _check_parts(train, pooling, num_classes)
+    network = _network(path, config, pretrained, num_classes, pooling)
     _switch_dropout_off(network)
-    head = None
-    if pooling:
-        network.pooler = None  # reads the first token, for a head that is not used
-        head = nn.Linear(network.config.hidden_size, int(num_classes or 0))
-        nn.init.normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        head.to(next(network.parameters()).dtype)
+    head = _new_head(network, num_classes) if pooling and num_classes else None
     own = _own_head(network) if num_classes is not None and not pooling else []
     model = Transformer(network, head)
     if train == "lora":
-        model.network = _with_adapters(network, lora_rank, lora_alpha, lora_targets, own)
+        model.network = _with_adapters(network, lora or {}, own)
     elif train != "full":
         _train_only(network, train, own)
     return model
@@ -161,10 +145,27 @@ def export(model: Transformer, folder: Path, adapter: bool = False) -> None:
         save_file({name: x.contiguous() for name, x in model.head.state_dict().items()}, folder / "head.safetensors")
 
 
+def _check_parts(train: str, pooling: str | None, num_classes: int | None) -> None:
+    if train not in ("full", "lora", "bitfit", "head"):
+        raise ValueError(f"model.train={train} must be full, lora, bitfit or head")
+    if num_classes is None and (train == "head" or pooling):
+        raise ValueError("a language model has no head of its own to train: set model.train=full or lora, pooling=null")
+    if pooling not in (None, "mean"):
+        raise ValueError(f"model.pooling={pooling} must be mean or null")
+
+
+def _new_head(network: Any, num_classes: int) -> nn.Linear:
+    """Make a linear layer for classes, in the place of what reads the first token."""
+    network.pooler = None
+    head = nn.Linear(network.config.hidden_size, num_classes)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 def _network(
     path: str | None,
     config: Mapping[str, Any] | None,
-    gguf: str | None,
     pretrained: bool,
     num_classes: int | None,
     pooling: str | None,
@@ -181,12 +182,12 @@ def _network(
             own = dict(config)
             made = transformers.AutoConfig.for_model(own.pop("model_type"), **own, **options)
         else:
-            made = transformers.AutoConfig.from_pretrained(path, **_in_file(gguf), **options)
+            made = transformers.AutoConfig.from_pretrained(**where(path), **options)
         if num_classes is not None and made.pad_token_id is None:
             made.pad_token_id = made.eos_token_id if isinstance(made.eos_token_id, int) else 0
         if path is None or not pretrained:
             return kind.from_config(made, dtype=torch.float32)
-        return kind.from_pretrained(path, config=made, dtype=torch.float32, **_in_file(gguf))
+        return kind.from_pretrained(**where(path), config=made, dtype=torch.float32)
 
 
 def import_transformers() -> Any:
@@ -221,8 +222,11 @@ def unavailable(what: str) -> Iterator[None]:
         ) from error
 
 
-def _in_file(gguf: str | None) -> dict[str, Any]:
-    return {} if gguf is None else {"gguf_file": gguf}
+def where(path: str | None) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for a name, a folder or a .gguf file."""
+    if path is None or not path.endswith(".gguf"):
+        return {"pretrained_model_name_or_path": path}
+    return {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
 
 
 def _reads_both_ways(network: Any) -> bool:
@@ -258,8 +262,11 @@ def _train_only(network: Any, train: Train, own: list[str]) -> None:
         raise ValueError(f"{type(network).__name__} has no biases for model.train=bitfit: set model.train=lora")
 
 
-def _with_adapters(network: Any, rank: int, alpha: int, targets: Sequence[str] | None, own: list[str]) -> Any:
+def _with_adapters(network: Any, lora: Mapping[str, Any], own: list[str]) -> Any:
     """Add LoRA adapters; all but these and the classifier is frozen."""
+    if unknown := set(lora) - {"rank", "alpha", "targets"}:
+        raise ValueError(f"model.lora has no {', '.join(sorted(unknown))}: it takes rank, alpha and targets")
+    targets = lora.get("targets")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -267,7 +274,11 @@ def _with_adapters(network: Any, rank: int, alpha: int, targets: Sequence[str] |
     wanted = "all-linear" if targets is None else list(targets)
     try:
         settings = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=wanted, modules_to_save=own or None
+            r=lora.get("rank", 8),
+            lora_alpha=lora.get("alpha", 16),
+            lora_dropout=0.0,
+            target_modules=wanted,
+            modules_to_save=own or None,
         )
         if targets is None and own:
             settings.exclude_modules = own
@@ -276,7 +287,7 @@ def _with_adapters(network: Any, rank: int, alpha: int, targets: Sequence[str] |
             return get_peft_model(network, settings)
     except ValueError as error:
         raise ValueError(
-            f"model.lora_targets={wanted} finds no layer ({str(error).splitlines()[0][:120]}): give ends of names such "
+            f"model.lora.targets={wanted} finds no layer ({str(error).splitlines()[0][:120]}): give ends of names such "
             f"as {_names_of_linear_layers(network)}"
         ) from error
 

@@ -28,7 +28,7 @@ def write(folder, name, content):
 def classes_of(folder, named, rows="a film,good\n", suffix="csv", **options):
     name = write(folder, f"train.{suffix}", "text,label\n" + rows if suffix == "csv" else rows)
     options = {"train_size": 1, "classes": ("bad", "good"), "max_length": 6, "tokenizer": named} | options
-    return data.text_file(name, name, **options).load(folder, CPU, 0)
+    return data.text_file((name, name), **options).load(folder, CPU, 0)
 
 
 def test_a_classifier_reads_ids_padded_by_minus_one(tmp_path, tokenizer):
@@ -50,7 +50,7 @@ def test_every_kind_of_file_reads_alike(tmp_path, tokenizer):
 def test_a_language_model_writes_completions_only(tmp_path, tmp_path_factory):
     plain = str(make_tokenizer(tmp_path_factory.mktemp("plain"), cls=False))
     name = write(tmp_path, "pairs.jsonl", json.dumps({"prompt": "name film", "ref": "a good film"}) + "\n")
-    spec = data.text_file(name, name, 1, text="prompt", target="ref", max_length=8, tokenizer=plain)
+    spec = data.text_file((name, name), 1, ("prompt", "ref"), max_length=8, tokenizer=plain)
     train, _ = spec.load(tmp_path, CPU, 0)
     assert train.inputs.tolist() == [[13, 5, 4, 6, 5, 3, PAD, PAD]]
     assert train.targets.tolist() == [[IGNORED, 4, 6, 5, 3, IGNORED, IGNORED, IGNORED]]
@@ -62,7 +62,11 @@ def test_a_language_model_writes_completions_only(tmp_path, tmp_path_factory):
     [
         ("a film,good\n  ,bad\n", {}, r"record 2 of .*train.csv has an empty text: remove it, or fill it in"),
         ("a film,great\n", {}, r"record 1 of .* has the label 'great', which is none of the classes \(bad, good\)"),
-        ("a film,good\n", {"text": "review"}, r"has no column 'review' but text, label: set dataset.text"),
+        (
+            "a film,good\n",
+            {"columns": ("review", "label")},
+            r"has no column 'review' but text, label: set dataset.columns",
+        ),
         ("a film,good\n", {"tokenizer": None}, r"text needs a tokenizer .*model=minilm.* or set dataset.tokenizer"),
         (
             "a film,good\n",
@@ -85,10 +89,10 @@ def test_other_files_are_refused(tmp_path, tokenizer):
         ("train.jsonl", "a\n", r"line 1 of .* is no JSON"),
     ):
         write(tmp_path, name, content)
-        spec = data.text_file(name, name, 1, classes=("bad", "good"), tokenizer=tokenizer)
+        spec = data.text_file((name, name), 1, classes=("bad", "good"), tokenizer=tokenizer)
         with pytest.raises(ValueError, match=message):
             spec.load(tmp_path, CPU, 0)
-    spec = data.text_file("none.csv", "none.csv", 1, classes=("bad", "good"), tokenizer=tokenizer)
+    spec = data.text_file(("none.csv", "none.csv"), 1, classes=("bad", "good"), tokenizer=tokenizer)
     with pytest.raises(FileNotFoundError, match=r"none.csv is missing: put the file there, or set data_dir"):
         spec.load(tmp_path, CPU, 0)
 
