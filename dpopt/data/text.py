@@ -200,7 +200,7 @@ def e2e(
         size = len(test.texts)
         return train.part_of(42_061, train_size), test.part_of(size, size if test_size is None else test_size)
 
-    return _spec("e2e", train_size, None, Tokens(tokenizer, max_length), read, _REFERENCE, "e2e", 42_061, test_size)
+    return _spec("e2e", train_size, None, Tokens(tokenizer, max_length), read, _REFERENCE, "e2e")
 
 
 @dataclass(frozen=True)

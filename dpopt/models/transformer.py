@@ -92,7 +92,7 @@ def transformer(
     """Build a transformer for classification or, without `num_classes`, for language modeling.
 
     Args:
-        path: name on the Hugging Face hub, or a local folder; of quantized weights, which are dequantized, a .gguf file.
+        path: name on the Hugging Face hub, a local folder, or a .gguf file of quantized weights, which are dequantized.
         config: the architecture, `model_type` and what differs from its defaults; read from `path` where it is None.
         train: `full` for all parameters, `lora` for adapters (Hu et al., 2106.09685), `bitfit` for biases (Ben Zaken et
             al., 2106.10199), `head` for the classifier alone. The classifier is always trained.
