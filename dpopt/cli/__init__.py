@@ -13,6 +13,7 @@ VERBS = {
     "train": ("dpopt.cli.train:train", "train a run or a sweep: dpopt train experiment=quickstart"),
     "estimate": ("dpopt.cli.train:estimate", "print the plan, memory and time of a run or a sweep; train nothing"),
     "evaluate": ("dpopt.cli.evaluate:evaluate", "evaluate a finished run on its test set: dpopt evaluate runs/NAME"),
+    "export": ("dpopt.cli.export:export", "write a run's transformer for plain transformers: dpopt export RUN FOLDER"),
     "rerun": ("dpopt.cli.rerun:rerun", "train a finished run again and compare the results: dpopt rerun runs/NAME"),
     "audit": ("dpopt.cli.audit:audit", "train with canaries and compare the claimed ε with what they show"),
     "ledger": ("dpopt.cli.ledger:ledger", "show what private runs have spent together on each dataset"),

@@ -101,7 +101,8 @@ def _black_box(directory: Path) -> str:
     like, losses = next(model.parameters()), []
     with torch.no_grad():
         for source in (data.train, data.held_out):
-            losses.append(torch.cat([loss(model(x.to(like)), y).double() for x, y in source.plain(512)]))
+            rows = ((x.to(like) if x.is_floating_point() else x, y) for x, y in source.plain(task.at_once))
+            losses.append(torch.cat([loss(model(x), y).double() for x, y in rows]))
     included = torch.cat([torch.full((len(found),), number == 0) for number, found in enumerate(losses)])
     bound = gaussian_dp_bound(-torch.cat(losses).numpy(), included.numpy(), config.delta)
     result = finished(directory) or {}

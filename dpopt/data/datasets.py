@@ -22,6 +22,7 @@ from dpopt.rng import RandomKey
 
 Loaded = tuple[Any, Any]  # train and test, as Sources or as anything that `dpopt.data.sources.as_source` accepts
 
+UNIT = "one training example with its label (all its augmented views together)"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGENET_SIZE = 1_281_167
 _IMAGENET_NAMES = re.compile(r"image[-_ ]?net|imagenette|imagewoof|ilsvrc|(?<![a-z])in[-_]?(1|21|22)k")
@@ -53,7 +54,7 @@ class DataSpec:
     constants: str = ""
     collection: str | None = None
     task: str = "classification"
-    unit: str = "one training example with its label (all its augmented views together)"
+    unit: str = UNIT
 
     @property
     def expected(self) -> Expected:

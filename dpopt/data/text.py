@@ -16,7 +16,7 @@ from torch import Tensor
 from dpopt.data.datasets import DataSpec
 from dpopt.data.records import Records, check_column, read_columns, read_text, sentences_of
 from dpopt.data.sources import TensorSource
-from dpopt.models.transformer import import_transformers, unavailable, where
+from dpopt.models.transformer import load_tokenizer, unavailable
 
 PAD, IGNORED = -1, -100  # a token that is none, a target that is none
 _PHRASE = "one phrase with its label; SST-2's phrases are parts of about 6,900 sentences, which are protected less"
@@ -226,8 +226,7 @@ class Tokens:
                 "text needs a tokenizer and this model names none: choose a transformer (model=minilm) or set "
                 "dataset.tokenizer to a name or a folder"
             )
-        with unavailable(f"dataset.tokenizer={self.tokenizer}"):
-            return import_transformers().AutoTokenizer.from_pretrained(**where(self.tokenizer))
+        return load_tokenizer(self.tokenizer)
 
     def encode(self, records: Records, classes: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """Tokenize records; return tokens (N, T) and classes (N,), or next tokens (N, T) of a language model.

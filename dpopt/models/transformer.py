@@ -120,7 +120,7 @@ def transformer(
     return model
 
 
-def export(model: Transformer, folder: Path, adapter: bool = False) -> None:
+def write(model: Transformer, folder: Path, adapter: bool = False) -> None:
     """Write a model so that plain `transformers` loads it; a new head goes to `head.safetensors` beside it.
 
     Args:
@@ -178,16 +178,37 @@ def _network(
     kind = transformers.AutoModel if pooling else kind
     options: dict[str, Any] = {} if num_classes is None or pooling else {"num_labels": num_classes}
     with unavailable(f"model.path={path}"):
-        if config is not None and (path is None or not pretrained):
-            own = dict(config)
-            made = transformers.AutoConfig.for_model(own.pop("model_type"), **own, **options)
-        else:
-            made = transformers.AutoConfig.from_pretrained(**where(path), **options)
+        made = _architecture(path, config, pretrained, options)
         if num_classes is not None and made.pad_token_id is None:
             made.pad_token_id = made.eos_token_id if isinstance(made.eos_token_id, int) else 0
         if path is None or not pretrained:
             return kind.from_config(made, dtype=torch.float32)
         return kind.from_pretrained(**where(path), config=made, dtype=torch.float32)
+
+
+def _architecture(path: str | None, config: Mapping[str, Any] | None, pretrained: bool, options: dict[str, Any]) -> Any:
+    """Read the configuration of `path`; where no weights are loaded, `config` stands in for one that is not here."""
+    auto = import_transformers().AutoConfig
+    if path is not None:
+        try:
+            return auto.from_pretrained(**where(path), **options)
+        except (OSError, ValueError):
+            if config is None or pretrained:
+                raise
+    own = dict(config or {})
+    if "model_type" not in own:
+        raise ValueError("model.config names no model_type, bert or llama for instance")
+    return auto.for_model(own.pop("model_type"), **own, **options)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the tokenizer of a name, a folder or a .gguf file.
+
+    Raises:
+        FileNotFoundError: when it cannot be read or downloaded.
+    """
+    with unavailable(f"dataset.tokenizer={path}"):
+        return import_transformers().AutoTokenizer.from_pretrained(**where(path))
 
 
 def import_transformers() -> Any:

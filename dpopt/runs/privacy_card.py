@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from dpopt.data.datasets import UNIT
 from dpopt.privacy.audit import AuditResult
 from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.plan import PrivacyPlan
@@ -36,6 +37,7 @@ def privacy_card(
     diagnostics: bool,
     public: Mapping[str, str] | None = None,
     audit: AuditResult | None = None,
+    unit: str = UNIT,
 ) -> str:
     """Write the card, as Markdown.
 
@@ -47,6 +49,7 @@ def privacy_card(
         diagnostics: whether raw statistics of the training data were recorded at any time of the run.
         public: what the run takes as public, by name: initial weights, constants of the preprocessing.
         audit: of the finished run, if it was audited.
+        unit: what is protected.
     """
     lines = [f"# Privacy card: {about.name}", ""]
     taken = plan.steps if steps is None else steps  # the most that may have been released while it goes on
@@ -69,7 +72,7 @@ def privacy_card(
             "",
             "| | |",
             "|---|---|",
-            *(f"| {name} | {text} |" for name, text in _rows(about, plan, sensitivity, taken).items()),
+            *(f"| {name} | {text} |" for name, text in _rows(about, plan, sensitivity, taken, unit).items()),
             *(f"| {name} (public) | {text} |" for name, text in (public or {}).items()),
         ]
     lines += ["", *card_section(audit)] if audit is not None else []
@@ -85,7 +88,7 @@ def privacy_card(
     return "\n".join(lines) + "\n"
 
 
-def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, taken: int) -> dict[str, str]:
+def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, taken: int, unit: str) -> dict[str, str]:
     """What the guarantee rests on, by name."""
     against = plan.delta * plan.dataset_size
     warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
@@ -93,7 +96,7 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
     by_others = ", ".join(f"by {name} {epsilon:.4g}" for name, epsilon in by.items())
     return {
         "method": _method(about),
-        "privacy unit": "one training example with its label (all its augmented views together)",
+        "privacy unit": unit,
         "neighboring datasets": "one example added or removed",
         "N": f"{plan.dataset_size:,}, taken as public",
         "δ against 1/N": f"{plan.delta:g} = {against:.2g} · 1/N{warning}",

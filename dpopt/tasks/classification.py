@@ -15,7 +15,12 @@ class Classification:
 
     Args:
         spec: the dataset.
+
+    Attributes:
+        at_once: examples that are evaluated at once.
     """
+
+    at_once = 512
 
     def __init__(self, spec: DataSpec) -> None:
         self.spec = spec

@@ -21,7 +21,12 @@ class LanguageModeling:
 
     Args:
         spec: the dataset.
+
+    Attributes:
+        at_once: records that are evaluated at once; their logits have a number per token of the vocabulary.
     """
+
+    at_once = 8
 
     def __init__(self, spec: DataSpec) -> None:
         self.spec = spec

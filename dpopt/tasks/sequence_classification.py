@@ -11,6 +11,8 @@ from dpopt.tasks.classification import Classification
 class SequenceClassification(Classification):
     """Classify the texts of a `DataSpec`: cross-entropy, accuracy, one output per class."""
 
+    at_once = 64
+
     def model_arguments(self) -> dict[str, Any]:
         """Return what a model may take from the dataset; it gets those that it has arguments for."""
         return {"num_classes": self.spec.classes}

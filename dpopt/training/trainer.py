@@ -276,7 +276,8 @@ class Trainer:
 
     def _write_card(self, steps: int | None, audit: AuditResult | None = None) -> None:
         known, facts = self.progress["diagnostics"], self.components.public_facts()
-        text = privacy_card(self.about, self.plan, self._sensitivity, steps, known, facts, audit)
+        unit = self.task.spec.unit
+        text = privacy_card(self.about, self.plan, self._sensitivity, steps, known, facts, audit, unit)
         files.write_atomic(self.directory / run_files.CARD, text)
 
     def _wall_seconds(self) -> float:
@@ -318,7 +319,7 @@ def evaluate(
     sums: dict[str, float] = {}
     count = 0
     with eval_mode(model):
-        for inputs, targets in source.plain(512):
+        for inputs, targets in source.plain(task.at_once):
             with autocast:
                 outputs = model(inputs.to(reference.dtype) if inputs.is_floating_point() else inputs)
             for name, value in task.metric_sums(outputs, targets).items():

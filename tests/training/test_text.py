@@ -1,0 +1,149 @@
+"""Text from file to exported model: classification, language modeling, adapters, and the statement on the card."""
+
+import json
+import re
+
+import pytest
+import torch
+from text_models import BERT, LLAMA, make_model
+
+import dpopt
+
+COMMON = ("epsilon=8", "batch_size=16", "steps=4", "delta=1e-3", "logger=csv", "eval_every=2", "ledger=off")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("bert"), BERT)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("llama"), LLAMA)
+
+
+def write_classes(folder, count=48):
+    rows = [f"the film is {'very ' * (i % 3)}{('good', 'bad', 'fine', 'dull')[i % 4]},{i % 2}" for i in range(count)]
+    (folder / "tickets.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    return [
+        *(
+            "dataset=text_file",
+            f"dataset.files=[{folder}/tickets.csv,{folder}/tickets.csv]",
+            f"dataset.train_size={count}",
+        ),
+        *("dataset.classes=['0','1']", "dataset.max_length=12", "dataset.unit='one ticket'"),
+    ]
+
+
+def write_pairs(folder, count=48):
+    rows = [{"prompt": f"name {'very ' * (i % 3)}film", "text": "a good film is good"} for i in range(count)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = f"dataset.files=[{folder}/pairs.jsonl,{folder}/pairs.jsonl]"
+    return ["dataset=text_file", files, f"dataset.train_size={count}", "dataset.columns=[prompt,text]"]
+
+
+def trained(command, *words):
+    done = command("train", *words, *COMMON)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def run_of(tmp_path):
+    (run,) = [path.parent for path in (tmp_path / "runs").glob("*/result.json")]
+    return run
+
+
+@pytest.mark.parametrize("train", ["full", "lora", "bitfit", "head"])
+def test_a_classifier_of_tickets(command, tmp_path, bert, train):
+    """Train, state, evaluate, export; plain transformers then computes the same scores."""
+    from safetensors.torch import load_file
+    from transformers import AutoModel, AutoTokenizer
+
+    model = (
+        "model=hf",
+        f"model.path={bert}",
+        "model.pooling=mean",
+        "model.pretrained_on=unknown",
+        f"model.train={train}",
+    )
+    trained(command, *write_classes(tmp_path), *model, "optimizer=dp_adam")
+    run = run_of(tmp_path)
+    card = (run / "privacy_card.md").read_text()
+    assert "| privacy unit | one ticket |" in card and f"{bert}, taken as trained on unknown" in card
+    assert "accuracy" in command("evaluate", str(run)).stdout
+    done = command("export", str(run), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    network, tokenizer = AutoModel.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    head = load_file(tmp_path / "out/head.safetensors")
+    text = tokenizer("the film is good", return_tensors="pt")
+    with torch.no_grad():
+        mean = network.eval()(**text).last_hidden_state.mean(1)
+        expected = mean @ head["weight"].T + head["bias"]
+        found = dpopt.load(run)(text["input_ids"])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "out/privacy_card.md").read_text() == card
+    again = command("export", str(run), str(tmp_path / "out"))
+    assert again.returncode == 1 and "is not empty: name a new folder" in again.stderr
+
+
+def test_a_network_with_its_own_head_is_plain_transformers(command, tmp_path, bert):
+    from transformers import AutoModelForSequenceClassification
+
+    model = ("model=hf", f"model.path={bert}", "model.pretrained_on=unknown", "model.train=lora")
+    trained(command, *write_classes(tmp_path), *model, "optimizer=dp_adam")
+    assert command("export", str(run_of(tmp_path)), str(tmp_path / "out")).returncode == 0
+    network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[2, 10, 5, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(dpopt.load(run_of(tmp_path))(ids), network(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["dp_adam", "dp_microadam"])
+def test_a_language_model(command, tmp_path, llama, optimizer):
+    """Its loss falls on what it has seen, and the perplexity of a record is exp of its mean loss."""
+    model = ("model=hf", f"model.path={llama}", "model.pretrained_on=unknown", "dataset.max_length=16")
+    trained(command, *write_pairs(tmp_path), *model, f"optimizer={optimizer}", "optimizer.lr=0.03")
+    lines = [line.split(",") for line in (run_of(tmp_path) / "metrics.csv").read_text().splitlines()]
+    first, last = (dict(zip(lines[0], line, strict=True)) for line in (lines[1], lines[-1]))
+    assert float(last["test/loss"]) < float(first["test/loss"]) < 2.8
+    assert float(last["test/perplexity"]) == pytest.approx(torch.tensor(float(last["test/loss"])).exp().item())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
+def test_an_adapter_for_peft(command, tmp_path, llama):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = ("model=hf", f"model.path={llama}", "model.pretrained_on=unknown", "model.train=lora", "model.lora.rank=2")
+    trained(command, *write_pairs(tmp_path), *model, "dataset.max_length=16", "optimizer=dp_adam", "optimizer.lr=0.03")
+    run = run_of(tmp_path)
+    assert command("export", str(run), str(tmp_path / "adapter"), "--adapter").returncode == 0
+    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path / "adapter").eval()
+    ids = torch.tensor([[13, 5, 4, 6]])
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(llama).eval()(ids).logits
+        found = dpopt.load(run)(ids)
+        torch.testing.assert_close(found, network(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("model.pretrained_on=null",), r"nothing says what the initial weights were trained on.*model.pretrained_on"),
+        (("dataset.max_length=64",), r"texts have 64 tokens and the model reads 40: set dataset.max_length=40"),
+        (("dataset.collection=tickets", "model.pretrained_on='web, tickets'"), r"trained on tickets, whose records"),
+        (("model.path=no/such_model", "dataset.tokenizer=x"), r"model.path=no/such_model can neither be read here nor"),
+        (("model.train=some",), r"model.train=some"),
+        (("+model.lora.rnk=3", "model.train=lora"), r"model.lora has no rnk: it takes rank, alpha and targets"),
+    ],
+    ids=["origin", "too long", "collection", "no weights", "train", "lora"],
+)
+def test_refusals(command, tmp_path, bert, monkeypatch, words, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = ["model=hf", f"model.path={bert}", "model.pooling=mean", "model.pretrained_on=unknown"]
+    done = command("train", *write_classes(tmp_path), *model, "optimizer=dp_adam", *COMMON, *words)
+    assert done.returncode != 0
+    found = " ".join(done.stderr.split())
+    assert re.search(message, found), found
+    assert not list((tmp_path / "runs").glob("*/result.json"))
