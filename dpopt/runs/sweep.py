@@ -6,8 +6,7 @@ This module imports no torch: Hydra imports it before anything else.
 import sys
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -15,44 +14,60 @@ from omegaconf import DictConfig
 from dpopt.runs.result import HOLDOUT
 
 
+def failed(error: Exception) -> dict[str, Any]:
+    """Write a refusal as the result of a job, so that Hydra neither prints it nor ends a sweep."""
+    return {"status": "failed", "error": str(error)}
+
+
 class Summary(Callback):
-    """Collects what the jobs of a sweep return."""
+    """Collects what the jobs of a run or a sweep return."""
 
     def __init__(self) -> None:
         self.jobs: list[tuple[list[str], dict[str, Any]]] = []
-        self.dry_run = False
+        self.sweep = self.dry_run = False
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
-        """Remember what a job returned; an error is shown at once, since Hydra shows one of them, at the end."""
-        words = list(job_return.overrides or [])
-        try:
-            self.jobs.append((words, job_return.return_value or {}))
-        except Exception as error:
-            self.jobs.append((words, {"status": "failed", "error": str(error)}))
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                print(f"failed: {' '.join(words)}: {error}", file=sys.stderr)
+    def on_run_start(self, config: DictConfig, **options: Any) -> None:
+        """Leave the end to `report`, because Hydra calls nothing at the end of a sweep that fails."""
+        _OPEN.append(self)
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
-        """Leave the sweep to `report_sweeps`, because Hydra calls nothing at the end of one that fails."""
-        self.dry_run = bool(config.get("dry_run"))
-        _SWEEPS.append(self)
+        """Do the same for a sweep."""
+        self.sweep, self.dry_run = True, bool(config.get("dry_run"))
+        _OPEN.append(self)
 
-    def report(self) -> None:
-        """Print the sum of the plans, or the results."""
-        if self.dry_run:
-            failed = sum(result.get("status") == "failed" for _, result in self.jobs)
-            print(f"sweep: {cost([r for _, r in self.jobs if r.get('status') != 'failed'], failed)}")
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
+        """Remember what a job returned; a sweep shows an error at once."""
+        words = list(job_return.overrides or [])
+        value = job_return._return_value  # its property prints a line about an error, and raises it
+        raised = job_return.status != JobStatus.COMPLETED
+        result = failed(value) if raised else value or {}
+        if config.hydra.mode == RunMode.MULTIRUN:
+            self.jobs.append((words, result))
+            if result.get("status") == "failed":
+                print(f"failed: {' '.join(words)}: {result['error']}", file=sys.stderr)
+        elif not raised:  # Hydra shows it
+            self.jobs.append((words, result))
+
+    def report(self) -> bool:
+        """Print the sum of the plans, or the results, or why a run failed; tell whether all jobs succeeded."""
+        errors = [result["error"] for _, result in self.jobs if result.get("status") == "failed"]
+        if not self.sweep:
+            for error in errors:
+                print(error, file=sys.stderr)
+        elif self.dry_run:
+            print(f"sweep: {cost([r for _, r in self.jobs if r.get('status') != 'failed'], len(errors))}")
         elif len(self.jobs) > 1:
             print(side_by_side(self.jobs))
+        return not errors
 
 
-_SWEEPS: list[Summary] = []  # begun and not reported
+_OPEN: list[Summary] = []  # begun and not reported
 
 
-def report_sweeps() -> None:
-    """Print the summary of every sweep that has ended."""
-    while _SWEEPS:
-        _SWEEPS.pop().report()
+def report() -> bool:
+    """Print the summary of every run and sweep that has ended; tell whether all jobs succeeded."""
+    complete = [_OPEN.pop().report() for _ in range(len(_OPEN))]
+    return all(complete)
 
 
 def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:

@@ -53,15 +53,31 @@ def rows(run: Path) -> list[dict[str, str]]:
         (["+no_such_key=1"], "unknown key no_such_key"),
         (["model._target_=torchvision.models.resnet18", "~model.widths"], "GroupNorm"),
         (["dataset=cifar10", "delta=1e-5", "data_dir=nowhere"], "set data_dir"),
+        (["epsilon=abc"], "'abc' of type 'str' could not be converted to Float"),
+        (["epsilon=[1"], "'[1'"),
+        (["epsilon=1,2"], "add --multirun"),
+        (["optimizer.nope=3"], "To append to your config use +optimizer.nope=3"),
+        (["hydra/launcher=nothing"], "basic, joblib, submitit_local"),
+        (["-cd", "nowhere"], "nowhere' not found"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_sentence(command, tmp_path, arguments, words):
     done = command("train", *SHORT, *arguments)
     assert done.returncode == 1
-    assert words in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr and "HYDRA_FULL_ERROR" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_stack_is_shown_where_it_is_asked_for_and_that_of_a_bug_always(command, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr("dpopt.training.run.run", lambda config: 1 / 0)
+        bug = command("train", *SHORT)
+        assert bug.returncode == 1 and "ZeroDivisionError" in bug.stderr and "Traceback" in bug.stderr
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ValueError, match=r"epsilon=-1.0 must be"):
+        command("train", *SHORT, "epsilon=-1")
 
 
 @pytest.mark.parametrize(
