@@ -25,9 +25,9 @@ def one_sentence_each() -> Iterator[None]:
     """
     report = hydra_utils.run_and_report
 
-    def run(function: Callable[[], Any]) -> Any:
+    def run(func: Any) -> Any:
         try:
-            return function()
+            return func()
         except (HydraException, OmegaConfBaseException) as error:
             if full_error():
                 raise

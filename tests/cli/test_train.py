@@ -17,6 +17,7 @@ from helpers import ROOT, configure
 
 import dpopt
 import dpopt.training.run
+from dpopt import files
 
 pytestmark = pytest.mark.slow
 
@@ -178,15 +179,14 @@ def test_controls(command, tmp_path):
         done = command("train", *SHORT, *control)
         assert done.returncode == 0, done.stderr
     cards = {p.parent.name.split("-")[3]: p.read_text() for p in (tmp_path / "runs").glob("*/privacy_card.md")}
-    results = {
-        p.parent.name.split("-")[3]: json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/result.json")
-    }
+    results = {p.parent.name.split("-")[3]: files.read_json(p) for p in (tmp_path / "runs").glob("*/result.json")}
     assert set(cards) == {"nonprivate", "eps1", "epsinf"}
     assert "not private" in cards["nonprivate"] and "non-private control" in cards["nonprivate"]
     assert "not private" in cards["epsinf"] and "sensitivity 1" in cards["epsinf"]
     assert "not private" not in cards["eps1"] and "noise multiplier" in cards["eps1"]
     assert results["nonprivate"]["noise_multiplier"] == results["epsinf"]["noise_multiplier"] == 0
     assert results["eps1"]["epsilon"] <= 1 and results["epsinf"]["epsilon"] == float("inf")
+    assert all("Infinity," not in p.read_text() for p in (tmp_path / "runs").glob("*/result.json"))  # it is quoted
 
 
 def test_dry_run_touches_nothing(command, tmp_path):

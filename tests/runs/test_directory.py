@@ -1,11 +1,13 @@
 """Run directories, checkpoints, and what is read back from them."""
 
 import json
+import math
+import re
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers import configure
+from helpers import ROOT, configure
 from safetensors.torch import load_file
 
 import dpopt
@@ -139,9 +141,28 @@ def test_one_process_at_a_time(tmp_path):
         pass
 
 
+def refuse_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+def test_json_is_valid_also_where_numbers_are_not_finite(tmp_path):
+    path, inf = tmp_path / "a.json", float("inf")
+    values = {"epsilon": inf, "config": {"epsilon": [1.0, inf, -inf]}, "steps": 3}
+    files.write_json(path, values | {"test_loss": float("nan")})
+    text = path.read_text()
+    assert json.loads(text, parse_constant=refuse_constant)["epsilon"] == "Infinity"
+    read = files.read_json(path)
+    assert math.isnan(read.pop("test_loss")) and read == values
+    path.write_text('{"epsilon": Infinity, "config": {"epsilon": -Infinity}}')  # of an earlier version
+    assert files.read_json(path) == {"epsilon": inf, "config": {"epsilon": -inf}}
+
+
+def test_no_file_but_files_writes_json():
+    writing = [path for path in (ROOT / "dpopt").rglob("*.py") if re.search(r"json\.dumps?\(", path.read_text())]
+    assert {path.name for path in writing} == {"files.py", "identity.py"}  # identity hashes strings and booleans
+
+
 def test_atomic_files(tmp_path):
-    files.write_json(tmp_path / "a.json", {"epsilon": float("inf")})
-    assert files.read_json(tmp_path / "a.json") == {"epsilon": float("inf")}
     (tmp_path / "a.json").write_text("{")
     assert files.read_json(tmp_path / "a.json") == {} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
