@@ -6,11 +6,16 @@ import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import instantiate
 
 from dpopt.config.schema import COMPONENTS, Config
+
+_VARIANTS = {
+    "dpopt.optim.AdamBC": ("weight_decay", "adamwbc")
+}  # target: (argument that makes another method, its name)
 
 
 def check_components(config: Config) -> None:
@@ -159,12 +164,16 @@ def call_words(node: dict[str, Any], *always: str) -> str:
     defaults = component_defaults(node)
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in node.items() if name != "_target_"}
     told = [f"{name} = {v}" for name, v in values.items() if name in always or v != defaults.get(name)]
-    return ", ".join([target_name(node), *told])
+    return ", ".join([component_name(node), *told])
 
 
-def target_name(component: Mapping[str, Any]) -> str:
-    """The last word of a component's `_target_`, in lower case."""
-    return safe_name(str(component.get("_target_", "none")).rsplit(".", 1)[-1].lower())
+def component_name(component: Mapping[str, Any]) -> str:
+    """Name a component for people and file names: a folder by itself, else the last word of its `_target_`."""
+    target = str(component.get("_target_", "none"))
+    if folder := Path(str(component.get("folder") or "")).name:
+        return safe_name(folder.lower())
+    key, variant = _VARIANTS.get(target, ("", ""))
+    return variant if component.get(key) else safe_name(target.rsplit(".", 1)[-1].lower())
 
 
 def safe_name(text: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from matplotlib.ticker import NullFormatter
 
 import dpopt
-from dpopt.config.components import target_name
+from dpopt.config.components import component_name
 from dpopt.tables import spec
 from dpopt.tables.render import arrange, interval, show
 from dpopt.tables.spec import COLUMNS, SIZES, Job
@@ -190,7 +190,7 @@ def draw(name: str, size: str, output: Path = spec.RESULTS) -> list[Path]:
         jobs = [job for entry in entries for job in spec.jobs(about, entry, size)]
         image, axis = plt.subplots(figsize=(6.2, 4.0), layout="constrained")
         if KINDS[figure["kind"]](axis, jobs, figure):
-            settings = {(target_name(job.config.dataset), target_name(job.config.model)) for job in jobs}
+            settings = {(component_name(job.config.dataset), component_name(job.config.model)) for job in jobs}
             where = f" ({', '.join(*settings)})" if len(settings) == 1 else ""
             image.suptitle(figure["title"] + where, fontsize=10)
             if axis.get_legend_handles_labels()[0]:

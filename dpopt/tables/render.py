@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from dpopt.config.components import target_name
+from dpopt.config.components import component_name
 from dpopt.runs import provenance
 from dpopt.tables import spec
 from dpopt.tables.spec import COLUMNS, Job
@@ -144,8 +144,8 @@ def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
     config = jobs[0].config
     train_size = make_task(config).spec.train_size
     ours = {
-        "dataset": target_name(config.dataset),
-        "model": target_name(config.model),
+        "dataset": component_name(config.dataset),
+        "model": component_name(config.model),
         "train_size": train_size - round(config.holdout * train_size),
         "epsilon": config.epsilon,
         "delta": config.delta if config.private else None,
@@ -262,7 +262,7 @@ def record(about: dict[str, Any], entry: dict[str, Any], job: Job) -> dict[str, 
     which = {"table": title, "row": job.row, "column": job.column, "seed": job.config.seed, "status": result["status"]}
     scores = {measure: "" if (score := job.score(measure)) is None else score for measure in shown}
     keys = {key: result.get(key, "") for key in (*recorded, "git_commit", "device")}
-    setting: dict[str, Any] = {"dataset": target_name(job.config.dataset), "model": target_name(job.config.model)}
+    setting: dict[str, Any] = {"dataset": component_name(job.config.dataset), "model": component_name(job.config.model)}
     setting |= {"train_size": result.get("dataset_size", ""), "delta": job.config.delta if job.config.private else ""}
     versions = "; ".join(f"{key} {value}" for key, value in result.get("versions", {}).items())
     noise = result.get("noise_version", 1) if result["status"] == "finished" else ""

@@ -57,6 +57,21 @@ def test_results_survive_a_new_configuration_key(config):
     assert locate(replace(config, seed=1)) != moved
 
 
+def test_a_run_under_an_older_stem_is_continued_where_it_is(config):
+    """The stem is for people; the hash says which run it is."""
+    config = replace(config, time_limit=0.0)
+    run(config)
+    old = locate(config)
+    old = old.rename(old.with_name(f"digits-cnn-another_name-eps1-seed0-{old.name.rpartition('-')[2]}"))
+    assert locate(config) == old and locate(replace(config, seed=1)) != old
+    content = torch.load(old / "checkpoint.pt", weights_only=True)
+    content["facts"]["name"] = old.name
+    torch.save(content, old / "checkpoint.pt")
+    result = run(replace(config, time_limit=None))
+    assert result["status"] == "finished" and result["run"] == old.name
+    assert [path for path in old.parent.iterdir() if path.is_dir() and path.name[0] != "."] == [old]
+
+
 def test_the_secret_key(tmp_path):
     key = run_files.secret_key(tmp_path)
     assert key.secure and run_files.secret_key(tmp_path) == key
