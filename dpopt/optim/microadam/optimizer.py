@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpopt.optim.base import keep_dtypes
+from dpopt.optim.base import check_origin, keep_dtypes
 from dpopt.optim.microadam.dispatch import choose
 from dpopt.optim.microadam.packing import Layout, PackedState, layout
 from dpopt.optim.microadam.reference import microadam_step, read_feedback, topk_positions, window_moments
@@ -126,6 +126,7 @@ class MicroAdam(torch.optim.Optimizer):
                 _step_packed(packed, {p: t for p, t in active.items() if p in packed.first}, group, step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_origin(self, state_dict)
         super().load_state_dict(state_dict)
         keep_dtypes(self, state_dict)
         self._packed.clear()  # the next step makes them of this state
