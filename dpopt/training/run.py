@@ -13,6 +13,7 @@ from dpopt import files
 from dpopt.config.components import check_components
 from dpopt.config.schema import Config
 from dpopt.data.fingerprint import FingerprintKey
+from dpopt.data.views import check_views
 from dpopt.runs import console, directory
 from dpopt.runs.audit_report import audit_table, read_audit
 from dpopt.runs.identity import describe, failure_note, locate
@@ -46,6 +47,8 @@ def run(config: Config) -> dict[str, Any]:
     components = build_components(config)
     about = describe(config)
     data = None if config.dry_run else load_data(config, components.task.spec, components.device)
+    if data is not None:
+        check_views(data.train, config.views, about.dataset)
     guess = _estimate(components)
     if data is None:
         console.plan_panel(about, components.plan, components.clip, guess, components.engine)
