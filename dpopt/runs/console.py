@@ -39,6 +39,7 @@ def plan_panel(
     views = f", {about.views} views" if about.views > 1 else ""
     rows = [
         ("data", f"{about.dataset}, N = {plan.dataset_size:,} (public)"),
+        *([("hold-out", _hold_out(about))] if about.holdout else []),
         (
             "sampling",
             f"Poisson, q = {plan.sample_rate:.6g}, batch {plan.batch_size:,}, {plan.steps:,} steps"
@@ -78,6 +79,14 @@ def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> lis
         ("noise", f"σ = {plan.noise_multiplier:.4f}, {rule}{count}"),
         ("accounting", " · ".join([*told, f"Gaussian DP μ = {mu:.3g} (approximate)"])),
     ]
+
+
+def _hold_out(about: RunDescription) -> str:
+    """Say whether the hold-out is measured, which costs privacy that ε does not count."""
+    measured = "measured, outside ε" if about.private else "measured"
+    if about.diagnostics:
+        return f"{about.holdout:g} of the examples, {measured}"
+    return f"{about.holdout:g} of the examples, not measured: with diagnostics=true they are {measured}"
 
 
 def _state(guess: Estimate) -> str:

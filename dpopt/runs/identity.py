@@ -130,6 +130,7 @@ def describe(config: Config) -> RunDescription:
         ema=config.ema,
         views=config.views,
         holdout=config.holdout,
+        diagnostics=config.diagnostics,
         precision=config.precision,
         compiled=config.compile,
         seed=config.seed,

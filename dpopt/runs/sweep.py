@@ -13,6 +13,11 @@ from omegaconf import DictConfig
 
 from dpopt.runs.result import HOLDOUT
 
+_UNMEASURED = (
+    "The hold-out was not measured, and a choice by test accuracy uses the test set up: diagnostics=true measures the "
+    "hold-out, outside ε."
+)
+
 
 def failed(error: Exception) -> dict[str, Any]:
     """Write a refusal as the result of a job, so that Hydra neither prints it nor ends a sweep."""
@@ -92,7 +97,9 @@ def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
             told = f"failed: {result.get('error', 'no result')}"
         lines.append(f"{name:{width}}   {told}")
     where = "test accuracy" if key == "test_accuracy" else "accuracy on the hold-out"
-    return "\n".join([f"sweep: {where}, ε spent, time", *lines])
+    held_out = any(result.get("config", {}).get("holdout") for _, result in jobs)
+    note = [_UNMEASURED] if held_out and key == "test_accuracy" else []
+    return "\n".join([f"sweep: {where}, ε spent, time", *lines, *note])
 
 
 def cost(plans: list[dict[str, Any]], failed: int = 0) -> str:

@@ -78,6 +78,9 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(command, tmp_path
         "b=22   failed: no such thing",
         "b=3     25.00%   ε = 8        3 s",
     ]
+    unmeasured = [(words, result | {"config": {"holdout": 0.2}}) for words, result in results[:2]]
+    assert "diagnostics=true measures the hold-out" in side_by_side(unmeasured).splitlines()[-1]
+    assert "diagnostics" not in side_by_side([*unmeasured, *results[2:]])
     done = command("estimate", "-m", "experiment=quickstart", "seed=0,1")
     assert "sweep: 2 runs, 0 of them finished · about" in done.stdout, done.stdout + done.stderr
 
