@@ -10,6 +10,11 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 _DETAILS = ("full_key:", "reference_type=", "object_type=", "See https://")
+_OPTUNA = ": its plugin is not installed (pip install hydra-optuna-sweeper)"
+_INTERVAL = (
+    "interval(…) is for a sweeper that searches, such as hydra/sweeper=optuna (pip install hydra-optuna-sweeper): "
+    "without one list the values, as in epsilon=1,3,8"
+)
 
 
 def full_error() -> bool:
@@ -45,6 +50,8 @@ def one_sentence_each() -> Iterator[None]:
 def sentence(error: Exception) -> str:
     """Write an error of Hydra in one line."""
     text = str(error)
+    if "does not support sweep type" in text:
+        return _INTERVAL
     if isinstance(error.__cause__, OmegaConfBaseException) and str(error.__cause__) not in text:
         text += f":\n{error.__cause__}"
     lines = [line for line in text.partition("Config search path:")[0].splitlines() if line.strip()]
@@ -54,7 +61,7 @@ def sentence(error: Exception) -> str:
         item = line.startswith("\t") and before.startswith("\t")  # Hydra lists choices with a tab before each
         written += ", " if item else " " if not written or written.endswith((".", ":", ",")) else ". "
         written += line.strip()
-    return written.strip()
+    return written.strip() + (_OPTUNA if "'hydra/sweeper/optuna'" in written else "")
 
 
 def _raising(error: Exception) -> Callable[[], Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -22,18 +22,26 @@ from dpopt.cli.arguments import complete_typed_line, flags_first, own_folders, p
 from dpopt.cli.refusals import full_error, one_sentence_each
 from dpopt.config.overrides import check_overrides, from_hydra
 from dpopt.config.schema import CONF
+from dpopt.runs.search import Score, check_search, is_search
 from dpopt.runs.sweep import failed, report
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _job(cfg: DictConfig) -> dict[str, Any]:
-    """Check the configuration, then plan and train; return a refusal as a failed result."""
+def _job(cfg: DictConfig) -> dict[str, Any] | Score:
+    """Check the configuration, then plan and train; return a refusal as a failed result.
+
+    A sweeper that searches gets the accuracy on the hold-out, and refusals as errors, which end its search.
+    """
     config = None
+    searches = is_search(HydraConfig.get())
     try:
         config = from_hydra(cfg)
+        if searches:
+            check_search(HydraConfig.get(), config.holdout, config.diagnostics, config.dry_run)
         from dpopt.training.run import run
 
-        return run(config)
+        result = run(config)
+        return Score.of(result) if searches else result
     except Exception as error:
         if config is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
             from dpopt.training.run import note_failure
@@ -42,6 +50,8 @@ def _job(cfg: DictConfig) -> dict[str, Any]:
         refusal = error.__cause__ or error if isinstance(error, InstantiationException) else error
         if full_error() or not isinstance(refusal, ValueError | OSError):
             raise
+        if searches:
+            raise HydraException(str(refusal)) from error
         return failed(refusal)
 
 

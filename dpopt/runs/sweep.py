@@ -12,6 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpopt.runs.result import HOLDOUT
+from dpopt.runs.search import Score
 
 _UNMEASURED = (
     "The hold-out was not measured, and a choice by test accuracy uses the test set up: diagnostics=true measures the "
@@ -45,7 +46,7 @@ class Summary(Callback):
         words = list(job_return.overrides or [])
         value = job_return._return_value  # its property prints a line about an error, and raises it
         raised = job_return.status != JobStatus.COMPLETED
-        result = failed(value) if raised else value or {}
+        result = failed(value) if raised else value.result if isinstance(value, Score) else value or {}
         if config.hydra.mode == RunMode.MULTIRUN:
             self.jobs.append((words, result))
             if result.get("status") == "failed":
