@@ -3,14 +3,17 @@
 This module imports no torch: Hydra imports it before anything else.
 """
 
+import shutil
 import sys
+import uuid
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dpopt import files
 from dpopt.runs.result import HOLDOUT
 from dpopt.runs.search import Score
 
@@ -26,11 +29,16 @@ def failed(error: Exception) -> dict[str, Any]:
 
 
 class Summary(Callback):
-    """Collects what the jobs of a run or a sweep return."""
+    """Collects what the jobs of a run or a sweep return.
+
+    A launcher may run jobs in other processes, on other machines. Each has a copy of this callback, so that a sweep
+    collects results in a folder, a file per job.
+    """
 
     def __init__(self) -> None:
-        self.jobs: list[tuple[list[str], dict[str, Any]]] = []
-        self.sweep = self.dry_run = False
+        self.folder: Path | None = None  # of a sweep
+        self.dry_run = False
+        self.error = ""  # of a single run
 
     def on_run_start(self, config: DictConfig, **options: Any) -> None:
         """Leave the end to `report`, because Hydra calls nothing at the end of a sweep that fails."""
@@ -38,33 +46,40 @@ class Summary(Callback):
 
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
         """Do the same for a sweep."""
-        self.sweep, self.dry_run = True, bool(config.get("dry_run"))
+        self.folder = Path(config.hydra.sweep.dir).absolute() / f".{uuid.uuid4().hex}"
+        self.dry_run = bool(config.get("dry_run"))
         _OPEN.append(self)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
-        """Remember what a job returned; a sweep shows an error at once."""
+        """Keep what a job returned; a sweep shows an error at once."""
         words = list(job_return.overrides or [])
         value = job_return._return_value  # its property prints a line about an error, and raises it
         raised = job_return.status != JobStatus.COMPLETED
         result = failed(value) if raised else value.result if isinstance(value, Score) else value or {}
-        if config.hydra.mode == RunMode.MULTIRUN:
-            self.jobs.append((words, result))
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{config.hydra.job.num:06}.json"
+            files.write_json(path, {"words": words, "result": result})
             if result.get("status") == "failed":
                 print(f"failed: {' '.join(words)}: {result['error']}", file=sys.stderr)
-        elif not raised:  # Hydra shows it
-            self.jobs.append((words, result))
+        elif not raised:  # Hydra shows what was raised
+            self.error = result.get("error", "")
 
     def report(self) -> bool:
         """Print the sum of the plans, or the results, or why a run failed; tell whether all jobs succeeded."""
-        errors = [result["error"] for _, result in self.jobs if result.get("status") == "failed"]
-        if not self.sweep:
-            for error in errors:
-                print(error, file=sys.stderr)
-        elif self.dry_run:
-            print(f"sweep: {cost([r for _, r in self.jobs if r.get('status') != 'failed'], len(errors))}")
-        elif len(self.jobs) > 1:
-            print(side_by_side(self.jobs))
-        return not errors
+        if self.folder is None:
+            if self.error:
+                print(self.error, file=sys.stderr)
+            return not self.error
+        stored = [files.read_json(path) for path in sorted(self.folder.glob("*.json"))]
+        shutil.rmtree(self.folder, ignore_errors=True)
+        jobs = [(entry["words"], entry["result"]) for entry in stored]
+        done = [result for _, result in jobs if result.get("status") != "failed"]
+        if self.dry_run:
+            print(f"sweep: {cost(done, len(jobs) - len(done))}")
+        elif len(jobs) > 1:
+            print(side_by_side(jobs))
+        return len(done) == len(jobs)
 
 
 _OPEN: list[Summary] = []  # begun and not reported
@@ -105,8 +120,6 @@ def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
 
 def cost(plans: list[dict[str, Any]], failed: int = 0) -> str:
     """One line: runs, those that are finished, hours one after the other, and the most memory."""
-    if not plans and not failed:
-        return "its plans were made by other processes, so they are not added up; leave the launcher out"
     open_ = [plan for plan in plans if plan.get("status") != "finished"]
     times = [plan["seconds"] for plan in open_ if plan.get("seconds") is not None]
     memory = [plan["memory_bytes"] for plan in open_ if plan.get("memory_bytes") is not None]

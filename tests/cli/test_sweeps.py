@@ -103,3 +103,10 @@ def test_sweeps_run_in_parallel_by_one_override(launcher, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.glob("*/result.json"))) == 2
+    *_, head, first, second = done.stdout.splitlines()
+    assert head == "sweep: test accuracy, ε spent, time"
+    assert first.startswith("seed=0 ") and second.startswith("seed=1 ")
+    left = [path.name for path in (tmp_path / ".sweeps").glob(".*")]
+    assert set(left) <= {".submitit"}  # what the jobs passed on is gone
+    bad = subprocess.run([*command, "delta=2"], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 1 and bad.stdout.splitlines()[-1].startswith("seed=1   failed: delta=2.0 must be a prob")
