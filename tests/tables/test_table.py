@@ -62,6 +62,13 @@ def test_commands_and_plans_are_printed(capsys, nothing_run):
     assert "augmult, size smoke: 2 runs, 0 of them finished · about" in capsys.readouterr().out
 
 
+def test_make_runs_tables_through_the_command():
+    done = subprocess.run(
+        ["make", "-n", "table-digits", "SIZE=cpu", "JOBS=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "dpopt.cli.table --size cpu --run --jobs 3 digits" in done.stdout, done.stdout + done.stderr
+
+
 def test_make_says_the_new_word_for_an_old_one():
     done = subprocess.run(["make", "-n", "tables", "SCALE=cpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "SCALE is now SIZE: make tables SIZE=cpu." in done.stderr
