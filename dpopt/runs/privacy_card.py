@@ -16,6 +16,7 @@ _UNACCOUNTED = """\
 - side channels: running time (`time/…`, two digits of which are recorded), memory, and the rounding of sums in
   floating point (the noise itself is released on a grid that hides its own)."""
 
+_KEPT = "; until then the key lies in `secret.key`, and whoever has it can remove the noise: never publish that file"
 _UNPROTECTED = "Nothing is protected: the model and every recorded number may reveal training examples."
 
 
@@ -105,7 +106,7 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
         "clip rule": f"{about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}",
         "noise multiplier σ": f"{plan.noise_multiplier:.6g}{_shares(plan)}",
         "accountant": f"{plan.accountant}; {by_others}",
-        "randomness": _randomness(about),
+        "randomness": _randomness(about) + (_KEPT if about.secret and taken < plan.steps else ""),
     }
 
 

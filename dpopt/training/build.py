@@ -248,16 +248,18 @@ def load_test_set(config: Config, task: Classification) -> Source:
 
 
 def load(run_dir: str | Path) -> nn.Module:
-    """Load the trained model of a run directory (the weight average, where one was kept), on the CPU, in eval mode.
+    """Load the model of a run directory (the weight average, where one was kept), on the CPU, in eval mode.
+
+    That of a run which was stopped is the model at the ε spent.
 
     Raises:
-        ValueError: when the run has not produced a model.
+        ValueError: when the run has not ended or been stopped.
     """
     from safetensors.torch import load_file
 
     directory = Path(run_dir)
     if not (directory / WEIGHTS).exists():
-        raise ValueError(f"{directory} holds no {WEIGHTS}: run the experiment to its end first")
+        raise ValueError(f"{directory} holds no {WEIGHTS}: run the experiment to its end, or stop it, first")
     config = read_config(directory)
     model = build_model(config, make_task(config), offline=True)
     model.load_state_dict(load_file(directory / WEIGHTS))

@@ -215,6 +215,9 @@ def test_resume_with_another_micro_batch(command, tmp_path):
     run = only_run(tmp_path)
     first = json.loads((run / "result.json").read_text())
     assert first["status"] == "time_limit" and 0 < first["steps"] < 8 and 0 < first["epsilon"] < 1
+    assert f"accuracy {first['test_accuracy']:.4%}" in command("evaluate", str(run)).stdout
+    card = (run / "privacy_card.md").read_text()
+    assert f"(ε = {first['epsilon']:.4g}, δ = 0.0001)" in card and f"after {first['steps']} of 8 planned steps" in card
     assert command("train", *arguments, "micro_batch=64").returncode == 0
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "finished" and result["wall_seconds"] > first["wall_seconds"]
@@ -235,6 +238,7 @@ def test_interrupt_writes_a_result_and_continues(command, tmp_path):
     process.communicate(timeout=60)
     assert process.returncode == 130
     result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert (only_run(tmp_path) / "model.safetensors").exists()
     assert result["status"] == "interrupted" and 4 <= result["steps"] < 2000 and result["epsilon"] < 1
     more = command("train", *arguments, "time_limit=0")
     assert json.loads((only_run(tmp_path) / "result.json").read_text())["steps"] == result["steps"] + 1, more.stderr

@@ -44,6 +44,31 @@ def test_load_gives_the_exported_average(config, tmp_path):
         dpopt.load(tmp_path)
 
 
+def test_a_run_that_was_stopped_exports_its_model_until_it_goes_on(config, monkeypatch):
+    """The card of a run with a secret key warns of the file that holds it."""
+    config = replace(config, randomness="secret", time_limit=0.0)
+    stopped = run(config)
+    directory = locate(config)
+    weights = load_file(directory / "model.safetensors")
+    parts = torch.load(directory / "checkpoint.pt", weights_only=True)["parts"]
+    assert all(torch.equal(tensor, parts["ema"][f"module.{name}"]) for name, tensor in weights.items())
+    assert (directory / "model.safetensors").stat().st_mode == (directory / "checkpoint.pt").stat().st_mode
+    assert dpopt.load(directory) and 0 < stopped["epsilon"] < 1
+    card = (directory / "privacy_card.md").read_text()
+    assert f"ε = {stopped['epsilon']:.4g}" in card and "never publish that file" in card
+
+    def killed(*arguments):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", killed)
+        with pytest.raises(OSError, match="killed"):
+            run(config)
+    assert not (directory / "model.safetensors").exists() and not (directory / "result.json").exists()
+    run(replace(config, time_limit=None))
+    assert "secret.key" not in (directory / "privacy_card.md").read_text() and dpopt.load(directory)
+
+
 def test_results_survive_a_new_configuration_key(config):
     """A run stored before a key existed is found again, as long as the key keeps its default."""
     run(config)
