@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 from dataclasses import asdict, replace
 
 import pytest
@@ -255,3 +256,45 @@ def test_the_commit_is_that_of_the_code_that_was_loaded(monkeypatch):
     monkeypatch.setattr(provenance.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
     assert provenance.git_commit() == before
     assert provenance.short_commit("0123456789abcdef-dirty") == "0123456789ab-dirty"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository that looks like dpopt's, in place of it."""
+    for name in ("dpopt/rng.py", "conf/config.yaml", "run.py", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    return tmp_path
+
+
+def test_only_code_and_configuration_mark_a_commit_as_dirty(checkout):
+    commit = provenance.git_commit.__wrapped__
+    clean = commit()
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (checkout / "README.md").write_text("other")
+    (checkout / "notes.txt").write_text("new")
+    assert commit() == clean
+    for name in ("dpopt/rng.py", "conf/config.yaml", "run.py", "dpopt/new.py"):
+        before = (checkout / name).read_text() if (checkout / name).exists() else None
+        (checkout / name).write_text("other")
+        assert commit() == f"{clean}-dirty", name
+        (checkout / name).unlink() if before is None else (checkout / name).write_text(before)
+    assert commit() == clean
+
+
+def test_an_installed_package_has_no_commit_inside_of_another_project(checkout, monkeypatch):
+    site = checkout / ".venv/lib/site-packages"
+    (site / "dpopt").mkdir(parents=True)
+    (site / "dpopt" / "rng.py").write_text("")
+    monkeypatch.setattr(provenance, "ROOT", site)
+    assert provenance.git_commit.__wrapped__() is None
+    for name in ("run.py", "conf"):
+        (site / name).write_text("")
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["add", "-f", "."], ["commit", "-qm", "vendored"]):
+        subprocess.run([*git, *words], check=True)
+    assert provenance.git_commit.__wrapped__() is None
