@@ -117,7 +117,7 @@ class Components:
 
     def tracker(self) -> Any:
         """Make the tracker that watches the run."""
-        return build("logger", self.config.logger)()
+        return make_tracker(self.config)
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ def build_components(config: Config) -> Components:
     components.micro_batch = _prepare_engine(components)
     components.private_gradient(plan).update_param_groups(optimizer)  # or refused, before there is a run directory
     return components
+
+
+def make_tracker(config: Config) -> Any:
+    """Make the tracker of a configuration."""
+    return build("logger", config.logger)()
 
 
 def make_task(config: Config) -> Classification:

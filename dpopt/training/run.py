@@ -19,7 +19,8 @@ from dpopt.runs.audit_report import audit_table, read_audit
 from dpopt.runs.identity import describe, failure_note, locate
 from dpopt.runs.provenance import git_commit
 from dpopt.runs.result import Estimate
-from dpopt.training.build import Components, build_components, load_data, make_task
+from dpopt.runs.tracking import log_finished
+from dpopt.training.build import Components, build_components, load_data, make_task, make_tracker
 from dpopt.training.cost import estimate_cost, keep_freed_memory
 from dpopt.training.trainer import Trainer
 
@@ -40,6 +41,7 @@ def run(config: Config) -> dict[str, Any]:
     done = directory.finished(path)
     if done and not config.fresh and not config.dry_run:
         console.already_finished(done, str(path), commit, _compare_data(config, done, str(path)))
+        log_finished(path / directory.METRICS, make_tracker(config), path.name, asdict(config))
         _print_audit(path)
         return done
 
