@@ -61,10 +61,15 @@ def plan_panel(
     ]
     console().print(_panel(f"{'plan' if about.dry_run else 'run'} · {about.name}", rows, "cyan"))
     if guess.seconds is not None and guess.seconds > _HOUR and device == "cpu":
-        console().print(
-            "[yellow]This plan takes more than an hour on this machine. For a first look: "
-            f"{program()} experiment=quickstart[/yellow]"
+        say(
+            f"This plan takes more than an hour on this machine. For a first look: {program()} experiment=quickstart",
+            "yellow",
         )
+
+
+def say(text: str, style: str = "") -> None:
+    """Print a line as it is: the terminal wraps it, so that a command in it can be copied."""
+    console().print(Text(text, style=style), soft_wrap=True)
 
 
 def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> list[tuple[str, str]]:
@@ -144,20 +149,16 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
 def already_finished(result: dict[str, Any], directory: str, commit: str | None, note: str) -> None:
     """One line for a run that was finished earlier; a warning when the code has moved on."""
     accuracy = f"{result[HOLDOUT]:.2%} on the hold-out" if HOLDOUT in result else f"{result['test_accuracy']:.2%}"
-    console().print(
+    say(
         f"finished: {directory}: accuracy {accuracy}, ε = {result['epsilon']:.4g}, "
-        f"commit {short_commit(result.get('git_commit'))} (fresh=true retrains)",
-        soft_wrap=True,
-        highlight=False,
+        f"commit {short_commit(result.get('git_commit'))} (fresh=true retrains)"
     )
     if note:
-        console().print(f"[yellow]  {note}[/yellow]", soft_wrap=True, highlight=False)
+        say(f"  {note}", "yellow")
     if (version := result.get("noise_version", 1)) != NOISE_VERSION:
-        console().print(
-            f"[yellow]  noise version {version}: the code draws noise by version {NOISE_VERSION} now[/yellow]"
-        )
+        say(f"  noise version {version}: the code draws noise by version {NOISE_VERSION} now", "yellow")
     if commit and result.get("git_commit") and commit != result["git_commit"]:
-        console().print(f"[yellow]  the code is at {short_commit(commit)} now: this result may be out of date[/yellow]")
+        say(f"  the code is at {short_commit(commit)} now: this result may be out of date", "yellow")
 
 
 class Progress:

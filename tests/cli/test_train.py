@@ -107,7 +107,8 @@ def test_dry_run_touches_nothing(command, tmp_path):
     arguments = ("optimizer=dp_microadam", "epsilon=8", "dry_run=true", "data_dir=nowhere", "steps=1100")
     done = command("train", *arguments, "accountant=rdp", "holdout=0.1", "batch_size=4096")
     assert done.returncode == 0, done.stderr
-    assert "cifar10" in done.stdout and "2,753,818" in done.stdout and "quickstart" in done.stdout
+    assert "cifar10" in done.stdout and "2,753,818" in done.stdout
+    assert "For a first look: python run.py experiment=quickstart\n" in done.stdout  # in one line, to be copied
     sigma = float(done.stdout.split("σ = ")[1].split(",")[0])
     assert sigma == pytest.approx(2.08, abs=0.02)
     assert list(tmp_path.iterdir()) == []
