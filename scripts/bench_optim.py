@@ -226,7 +226,7 @@ def markdown(rows: list[dict], header: str) -> str:
 
 
 def figure(rows: list[dict], path: Path, title: str) -> None:
-    """Step time of every optimizer, one panel per model, with the bytes of state beside the bar."""
+    """Draw the step time of every optimizer as a dot, one panel per model, with its bytes of state."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,10 +238,11 @@ def figure(rows: list[dict], path: Path, title: str) -> None:
         chosen = [row for row in rows if row["model"] == model and row["bytes"] is not None][::-1]
         ours = [row["variant"].startswith("MicroAdam") for row in chosen]
         times = [row["ms"] for row in chosen]
-        ax.barh([row["variant"] for row in chosen], times, color=["#0072B2" if o else "#BBBBBB" for o in ours])
+        # Dots: the length of a bar means nothing on a logarithmic axis.
+        ax.scatter(times, [row["variant"] for row in chosen], color=["#009E73" if o else "#777777" for o in ours])
         for row in chosen:
             figures = f"{row['ms']:{',.0f' if row['ms'] >= 100 else '.3g'}} ms, {row['bytes']:.2f} B"
-            ax.text(row["ms"] * 1.08, row["variant"], figures, va="center", fontsize=7)
+            ax.text(row["ms"] * 1.2, row["variant"], figures, va="center", fontsize=7)
         ax.set(xscale="log", xlabel="step, ms (median)", title=f"{model}, {chosen[0]['parameters'] / 1e6:.1f} M")
         ax.set_xlim(min(times) / 1.5, max(times) * 15)
         ax.grid(alpha=0.3, axis="x")

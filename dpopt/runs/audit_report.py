@@ -107,7 +107,7 @@ def roc_figure(path: Path, result: AuditResult, audits: dict[str, tuple[np.ndarr
     axis.set(xscale="log", yscale="log", xlim=(lowest, 1.05), ylim=(lowest, 1.3))
     axis.set(xlabel="false positive rate", ylabel="true positive rate")
     axis.set_title(f"{result.canaries:,} canaries", fontsize=10)
-    axis.legend(fontsize=8, loc="lower right", frameon=False)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)  # off the lines
     figure.savefig(path, dpi=150, format="png")
 
 

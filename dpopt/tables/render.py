@@ -199,8 +199,10 @@ def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, l
         parts.append(f"## {entry['title']}\n")
         for measure in measures(about, entry):
             lines = [[f"`{row}`", *(cell(cells[row, column], measure) for column in columns)] for row in rows]
-            parts.append(f"{unit(measure)}.\n\n{markdown(['', *heads], lines)}\n")
-            tex.append(latex(f"{about['title']}: {entry['title']}. {unit(measure)}.", ["", *heads], lines))
+            spread = any(" ± " in text for line in lines for text in line[1:])
+            told = unit(measure) + (", mean ± standard deviation over seeds" if spread else "")
+            parts.append(f"{told}.\n\n{markdown(['', *heads], lines)}\n")
+            tex.append(latex(f"{about['title']}: {entry['title']}. {told}.", ["", *heads], lines))
             if (base := entry.get("baseline")) in rows:
                 compared = [
                     [f"`{row}`", *(difference(cells[row, c], cells[base, c], measure) for c in columns)]
@@ -214,9 +216,9 @@ def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, l
         if entry.get("published"):
             head = ["published", "%", "source: protocol", "ours", "Δ"]
             parts.append(markdown(head, compare_published(entry["published"], cells)) + "\n")
-        told = [*flag_delta(cells), entry.get("notes", "")]
-        told += [entry.get("conclusions", {}).get(size, "")] if done == wanted else []
-        parts += [f"{text.strip()}\n" for text in told if text]
+        notes = [*flag_delta(cells), entry.get("notes", "")]
+        notes += [entry.get("conclusions", {}).get(size, "")] if done == wanted else []
+        parts += [f"{text.strip()}\n" for text in notes if text]
         parts += embedded(about, entry, spec.folder(name, size, output))
         made = [spec.command(spec.words_of(about, entry, row, size)) for row in spec.rows_at(entry, size)]
         parts.append("Runs: " + ", ".join(f"`{command}`" for command in made) + ".\n")

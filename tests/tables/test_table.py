@@ -40,7 +40,7 @@ def test_a_page_embeds_the_figures_in_its_folder(tmp_path, nothing_run):
     folder.mkdir(parents=True)
     (folder / "density.png").touch()
     text = render.write("ablation", "smoke", tmp_path)
-    assert text.count("![") == 1 and "![DP-MicroAdam by density, ε = 8](density.png)" in text
+    assert text.count("![") == 1 and "![DP-MicroAdam by density at a fixed learning rate, ε = 8](density.png)" in text
     assert text.index("](density.png)") < text.index("## Window")
 
 
