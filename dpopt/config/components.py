@@ -45,7 +45,9 @@ def check_components(config: Config) -> None:
 
 
 def build(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
-    """The component as a function that awaits its remaining arguments (the only use of Hydra's `instantiate`).
+    """Bind a component's arguments; return a function of the remaining ones.
+
+    This is the only use of Hydra's `instantiate`.
 
     Raises:
         ValueError: when the target cannot be found.
@@ -56,12 +58,12 @@ def build(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def accepted(function: Callable[..., Any], names: Collection[str]) -> list[str]:
-    """Those of `names` that the function takes as arguments."""
+    """Select those of `names` that the function takes as arguments."""
     return [name for name in names if name in inspect.signature(function).parameters]
 
 
 def component_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What the arguments of a component default to, where that is a plain value."""
+    """Collect those defaults of a component's arguments that are plain values."""
     return _defaults(node["_target_"]) if "_target_" in node else {}
 
 
@@ -117,7 +119,10 @@ def _locate(path: str) -> Any:
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    """The arguments of a target and their types; its parent's, too, where it passes **options on to it."""
+    """Collect the arguments of a target and their types.
+
+    Those of its parent are among them where it passes **options on.
+    """
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     kinds = target.__mro__ if inspect.isclass(target) else ()
