@@ -24,7 +24,7 @@ _FLAGS = "-std=c11 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-str
 
 
 def library(source: Path, flags: str = "") -> ctypes.CDLL:
-    """The compiled library of a C file.
+    """Compile a C file, or load its library from the cache.
 
     Args:
         source: the file; the name of its folder begins the library's.
