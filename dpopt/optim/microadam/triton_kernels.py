@@ -92,8 +92,10 @@ def step_packed(
 
 
 def _arrays(packed: PackedState, parameters: list[Tensor], addresses: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """What the kernels read about each tensor (addresses, number of values, rows of the launch and of the state before
-    it), and the tensor of each block of the launch."""
+    """Collect what the kernels read about each tensor, and each block's tensor.
+
+    They read addresses, numbers of values, and the rows of the launch and of the state before each tensor.
+    """
     blocks = torch.tensor([packed.count(p) for p in parameters])
     rows = torch.stack([blocks.cumsum(0) - blocks, torch.tensor([packed.first[p] for p in parameters])], 1)
     counts = torch.tensor([p.numel() for p in parameters])
