@@ -112,6 +112,6 @@ def roc_figure(path: Path, result: AuditResult, audits: dict[str, tuple[np.ndarr
 
 
 def _rates(scores: np.ndarray, included: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates from the highest threshold to the lowest."""
+    """Compute false and true positive rates, from the highest threshold down."""
     by_score = included[np.argsort(-scores, kind="stable")]
     return np.cumsum(~by_score) / max((~included).sum(), 1), np.cumsum(by_score) / max(included.sum(), 1)
