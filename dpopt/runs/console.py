@@ -26,7 +26,7 @@ _SILENCE = 60  # seconds after which a log file gets a line although nothing was
 
 
 def console() -> Console:
-    """A console on stdout, as wide as the terminal, 100 columns elsewhere."""
+    """Make a console as wide as the terminal, 100 columns elsewhere."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=100)
 
@@ -73,7 +73,7 @@ def say(text: str, style: str = "") -> None:
 
 
 def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> list[tuple[str, str]]:
-    """Noise and accounting of a run that has noise."""
+    """Describe noise and accounting of a run that has noise."""
     mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
     by = {plan.accountant: plan.epsilon, **plan.epsilon_by_others(plan.steps)}
     told = [f"{name} ε = {epsilon:.4g}" for name, epsilon in by.items()]
@@ -102,7 +102,7 @@ def _state(guess: Estimate) -> str:
 
 
 def _gradients(about: RunDescription, engine: GradSampler, micro_batch: int) -> str:
-    """How they are taken, and which layers no rule covers."""
+    """Say how gradients are taken, and which layers no rule covers."""
     size = f"micro-batches of {micro_batch:,}"
     if not about.private:
         return f"of whole {size}"
@@ -147,7 +147,7 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
 
 
 def already_finished(result: dict[str, Any], directory: str, commit: str | None, note: str) -> None:
-    """One line for a run that was finished earlier; a warning when the code has moved on."""
+    """Print the result of a finished run; warn when the code has moved on."""
     accuracy = f"{result[HOLDOUT]:.2%} on the hold-out" if HOLDOUT in result else f"{result['test_accuracy']:.2%}"
     say(
         f"finished: {directory}: accuracy {accuracy}, ε = {result['epsilon']:.4g}, "
@@ -187,14 +187,14 @@ class Progress:
         self.live.stop()
 
     def step(self, step: int) -> None:
-        """A step was taken."""
+        """Show a step."""
         if self.console.is_terminal:
             self.live.update(Text(self._line(step)))
         elif time.perf_counter() - self.printed > _SILENCE:
             self._print(step)
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """New metrics are there."""
+        """Show new metrics."""
         self.values = values
         if self.console.is_terminal:
             self.step(step)
