@@ -77,7 +77,7 @@ def _root_defaults() -> dict[str, Any]:
 
 
 def run_name(config: Config) -> str:
-    """A readable stem and a hash of `identity`; free of `=`, `,` and spaces."""
+    """Join a readable stem and a hash of `identity`, without `=`, `,` and spaces."""
     digest = hashlib.blake2b(json.dumps(identity(config), sort_keys=True).encode(), digest_size=5).hexdigest()
     if not config.private:
         budget = "nonprivate"
@@ -95,7 +95,10 @@ def run_name(config: Config) -> str:
 
 
 def nondefault_components(config: Config) -> list[str]:
-    """Names of the components that are not the standard ones: another clip rule, estimator or schedule, a filter."""
+    """List the components that are not the standard ones.
+
+    These are another clip rule, estimator or schedule, and a filter.
+    """
     names = [component_name(config.clipping)] if config.private else []
     names += [component_name(node) for node in (config.estimator, config.filter, config.schedule)]
     return [name for name in names if name not in _STANDARD]
