@@ -90,7 +90,7 @@ def privacy_card(
 
 
 def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, taken: int) -> dict[str, str]:
-    """What the guarantee rests on, by name."""
+    """List what the guarantee rests on, by name."""
     against = plan.delta * plan.dataset_size
     warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
     by = {plan.accountant: plan.epsilon_at(taken), **plan.epsilon_by_others(taken)}
