@@ -92,7 +92,9 @@ def report() -> bool:
 
 
 def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
-    """A line per job: what is its own among its overrides, accuracy, ε and time, or why there is none.
+    """Write a line per job: its own overrides, accuracy, ε and time.
+
+    A job without a result has its error instead.
 
     The accuracy is that on the hold-out, by which to choose, where there is one.
 
@@ -119,7 +121,7 @@ def side_by_side(jobs: list[tuple[list[str], dict[str, Any]]]) -> str:
 
 
 def cost(plans: list[dict[str, Any]], failed: int = 0) -> str:
-    """One line: runs, those that are finished, hours one after the other, and the most memory."""
+    """Sum up plans in a line: runs, those finished, time, most memory."""
     open_ = [plan for plan in plans if plan.get("status") != "finished"]
     times = [plan["seconds"] for plan in open_ if plan.get("seconds") is not None]
     memory = [plan["memory_bytes"] for plan in open_ if plan.get("memory_bytes") is not None]
@@ -133,7 +135,7 @@ def cost(plans: list[dict[str, Any]], failed: int = 0) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as a person would say it."""
+    """Write a time as a person would say it."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 7200:
@@ -142,7 +144,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, with three digits."""
+    """Write bytes with three digits."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
