@@ -51,7 +51,7 @@ VARIANTS = {
 
 
 def plain_convolutions(module: nn.Module) -> nn.Module:
-    """The model with ordinary convolutions in place of the standardized ones."""
+    """Replace the standardized convolutions of a model by ordinary ones."""
     for name, child in list(module.named_children()):
         if isinstance(child, StandardizedConv2d):
             kernel, stride = child.kernel_size[0], child.stride[0]
@@ -122,7 +122,7 @@ def private_step(how: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -
 
 
 def work(model_name: str, variant: str, views: int, total: int, device: str) -> None:
-    """A process of one variant: says its peak memory, then a time for every line that it reads."""
+    """Measure one variant: print its peak memory, then a time per line read."""
     keep_freed_memory()
     torch.manual_seed(0)
     make, size, _ = MODELS[model_name]
@@ -207,7 +207,7 @@ def short(machine: str) -> str:
 
 
 def _hear(worker: subprocess.Popen) -> str:
-    """The worker's next word, past whatever libraries print."""
+    """Read the worker's next word, past whatever libraries print."""
     assert worker.stdout is not None
     for line in worker.stdout:
         if line.startswith(("peak ", "time ", "failed ")):
@@ -216,7 +216,7 @@ def _hear(worker: subprocess.Popen) -> str:
 
 
 def markdown(rows: list[dict], header: str) -> str:
-    """The table of one machine."""
+    """Write the table of one machine."""
     lines = [header, ""]
     for setting in dict.fromkeys((row["model"], row["views"]) for row in rows):
         chosen = [row for row in rows if (row["model"], row["views"]) == setting]
@@ -241,7 +241,10 @@ def markdown(rows: list[dict], header: str) -> str:
 
 
 def figure(rows: list[dict], path: Path, title: str) -> None:
-    """The ratio to the plain step, one panel per model, one group of bars per number of views."""
+    """Draw ratios to the plain step, a panel per model.
+
+    Each number of views has a group of bars.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
