@@ -76,7 +76,7 @@ class PaperMicroAdam(torch.optim.Optimizer):
 
 
 def shapes(name: str) -> list[torch.Size]:
-    """The shapes of a model's parameters."""
+    """List the shapes of a model's parameters."""
     if name == "300m":
         return [torch.Size([2048, 2048])] * 72 + [torch.Size([2048])] * 144
     with torch.device("meta"):
@@ -205,7 +205,7 @@ def rows_of(
 
 
 def markdown(rows: list[dict], header: str) -> str:
-    """The table of one machine."""
+    """Write the table of one machine."""
     lines = [header, ""]
     for model in dict.fromkeys(row["model"] for row in rows):
         chosen = [row for row in rows if row["model"] == model]
@@ -226,7 +226,7 @@ def markdown(rows: list[dict], header: str) -> str:
 
 
 def figure(rows: list[dict], path: Path, title: str) -> None:
-    """Draw the step time of every optimizer as a dot, one panel per model, with its bytes of state."""
+    """Draw step times as dots, one panel per model, with bytes of state."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -281,7 +281,7 @@ def main() -> None:
 
 
 def hardware(device: torch.device | str) -> str:
-    """The name of the GPU, or of the processor with its cores."""
+    """Name the GPU, or the processor with its cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores, {processor()}"
