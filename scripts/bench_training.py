@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, int, str]] = {
 
 
 def work(name: str, variant: str, total: int, device: str) -> None:
-    """A process of one variant, as `bench` wants it."""
+    """Measure one variant in a process of `bench`."""
     keep_freed_memory()
     torch.manual_seed(0)
     make, size, _, _, policy = MODELS[name]
@@ -89,7 +89,7 @@ def precision(where: torch.device) -> str:
 
 
 def autocast(where: torch.device) -> torch.autocast:
-    """The same for an ordinary step."""
+    """Choose the precision of an ordinary step."""
     return torch.autocast(where.type, torch.bfloat16, enabled=precision(where) == "bf16")
 
 
