@@ -23,7 +23,7 @@ from dpopt.optim.microadam.quantize import HUGE, TINY
 from dpopt.optim.microadam.reference import window_weights
 
 _HUGE, _TINY = tl.constexpr(HUGE), tl.constexpr(TINY)
-_LARGEST_WINDOW = 8192  # values of a block's window that fit into registers beside the rest
+_LARGEST_WINDOW = 8192  # values of a block's window that fit into registers with the rest
 _REGISTERS = 128  # per thread: two programs of 8 warps fill the 65,536 of a multiprocessor
 _PROGRAMS_PER_SM = 2
 _DENSE = 1024
