@@ -55,7 +55,7 @@ def plan_panel(
         ("gradients", _gradients(about, engine, guess.micro_batch)),
         (
             "peak memory",
-            "unknown" if guess.memory_bytes is None else f"about {size(guess.memory_bytes)} beside code and data",
+            "unknown" if guess.memory_bytes is None else f"about {size(guess.memory_bytes)} excluding code and data",
         ),
         ("time", _time(guess.seconds)),
     ]
