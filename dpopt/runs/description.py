@@ -1,4 +1,4 @@
-"""How panel and card name a run: its components in words, and the settings that stand next to the plan."""
+"""How panel and card name a run: the names of its components, and the settings next to the plan."""
 
 from dataclasses import dataclass
 
