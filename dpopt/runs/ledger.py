@@ -5,7 +5,7 @@ when it ends, with the steps that it took. A run that was killed therefore count
 composed by privacy loss distributions: publishing all of them, or choosing one of them, costs the ε of the composition.
 Runs under `randomness=research` make no claim, and are not in it.
 
-The file lies beside the user's fingerprint key and never leaves the machine. A line is a JSON object.
+The file lies next to the user's fingerprint key and never leaves the machine. A line is a JSON object.
 """
 
 import contextlib
