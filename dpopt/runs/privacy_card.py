@@ -11,7 +11,7 @@ from dpopt.runs.description import RunDescription
 from dpopt.runs.result import REPRODUCIBLE
 
 _UNACCOUNTED = """\
-- the choice of hyper-parameters: every other run on the same data spends privacy of its own;
+- the choice of hyper-parameters: every other run on the same data spends privacy, too;
 - any use of the test set: ε protects training examples, and metrics on the test set are exact;
 - side channels: running time (`time/…`, two digits of which are recorded), memory, and the rounding of sums in
   floating point (the noise itself is released on a grid that hides its own)."""
