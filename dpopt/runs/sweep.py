@@ -1,4 +1,4 @@
-"""What a sweep comes to, printed at its end: its results side by side, or its cost; and how costs are written.
+"""The summary of a sweep: its results side by side, or its cost; and how durations and sizes are written.
 
 This module imports no torch: Hydra imports it before anything else.
 """
@@ -130,7 +130,7 @@ def cost(plans: list[dict[str, Any]], failed: int = 0) -> str:
     if open_:
         hours = f"about {duration(sum(times))} on this machine, one after the other" if times else "time unknown"
         parts.append(hours if len(times) in (0, len(open_)) else f"{hours} ({len(open_) - len(times)} unknown)")
-    parts += [f"up to {size(max(memory))} beside code and data"] if memory else []
+    parts += [f"up to {size(max(memory))} excluding code and data"] if memory else []
     return " · ".join(parts)
 
 
