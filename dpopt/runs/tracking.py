@@ -1,4 +1,4 @@
-"""Tracking: metrics.csv, which is the truth, and beside it Weights & Biases or TensorBoard.
+"""Tracking: metrics.csv, which is the truth, and in addition Weights & Biases or TensorBoard.
 
 A tracker that fails is dropped with one line of warning: it never ends a run, and never makes it wait for long.
 """
@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
 
 class CsvOnly:
-    """No tracker beside metrics.csv."""
+    """No tracker in addition to metrics.csv."""
 
     def start(self, directory: Path, name: str, config: dict[str, Any], resumed: bool) -> None: ...
 
@@ -123,7 +123,7 @@ class Metrics:
     Args:
         path: the csv file; `rows` rows of it are kept, what a crashed run wrote beyond its checkpoint is dropped.
         rows: 0 for a new run.
-        tracker: beside the file.
+        tracker: in addition to the file.
         name: the run's name.
         config: shown by the tracker.
     """
