@@ -19,7 +19,7 @@ def launch(names: Sequence[str], size: str, processes: int) -> None:
     Args:
         names: of the tables.
         size: of the tables.
-        processes: at once; each is told its number in DPOPT_JOB, by which several GPUs take turns.
+        processes: at once; each has its number in DPOPT_JOB, by which several GPUs take turns.
     """
     waiting = list(dict.fromkeys(line for name in names for line in spec.commands(name, size)))
     progress = Progress(list({job.name: job for name in names for job in _jobs(name, size)}.values()))
