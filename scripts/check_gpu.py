@@ -1,4 +1,4 @@
-"""Is dpopt right on this GPU? Norms and clipped sums of whole models in every way, beside float64 on the CPU.
+"""Is dpopt right on this GPU? Norms and clipped sums of whole models in every way, compared with float64 on the CPU.
 
     python scripts/check_gpu.py                                   # all models, fp32 and bf16; a minute or two
     python scripts/check_gpu.py --models cnn --device cpu
