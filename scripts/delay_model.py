@@ -103,7 +103,7 @@ def measured(make: Callable, guess: float, size: int, seed: int) -> tuple[float,
 
 
 def figure(rows: list[tuple[str, float, float, float, float, float]], path: Path) -> None:
-    """Predicted and measured thresholds, and the mean age beside."""
+    """Draw predicted and measured thresholds."""
     import matplotlib
 
     matplotlib.use("Agg")
