@@ -50,17 +50,13 @@ endif
 # A process per GPU, or per core where there is none.
 JOBS ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -gt 0 ] && echo $$gpus || nproc)
 TABLE = $(PY) -m dpopt.cli.table --size $(SIZE)
-define make-tables
-	@mkdir -p runs
-	-$(TABLE) $(1) --commands | OMP_NUM_THREADS=1 xargs -d '\n' -P $(JOBS) --process-slot-var=DPOPT_JOB -I{} sh -c '{}'
-	$(TABLE) $(1)
-endef
+RUN_TABLES = OMP_NUM_THREADS=1 $(TABLE) --run --jobs $(JOBS)
 
 tables: $(READY)  ## run what is missing of all tables, SIZE=smoke|cpu|full, in JOBS processes, and write them
-	$(call make-tables,)
+	$(RUN_TABLES)
 
 table-%: $(READY)  ## the same for one table of experiments/
-	$(call make-tables,$*)
+	$(RUN_TABLES) $*
 
 plan-%: $(READY)  ## estimate a table on this machine: runs, time, memory
 	$(TABLE) $* --plan

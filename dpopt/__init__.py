@@ -51,3 +51,7 @@ def __getattr__(name: str) -> object:
     module, _, attribute = _HOME[name].partition(":")
     value = import_module(module)
     return getattr(value, attribute) if attribute else value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,18 +28,50 @@ def replace_durably(temporary: Path, path: Path) -> None:
         os.close(handle)
 
 
+def to_json(values: Any, indent: int | None = None) -> str:
+    """Write JSON; numbers that are not finite become "Infinity", "-Infinity" and "NaN", as in protobuf's JSON."""
+    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+
+
+def from_json(text: str) -> Any:
+    """Read JSON of `to_json`; also the bare Infinity and NaN of earlier versions.
+
+    Raises:
+        ValueError: for text that is no JSON.
+    """
+    return _with_numbers(json.loads(text))
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file atomically; infinite numbers are written as Infinity."""
-    write_atomic(path, json.dumps(values, indent=2) + "\n")
+    """Write a JSON file atomically."""
+    write_atomic(path, to_json(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; an unreadable file counts as empty."""
     try:
-        values = json.loads(path.read_text())
+        values = from_json(path.read_text())
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _with_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def processor() -> str:
 
 @functools.cache
 def processor_features() -> str:
-    """All that the system says of the first processor core, but for what changes while it runs."""
+    """Read what the system says of a processor core, without its current speed."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else [platform.node()]
     return "\n".join(line for line in lines if "MHz" not in line and "bogomips" not in line)
@@ -26,7 +26,7 @@ def processor_features() -> str:
 
 @functools.cache
 def have_triton() -> bool:
-    """Whether Triton is installed."""
+    """Tell whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -38,7 +38,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again, `$XDG_CACHE_HOME/dpopt`; it is made."""
+    """Make and return the user's cache folder, `$XDG_CACHE_HOME/dpopt`."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpopt"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

@@ -24,11 +24,11 @@ _FLAGS = "-std=c11 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-str
 
 
 def library(source: Path, flags: str = "") -> ctypes.CDLL:
-    """The compiled library of a C file.
+    """Compile a C file, or load its library from the cache.
 
     Args:
         source: the file; the name of its folder begins the library's.
-        flags: of the compiler, beside the common ones.
+        flags: of the compiler, in addition to the common ones.
 
     Raises:
         OSError: when there is no compiler, or it fails.
@@ -43,7 +43,7 @@ def library(source: Path, flags: str = "") -> ctypes.CDLL:
     cache = cache_folder()
     built = cache / f"{source.parent.name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not built.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # beside its place: other processes see all or nothing
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # on the same disk: other processes see all or nothing
             fresh = Path(folder) / built.name
             command = [compiler, *words, str(source), "-o", str(fresh), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -1,9 +1,9 @@
-"""Time and memory of one private gradient, from a batch to the clipped sum, beside the ordinary gradient of that batch.
+"""Time and memory of one private gradient, from a batch to the clipped sum, compared with an ordinary gradient.
 
     python scripts/bench_engine.py                                       # this machine; CUDA where there is a GPU
     python scripts/bench_engine.py --models wrn_16_4 --views 1 --rounds 20
 
-Every variant has a process of its own, so that none profits or suffers from the memory of another; they take turns, one
+Every variant has its own process, so that none profits or suffers from the memory of another; they take turns, one
 step each, round by round, while the others sleep. A figure is the median over the rounds, with the quartiles, and a
 ratio is the median of the ratios to the plain step within a round. Settings with more augmented views per example have
 fewer examples: the number of views is the same. Memory is the peak of four steps minus what model and batch take.
@@ -51,7 +51,7 @@ VARIANTS = {
 
 
 def plain_convolutions(module: nn.Module) -> nn.Module:
-    """The model with ordinary convolutions in place of the standardized ones."""
+    """Replace the standardized convolutions of a model by ordinary ones."""
     for name, child in list(module.named_children()):
         if isinstance(child, StandardizedConv2d):
             kernel, stride = child.kernel_size[0], child.stride[0]
@@ -122,7 +122,7 @@ def private_step(how: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -
 
 
 def work(model_name: str, variant: str, views: int, total: int, device: str) -> None:
-    """A process of one variant: says its peak memory, then a time for every line that it reads."""
+    """Measure one variant: print its peak memory, then a time per line read."""
     keep_freed_memory()
     torch.manual_seed(0)
     make, size, _ = MODELS[model_name]
@@ -135,7 +135,7 @@ def work(model_name: str, variant: str, views: int, total: int, device: str) -> 
 
 
 def serve(make: Callable[[], Callable[[], None]], where: torch.device, before: int) -> None:
-    """Say the peak memory of the step that `make` makes, beside what was there before, then a time for every line."""
+    """Say the peak memory of the step that `make` makes, without what was there before, then a time for every line."""
     try:
         step = make()
         step()  # measures what is fastest
@@ -207,7 +207,7 @@ def short(machine: str) -> str:
 
 
 def _hear(worker: subprocess.Popen) -> str:
-    """The worker's next word, past whatever libraries print."""
+    """Read the worker's next word, past whatever libraries print."""
     assert worker.stdout is not None
     for line in worker.stdout:
         if line.startswith(("peak ", "time ", "failed ")):
@@ -216,7 +216,7 @@ def _hear(worker: subprocess.Popen) -> str:
 
 
 def markdown(rows: list[dict], header: str) -> str:
-    """The table of one machine."""
+    """Write the table of one machine."""
     lines = [header, ""]
     for setting in dict.fromkeys((row["model"], row["views"]) for row in rows):
         chosen = [row for row in rows if (row["model"], row["views"]) == setting]
@@ -241,7 +241,10 @@ def markdown(rows: list[dict], header: str) -> str:
 
 
 def figure(rows: list[dict], path: Path, title: str) -> None:
-    """The ratio to the plain step, one panel per model, one group of bars per number of views."""
+    """Draw ratios to the plain step, a panel per model.
+
+    Each number of views has a group of bars.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,7 +268,7 @@ def figure(rows: list[dict], path: Path, title: str) -> None:
     axes[0][0].set_ylabel("time of a step / plain step")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colors[label]) for label in labels]
     fig.legend(handles, labels, ncol=len(labels), loc="lower center", fontsize=8, frameon=False)
-    fig.suptitle(f"A private gradient beside an ordinary one, at equal views. {title}", fontsize=9)
+    fig.suptitle(f"A private gradient compared with an ordinary one, at equal views. {title}", fontsize=9)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.savefig(path, dpi=150)
 
@@ -308,7 +311,7 @@ def main() -> None:
     name = f"bench_engine_{kind}_{short(machine)}_{PRECISION}"
     command = f"`python scripts/bench_engine.py {shlex.join(sys.argv[1:])}`"
     header = (
-        f"# A private gradient beside an ordinary one\n\n{machine}, {PRECISION}; {versions()}, "
+        f"# A private gradient compared with an ordinary one\n\n{machine}, {PRECISION}; {versions()}, "
         f"noise version {NOISE_VERSION}. {command}: "
         f"{arguments.rounds} rounds, all variants in turn.\nRatios to the plain step are medians within a round.\n\n"
         f"![]({name}.png)"

@@ -76,7 +76,7 @@ class PaperMicroAdam(torch.optim.Optimizer):
 
 
 def shapes(name: str) -> list[torch.Size]:
-    """The shapes of a model's parameters."""
+    """List the shapes of a model's parameters."""
     if name == "300m":
         return [torch.Size([2048, 2048])] * 72 + [torch.Size([2048])] * 144
     with torch.device("meta"):
@@ -205,7 +205,7 @@ def rows_of(
 
 
 def markdown(rows: list[dict], header: str) -> str:
-    """The table of one machine."""
+    """Write the table of one machine."""
     lines = [header, ""]
     for model in dict.fromkeys(row["model"] for row in rows):
         chosen = [row for row in rows if row["model"] == model]
@@ -226,7 +226,7 @@ def markdown(rows: list[dict], header: str) -> str:
 
 
 def figure(rows: list[dict], path: Path, title: str) -> None:
-    """Step time of every optimizer, one panel per model, with the bytes of state beside the bar."""
+    """Draw step times as dots, one panel per model, with bytes of state."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,10 +238,11 @@ def figure(rows: list[dict], path: Path, title: str) -> None:
         chosen = [row for row in rows if row["model"] == model and row["bytes"] is not None][::-1]
         ours = [row["variant"].startswith("MicroAdam") for row in chosen]
         times = [row["ms"] for row in chosen]
-        ax.barh([row["variant"] for row in chosen], times, color=["#0072B2" if o else "#BBBBBB" for o in ours])
+        # Dots: the length of a bar means nothing on a logarithmic axis.
+        ax.scatter(times, [row["variant"] for row in chosen], color=["#009E73" if o else "#777777" for o in ours])
         for row in chosen:
             figures = f"{row['ms']:{',.0f' if row['ms'] >= 100 else '.3g'}} ms, {row['bytes']:.2f} B"
-            ax.text(row["ms"] * 1.08, row["variant"], figures, va="center", fontsize=7)
+            ax.text(row["ms"] * 1.2, row["variant"], figures, va="center", fontsize=7)
         ax.set(xscale="log", xlabel="step, ms (median)", title=f"{model}, {chosen[0]['parameters'] / 1e6:.1f} M")
         ax.set_xlim(min(times) / 1.5, max(times) * 15)
         ax.grid(alpha=0.3, axis="x")
@@ -280,7 +281,7 @@ def main() -> None:
 
 
 def hardware(device: torch.device | str) -> str:
-    """The name of the GPU, or of the processor with its cores."""
+    """Name the GPU, or the processor with its cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores, {processor()}"

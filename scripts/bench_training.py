@@ -3,7 +3,7 @@
     python scripts/bench_training.py                                    # this machine; CUDA where there is a GPU
     python scripts/bench_training.py --models wrn_16_4 --rounds 20
 
-DP-Adam and DP-MicroAdam stand beside each other and beside Adam without privacy, each in a process of its own; they
+DP-Adam and DP-MicroAdam are compared with each other and with Adam without privacy, each in its own process; they
 take turns, one step each, round by round. A ratio is the median of the ratios to Adam within a round. Memory is the
 peak of four steps minus what the process has before the model is made: weights, gradients, sums and state count.
 """
@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, int, str]] = {
 
 
 def work(name: str, variant: str, total: int, device: str) -> None:
-    """A process of one variant, as `bench` wants it."""
+    """Measure one variant in a process of `bench`."""
     keep_freed_memory()
     torch.manual_seed(0)
     make, size, _, _, policy = MODELS[name]
@@ -89,7 +89,7 @@ def precision(where: torch.device) -> str:
 
 
 def autocast(where: torch.device) -> torch.autocast:
-    """The same for an ordinary step."""
+    """Choose the precision of an ordinary step."""
     return torch.autocast(where.type, torch.bfloat16, enabled=precision(where) == "bf16")
 
 

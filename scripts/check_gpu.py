@@ -1,4 +1,4 @@
-"""Is dpopt right on this GPU? Norms and clipped sums of whole models in every way, beside float64 on the CPU.
+"""Is dpopt right on this GPU? Norms and clipped sums of whole models in every way, compared with float64 on the CPU.
 
     python scripts/check_gpu.py                                   # all models, fp32 and bf16; a minute or two
     python scripts/check_gpu.py --models cnn --device cpu
@@ -61,7 +61,7 @@ class Expected:
         self.total = self.clip.weight(self.norms) @ gradients
 
     def errors(self, norms: Tensor, total: Tensor) -> tuple[float, float]:
-        """The largest relative error of norms, and that of the clipped sum."""
+        """Compute the largest relative error of norms, and of the clipped sum."""
         of_norms = ((norms - self.norms).abs() / self.norms).max()
         return float(of_norms), float((total - self.total).norm() / self.total.norm())
 
@@ -83,7 +83,7 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def compare(model: nn.Module, expected: Expected, sampler: GradSampler, device: torch.device) -> tuple[float, ...]:
-    """The error of the norms, that of the clipped sum, and the longest contribution over C."""
+    """Compute errors of norms and clipped sum, and the longest contribution over C."""
     x, y = expected.inputs.to(device), expected.targets.to(device)
     validate_against_autograd(sampler, x, y)
 

@@ -58,7 +58,7 @@ def response(make: Callable, size: int, seed: int) -> np.ndarray:
 
 
 def threshold(kernel: np.ndarray) -> float:
-    """The smallest positive lr·h/s with a solution on the unit circle."""
+    """Find the smallest positive lr·h/s with a solution on the unit circle."""
     omega = np.linspace(1e-4, math.pi, 200_001)
     z = np.exp(1j * omega)
     answer = np.zeros_like(z)
@@ -71,7 +71,7 @@ def threshold(kernel: np.ndarray) -> float:
 
 
 def survives(make: Callable, curvature: float, size: int, seed: int) -> float:
-    """What is left of a displacement of all sharp coordinates: amplitude in the last third, over that in the first."""
+    """Displace all sharp coordinates; divide the last third's amplitude by the first's."""
     generator = torch.Generator().manual_seed(seed)
     sharp = torch.zeros(size, dtype=torch.bool)
     sharp[::16] = True
@@ -103,7 +103,7 @@ def measured(make: Callable, guess: float, size: int, seed: int) -> tuple[float,
 
 
 def figure(rows: list[tuple[str, float, float, float, float, float]], path: Path) -> None:
-    """Predicted and measured thresholds, and the mean age beside."""
+    """Draw predicted and measured thresholds."""
     import matplotlib
 
     matplotlib.use("Agg")

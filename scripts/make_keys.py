@@ -22,7 +22,7 @@ one value goes on with another. This page is made by `python scripts/make_keys.p
 
 
 def page() -> str:
-    """The whole page."""
+    """Write the whole page."""
     parts = [INTRODUCTION]
     for line in inspect.getsource(Config).splitlines():
         if line.strip() == "def __post_init__(self) -> None:":

@@ -53,7 +53,7 @@ def head(group: str, name: str) -> dict[str, str]:
 
 
 def names(group: str) -> list[str]:
-    """The methods of a group, in alphabetical order."""
+    """List the methods of a group, in alphabetical order."""
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
@@ -78,12 +78,12 @@ def sensitivity(name: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Write a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def page() -> str:
-    """The whole page."""
+    """Write the whole page."""
     parts = [INTRODUCTION]
     rows = []
     for name in names("optimizer"):

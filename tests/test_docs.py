@@ -6,8 +6,10 @@ import pkgutil
 import re
 import shlex
 import sys
+import tokenize
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +179,43 @@ def test_names_in_docs_and_docstrings_exist():
     found = {(str(page), name) for page in pages for name in re.findall(NAME, page.read_text())}
     assert len(found) > 20 and not [(page, name) for page, name in found if not exists(name, known)]
     assert not exists("PrivateGradient.inform", known) and not exists("dpopt.optim.Adamm", known)
+
+
+BANNED = re.compile(
+    r"\b(beside|anew|for want of|what it comes to|is forgotten|is told|in words|answers for|of its own|nobody wants)\b",
+    re.IGNORECASE,
+)
+UNREAD = ("data", "grad_sample", "models", "privacy", "tasks", "training")  # folders of dpopt that still have some
+
+
+def prose(path: Path) -> str:
+    """What people read in a file: of Python, comments and strings."""
+    if path.suffix != ".py":
+        return path.read_text()
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+    with path.open("rb") as file:
+        return "\n".join(token.string for token in tokenize.tokenize(file.readline) if token.type in kinds)
+
+
+def banned(text: str) -> list[str]:
+    return [found[0] for found in BANNED.finditer(re.sub(r"\s+", " ", text))]
+
+
+def test_plain_words():
+    """Words that readers stumble over; the field has better ones: compared with, next to, its own."""
+    files = [
+        ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "run.py")
+    ]
+    for folder, kinds in (("docs", "md"), ("dpopt", "py c"), ("scripts", "py"), ("conf", "yaml")):
+        files += [path for kind in kinds.split() for path in (ROOT / folder).rglob(f"*.{kind}")]
+    files += (ROOT / "experiments").glob("*.yaml")
+    read = [path for path in files if path.relative_to(ROOT).parts[:2] not in {("dpopt", name) for name in UNREAD}]
+    found = {str(path.relative_to(ROOT)): words for path in read if (words := banned(prose(path)))}
+    assert len(read) > 100 and not found, found
+
+
+def test_a_banned_word_is_found(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text('for word in words:\n    x = f"it is\\n told {word} anew"  # nobody\n')
+    assert banned(prose(path)) == ["anew"]
+    assert banned("It lies\nbeside what Is\n  Told, for words") == ["beside", "Is Told"]

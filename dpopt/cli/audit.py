@@ -87,8 +87,9 @@ def _black_box(directory: Path) -> str:
     import torch
 
     import dpopt
+    from dpopt import files
     from dpopt.privacy.audit import gaussian_dp_bound
-    from dpopt.runs.directory import finished, read_config
+    from dpopt.runs.directory import RESULT, read_config
     from dpopt.training.build import load_data, make_task
 
     model, config = dpopt.load(directory), read_config(directory)
@@ -105,7 +106,7 @@ def _black_box(directory: Path) -> str:
             losses.append(torch.cat([loss(model(x), y).double() for x, y in rows]))
     included = torch.cat([torch.full((len(found),), number == 0) for number, found in enumerate(losses)])
     bound = gaussian_dp_bound(-torch.cat(losses).numpy(), included.numpy(), config.delta)
-    result = finished(directory) or {}
+    result = files.read_json(directory / RESULT)
     return (
         f"black box: ε ≥ {bound:.2f} at δ = {config.delta:g} from {len(losses[0]):,} training and {len(losses[1]):,} "
         f"held-out examples; the claim is ε = {result.get('epsilon', float('nan')):.4g}. This sees next to nothing: it "

@@ -86,6 +86,8 @@ def _same_weights(one: Path, two: Path) -> bool:
 
 def verdict(before: dict[str, Any], after: dict[str, Any], same_weights: bool, test_size: int) -> tuple[bool, str]:
     """Decide whether two results agree, and say why in a sentence."""
+    from dpopt.runs.identity import hash_of
+
     if not math.isclose(before["epsilon"], after["epsilon"], rel_tol=1e-6):
         return False, f"ε was {before['epsilon']:.6g} and is {after['epsilon']:.6g} now: the accounting has changed"
     one, two = before["test_accuracy"], after["test_accuracy"]
@@ -94,7 +96,11 @@ def verdict(before: dict[str, Any], after: dict[str, Any], same_weights: bool, t
     error = math.sqrt(2 * max(one * (1 - one), 1 / test_size) / test_size)
     text = f"accuracy was {one:.2%} and is {two:.2%} now"
     bar = f"three standard errors ({100 * error:.2f} points each) of {test_size:,} tests"
-    why = "" if before["run"] == after["run"] else " (the draws are others: they are keyed by the configuration)"
+    why = (
+        ""
+        if hash_of(before["run"]) == hash_of(after["run"])
+        else " (the draws are others: they are keyed by the configuration)"
+    )
     versions = [result.get("noise_version", 1) for result in (before, after)]
     if versions[0] != versions[1]:
         why = f" (the draws are others: noise version {versions[0]} then, {versions[1]} now)"

@@ -1,6 +1,7 @@
 """`dpopt table`: write the tables of experiments/, or print what their missing runs are or would cost.
 
 dpopt table cifar10                     # → experiments/results/cifar10/cpu/table.md, .csv, .tex, *.png
+dpopt table cifar10 --run --jobs 2      # its missing runs first, in two processes
 dpopt table cifar10 --commands          # the commands of its missing runs
 dpopt table cifar10 --size full --plan  # what its runs would cost on this machine
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpopt.tables import spec
+from dpopt.tables.launch import launch
 
 
 def table(arguments: Sequence[str]) -> int:
@@ -24,6 +26,8 @@ def table(arguments: Sequence[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="a file of experiments/; by default all of the size")
     parser.add_argument("--size", choices=spec.SIZES, default="cpu")
     parser.add_argument("--output", type=Path, help="experiments/results, or runs/tables for size smoke")
+    parser.add_argument("--run", action="store_true", help="run what is missing first; its output goes to runs/.log")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of --run (default: 1)")
     parser.add_argument("--commands", action="store_true", help="print the commands of missing runs, and stop")
     parser.add_argument("--plan", action="store_true", help="print what the runs would cost here, and stop")
     parser.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
@@ -39,12 +43,16 @@ def table(arguments: Sequence[str]) -> int:
             for name in names:
                 print(plan(name, options.size))
         else:
+            if options.run:
+                launch(names, options.size, max(1, options.jobs))
             output = options.output or (spec.ROOT / "runs/tables" if options.size == "smoke" else spec.RESULTS)
             for name in names:
                 write(name, options.size, output, options.force)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -55,6 +63,8 @@ def write(name: str, size: str, output: Path, force: bool = False) -> None:
     if not force and (why := spec.why_kept(name, size, output)):
         print(f"{why}, and so are its figures (--force overwrites; --output names another folder)")
         return
+    done, wanted = spec.finished(spec.read(name), size)
+    print(f"{name}, size {size}: {done} of {wanted} runs are finished", file=sys.stderr, flush=True)
     for path in figures.draw(name, size, output):
         print(path)
     if spec.read(name)["tables"]:

@@ -14,46 +14,53 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpopt.cli.arguments import complete_typed_line, flags_first, own_folders, parse
+from dpopt.cli.refusals import full_error, one_sentence_each
 from dpopt.config.overrides import check_overrides, from_hydra
 from dpopt.config.schema import CONF
-from dpopt.runs.sweep import report_sweeps
-
-
-class UserError(CompactHydraException, ValueError):
-    """Printed as one sentence, with exit code 1; HYDRA_FULL_ERROR=1 shows the stack."""
+from dpopt.runs.search import Score, check_search, is_search
+from dpopt.runs.sweep import failed, report
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def _job(cfg: DictConfig) -> dict[str, Any]:
-    """Check the configuration, then plan and train."""
+def _job(cfg: DictConfig) -> dict[str, Any] | Score:
+    """Check the configuration, then plan and train; return a refusal as a failed result.
+
+    A sweeper that searches gets the accuracy on the hold-out, and refusals as errors, which end its search.
+    """
     config = None
+    searches = is_search(HydraConfig.get())
     try:
         config = from_hydra(cfg)
+        if searches:
+            check_search(HydraConfig.get(), config.holdout, config.diagnostics, config.dry_run)
         from dpopt.training.run import run
 
-        return run(config)
+        result = run(config)
+        return Score.of(result) if searches else result
     except Exception as error:
         if config is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
             from dpopt.training.run import note_failure
 
             note_failure(config, error)
-        if isinstance(error, InstantiationException):
-            raise UserError(str(error.__cause__ or error)) from error
-        if isinstance(error, ValueError | OSError):
-            raise UserError(str(error)) from error
-        raise
+        refusal = error.__cause__ or error if isinstance(error, InstantiationException) else error
+        if full_error() or not isinstance(refusal, ValueError | OSError):
+            raise
+        if searches:
+            raise HydraException(str(refusal)) from error
+        return failed(refusal)
 
 
 def train(words: Sequence[str]) -> int:
     """Train what Hydra's overrides say; return the exit code.
 
-    Hydra itself exits where a run fails, with the error in one sentence.
+    What is refused is printed in one sentence; HYDRA_FULL_ERROR=1 shows the stack.
     """
+    code = 0
     try:
         arguments = parse(words)
         if arguments.shell_completion:
@@ -62,15 +69,18 @@ def train(words: Sequence[str]) -> int:
             check_overrides(arguments.overrides, own_folders(arguments))
             words = flags_first(words, arguments.overrides)
         sys.argv[1:] = words
-        _job()
-    except ValueError as error:  # an unknown key; Hydra's own message is misleading
+        with one_sentence_each():
+            _job()
+    except ValueError as error:
+        if full_error():
+            raise
         print(error, file=sys.stderr)
-        return 1
+        code = 1
     except KeyboardInterrupt:  # after the current run has written its result
-        return 130
+        code = 130
     finally:
-        report_sweeps()  # also of a sweep that Hydra ended with an error
-    return 0
+        complete = report()  # also of a sweep that Hydra ended with an error
+    return code or int(not complete)
 
 
 def estimate(words: Sequence[str]) -> int:

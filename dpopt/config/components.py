@@ -6,11 +6,16 @@ import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import instantiate
 
 from dpopt.config.schema import COMPONENTS, Config
+
+_VARIANTS = {
+    "dpopt.optim.AdamBC": ("weight_decay", "adamwbc")
+}  # target: (argument that makes another method, its name)
 
 
 def check_components(config: Config) -> None:
@@ -40,7 +45,9 @@ def check_components(config: Config) -> None:
 
 
 def build(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
-    """The component as a function that awaits its remaining arguments (the only use of Hydra's `instantiate`).
+    """Bind a component's arguments; return a function of the remaining ones.
+
+    This is the only use of Hydra's `instantiate`.
 
     Raises:
         ValueError: when the target cannot be found.
@@ -51,12 +58,12 @@ def build(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def accepted(function: Callable[..., Any], names: Collection[str]) -> list[str]:
-    """Those of `names` that the function takes as arguments."""
+    """Select those of `names` that the function takes as arguments."""
     return [name for name in names if name in inspect.signature(function).parameters]
 
 
 def component_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What the arguments of a component default to, where that is a plain value."""
+    """Collect those defaults of a component's arguments that are plain values."""
     return _defaults(node["_target_"]) if "_target_" in node else {}
 
 
@@ -112,7 +119,10 @@ def _locate(path: str) -> Any:
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    """The arguments of a target and their types; its parent's, too, where it passes **options on to it."""
+    """Collect the arguments of a target and their types.
+
+    Those of its parent are among them where it passes **options on.
+    """
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     kinds = target.__mro__ if inspect.isclass(target) else ()
@@ -159,12 +169,16 @@ def call_words(node: dict[str, Any], *always: str) -> str:
     defaults = component_defaults(node)
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in node.items() if name != "_target_"}
     told = [f"{name} = {v}" for name, v in values.items() if name in always or v != defaults.get(name)]
-    return ", ".join([target_name(node), *told])
+    return ", ".join([component_name(node), *told])
 
 
-def target_name(component: Mapping[str, Any]) -> str:
-    """The last word of a component's `_target_`, in lower case."""
-    return safe_name(str(component.get("_target_", "none")).rsplit(".", 1)[-1].lower())
+def component_name(component: Mapping[str, Any]) -> str:
+    """Name a component for people and file names: a folder or path by its end, else the last word of its `_target_`."""
+    target = str(component.get("_target_", "none"))
+    if own := Path(str(component.get("folder") or component.get("path") or "")).name:
+        return safe_name(own.lower())
+    key, variant = _VARIANTS.get(target, ("", ""))
+    return variant if component.get(key) else safe_name(target.rsplit(".", 1)[-1].lower())
 
 
 def safe_name(text: str) -> str:

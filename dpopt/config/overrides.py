@@ -27,7 +27,7 @@ def by_epsilon(epsilon: float | None, values: Mapping[Any, Any], private: bool =
     if epsilon is not None and float(epsilon) == math.inf and math.inf in values:
         return values[math.inf]
     known = sorted(key for key in values if key not in ("none", math.inf))
-    if epsilon is None or not 0 < float(epsilon) < math.inf:  # nonsense is refused elsewhere, in words
+    if epsilon is None or not 0 < float(epsilon) < math.inf:  # Config refuses other values
         return values[known[-1]]
     return values[min(known, key=lambda other: abs(math.log(other / float(epsilon))))]
 

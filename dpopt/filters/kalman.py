@@ -76,7 +76,7 @@ class Kalman:
             g.copy_(filtered.lerp_(g, self.kappa))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         return {"before": list(self.before), "filtered": list(self.filtered)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

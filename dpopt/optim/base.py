@@ -26,6 +26,7 @@ class PerTensorOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_origin(self, state_dict)
         super().load_state_dict(state_dict)
         keep_dtypes(self, state_dict)
 
@@ -39,6 +40,21 @@ class PerTensorOptimizer(torch.optim.Optimizer):
             group: the options.
         """
         raise NotImplementedError
+
+
+def check_origin(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse the state of another optimizer.
+
+    Raises:
+        ValueError: naming the options that its parameter groups lack.
+    """
+    missing = sorted({key for group in state_dict["param_groups"] for key in set(optimizer.defaults) - set(group)})
+    if missing:
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"this state is of another optimizer than {name}, because its parameter groups lack {', '.join(missing)}: "
+            f"load a state of {name}, or begin without one"
+        )
 
 
 def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ With m̂ and v̂ as in Adam,
     r = m̂/(√v̂ + ε) + weight_decay·θ
     θ ← θ − lr·(‖θ‖/‖r‖)·r                                the ratio is 1 where ‖θ‖ or ‖r‖ is 0
 
-so a tensor moves by a fraction lr of its own norm. 2205.02973 uses it for fine-tuning with very large batches and a
+so a tensor moves by the fraction lr of its norm. 2205.02973 uses it for fine-tuning with very large batches and a
 last layer that starts at zero (`model.zero_head`), which the ratio of 1 lets move. Differences from public code: φ is
 the identity, the norm of θ is not clipped, and biases are not excepted.
 """

@@ -75,12 +75,12 @@ class NoiseNormalizedSGD(PerTensorOptimizer):
         p.sub_(m, alpha=group["lr"] / (group["noise_std"] * (1 - group["momentum"] ** state["step"])))
 
     def first_moment(self, p: Tensor) -> Tensor:
-        """A copy of m, of the shape of the parameter."""
+        """Copy m, in the shape of the parameter."""
         return _momentum(p, self.state[p]).clone()
 
 
 def _nothing(g: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """The state of a momentum of zero."""
+    """Make the state of a momentum of zero."""
     bits, bucket = group["bits"], group["bucket"]
     if bits == 32 or g.numel() <= group["dense_size"]:
         return {"momentum_buffer": torch.zeros_like(g)}

@@ -9,7 +9,7 @@ and steps on ḡ as usual. A constant scale k with a clip norm of kC is no scale
 (2511.20509) divides by s without having multiplied by it: that is a plain clip with noise of another shape, and a test
 tells the two apart.
 
-What is clipped has units of its own, s∘g_i. Where ḡ is mostly noise, √v is about σC/(qN)/s; so while σC/(qN) is well
+What is clipped is s∘g_i, in other units. Where ḡ is mostly noise, √v is about σC/(qN)/s; so while σC/(qN) is well
 below 1, s settles at 1/eps_scale everywhere, and the clip is one at C·eps_scale. The first step, at s = 1, has a noise
 that is 1/eps_scale times that of the later ones and stays in v for 1/(1 − β₂) steps: with the 1e-2 of the released code
 the learning rate has to grow tenfold to make up for it. Here eps_scale is .1, about the largest noise of a training on

@@ -42,7 +42,7 @@ class ClipRate(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        """The learning rates of the next step."""
+        """Compute the learning rates of the next step."""
         groups = self.optimizer.param_groups
         if self.last_epoch == 0:
             return [group["lr"] for group in groups]

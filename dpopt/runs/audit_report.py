@@ -1,6 +1,7 @@
 """The audit of a run, for people: audit.json, the ROC figure, the section of the privacy card, the table on screen."""
 
 import math
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -41,11 +42,12 @@ def card_section(result: AuditResult) -> list[str]:
 
 
 def audit_table(result: AuditResult, name: str) -> str:
-    """Write the audit as a table for a terminal."""
-    lines = [f"audit of {name}", *textwrap.wrap(_about(result), 100), ""]
+    """Write the audit as a table, as wide as the terminal, 100 columns elsewhere."""
+    lines = [f"audit of {name}", _about(result), ""]
+    width = max(40, shutil.get_terminal_size((100, 24)).columns - 24)
     lines += ["bound    ε ≥    ideal  assumes fair coins and"]
     for bound, epsilon in result.bounds.items():
-        first, *more = textwrap.wrap(BOUNDS[bound][1], 76)
+        first, *more = textwrap.wrap(BOUNDS[bound][1], width)
         lines.append(f"{bound:8} {epsilon:<6.2f} {result.ceilings[bound]:<6.2f} {first}")
         lines += [f"{'':22} {line}" for line in more]
     lines += ["", *(f"{'holds' if held else 'FAILS'}: {check}" for check, held in result.checks.items())]
@@ -105,11 +107,11 @@ def roc_figure(path: Path, result: AuditResult, audits: dict[str, tuple[np.ndarr
     axis.set(xscale="log", yscale="log", xlim=(lowest, 1.05), ylim=(lowest, 1.3))
     axis.set(xlabel="false positive rate", ylabel="true positive rate")
     axis.set_title(f"{result.canaries:,} canaries", fontsize=10)
-    axis.legend(fontsize=8, loc="lower right", frameon=False)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)  # off the lines
     figure.savefig(path, dpi=150, format="png")
 
 
 def _rates(scores: np.ndarray, included: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates from the highest threshold to the lowest."""
+    """Compute false and true positive rates, from the highest threshold down."""
     by_score = included[np.argsort(-scores, kind="stable")]
     return np.cumsum(~by_score) / max((~included).sum(), 1), np.cumsum(by_score) / max(included.sum(), 1)

@@ -26,7 +26,7 @@ _SILENCE = 60  # seconds after which a log file gets a line although nothing was
 
 
 def console() -> Console:
-    """A console on stdout, as wide as the terminal, 100 columns elsewhere."""
+    """Make a console as wide as the terminal, 100 columns elsewhere."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=100)
 
@@ -39,6 +39,7 @@ def plan_panel(
     views = f", {about.views} views" if about.views > 1 else ""
     rows = [
         ("data", f"{about.dataset}, N = {plan.dataset_size:,} (public)"),
+        *([("hold-out", _hold_out(about))] if about.holdout else []),
         (
             "sampling",
             f"Poisson, q = {plan.sample_rate:.6g}, batch {plan.batch_size:,}, {plan.steps:,} steps"
@@ -54,20 +55,25 @@ def plan_panel(
         ("gradients", _gradients(about, engine, guess.micro_batch)),
         (
             "peak memory",
-            "unknown" if guess.memory_bytes is None else f"about {size(guess.memory_bytes)} beside code and data",
+            "unknown" if guess.memory_bytes is None else f"about {size(guess.memory_bytes)} excluding code and data",
         ),
         ("time", _time(guess.seconds)),
     ]
     console().print(_panel(f"{'plan' if about.dry_run else 'run'} · {about.name}", rows, "cyan"))
     if guess.seconds is not None and guess.seconds > _HOUR and device == "cpu":
-        console().print(
-            "[yellow]This plan takes more than an hour on this machine. For a first look: "
-            f"{program()} experiment=quickstart[/yellow]"
+        say(
+            f"This plan takes more than an hour on this machine. For a first look: {program()} experiment=quickstart",
+            "yellow",
         )
 
 
+def say(text: str, style: str = "") -> None:
+    """Print a line as it is: the terminal wraps it, so that a command in it can be copied."""
+    console().print(Text(text, style=style), soft_wrap=True)
+
+
 def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> list[tuple[str, str]]:
-    """Noise and accounting of a run that has noise."""
+    """Describe noise and accounting of a run that has noise."""
     mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
     by = {plan.accountant: plan.epsilon, **plan.epsilon_by_others(plan.steps)}
     told = [f"{name} ε = {epsilon:.4g}" for name, epsilon in by.items()]
@@ -80,6 +86,14 @@ def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> lis
     ]
 
 
+def _hold_out(about: RunDescription) -> str:
+    """Say whether the hold-out is measured, which costs privacy that ε does not count."""
+    measured = "measured, outside ε" if about.private else "measured"
+    if about.diagnostics:
+        return f"{about.holdout:g} of the examples, {measured}"
+    return f"{about.holdout:g} of the examples, not measured: with diagnostics=true they are {measured}"
+
+
 def _state(guess: Estimate) -> str:
     if guess.optimizer_state_bytes is None:
         return "unknown"
@@ -88,7 +102,7 @@ def _state(guess: Estimate) -> str:
 
 
 def _gradients(about: RunDescription, engine: GradSampler, micro_batch: int) -> str:
-    """How they are taken, and which layers no rule covers."""
+    """Say how gradients are taken, and which layers no rule covers."""
     size = f"micro-batches of {micro_batch:,}"
     if not about.private:
         return f"of whole {size}"
@@ -133,22 +147,18 @@ def result_panel(result: dict[str, Any], directory: str, fresh: bool) -> None:
 
 
 def already_finished(result: dict[str, Any], directory: str, commit: str | None, note: str) -> None:
-    """One line for a run that was finished earlier; a warning when the code has moved on."""
+    """Print the result of a finished run; warn when the code has moved on."""
     accuracy = f"{result[HOLDOUT]:.2%} on the hold-out" if HOLDOUT in result else f"{result['test_accuracy']:.2%}"
-    console().print(
+    say(
         f"finished: {directory}: accuracy {accuracy}, ε = {result['epsilon']:.4g}, "
-        f"commit {short_commit(result.get('git_commit'))} (fresh=true retrains)",
-        soft_wrap=True,
-        highlight=False,
+        f"commit {short_commit(result.get('git_commit'))} (fresh=true retrains)"
     )
     if note:
-        console().print(f"[yellow]  {note}[/yellow]", soft_wrap=True, highlight=False)
+        say(f"  {note}", "yellow")
     if (version := result.get("noise_version", 1)) != NOISE_VERSION:
-        console().print(
-            f"[yellow]  noise version {version}: the code draws noise by version {NOISE_VERSION} now[/yellow]"
-        )
+        say(f"  noise version {version}: the code draws noise by version {NOISE_VERSION} now", "yellow")
     if commit and result.get("git_commit") and commit != result["git_commit"]:
-        console().print(f"[yellow]  the code is at {short_commit(commit)} now: this result may be out of date[/yellow]")
+        say(f"  the code is at {short_commit(commit)} now: this result may be out of date", "yellow")
 
 
 class Progress:
@@ -177,14 +187,14 @@ class Progress:
         self.live.stop()
 
     def step(self, step: int) -> None:
-        """A step was taken."""
+        """Show a step."""
         if self.console.is_terminal:
             self.live.update(Text(self._line(step)))
         elif time.perf_counter() - self.printed > _SILENCE:
             self._print(step)
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """New metrics are there."""
+        """Show new metrics."""
         self.values = values
         if self.console.is_terminal:
             self.step(step)

@@ -1,4 +1,4 @@
-"""How panel and card name a run: its components in words, and the settings that stand next to the plan."""
+"""How panel and card name a run: the names of its components, and the settings next to the plan."""
 
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ class RunDescription:
         ema: decay of the weight average, None for none.
         views: augmented views per example.
         holdout: fraction of the training set that is not trained on.
+        diagnostics: whether raw statistics of private data are recorded, those on the hold-out among them.
         precision: `fp32`, `bf16` or `fp64`.
         compiled: whether gradients are compiled.
         seed: of the configuration.
@@ -45,6 +46,7 @@ class RunDescription:
     ema: float | None
     views: int
     holdout: float
+    diagnostics: bool
     precision: str
     compiled: bool
     seed: int

@@ -24,7 +24,7 @@ AUDIT, ROC = "audit.json", "audit.png"  # of an audited run
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
-    """The result of a run that has completed, else None."""
+    """Read the result of a run that has completed, else None."""
     path = directory / RESULT
     result = files.read_json(path) if path.exists() else {}
     return result if result.get("status") == "finished" else None
@@ -68,7 +68,9 @@ def clear(directory: Path) -> None:
 
 
 def secret_key(directory: Path) -> RandomKey:
-    """The run's secret key: kept, readable by the owner alone, until the run is finished.
+    """Read the run's secret key, or make it for a new run.
+
+    The file is readable by the owner alone, and kept until the run is finished.
 
     Raises:
         ValueError: when it is damaged, or lost although the run has begun.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpopt import files
-from dpopt.config.components import call_words, component_defaults, locate_target, safe_name, target_name
+from dpopt.config.components import call_words, component_defaults, component_name, locate_target, safe_name
 from dpopt.config.schema import COMPONENTS, Config, renamed_keys
 from dpopt.runs.description import RunDescription
 from dpopt.runs.directory import RESULT
@@ -77,7 +77,7 @@ def _root_defaults() -> dict[str, Any]:
 
 
 def run_name(config: Config) -> str:
-    """A readable stem and a hash of `identity`; free of `=`, `,` and spaces."""
+    """Join a readable stem and a hash of `identity`, without `=`, `,` and spaces."""
     digest = hashlib.blake2b(json.dumps(identity(config), sort_keys=True).encode(), digest_size=5).hexdigest()
     if not config.private:
         budget = "nonprivate"
@@ -86,7 +86,7 @@ def run_name(config: Config) -> str:
     else:
         budget = f"sigma{config.noise_multiplier:g}"
     parts = [
-        *(target_name(getattr(config, name)) for name in ("dataset", "model", "optimizer")),
+        *(component_name(getattr(config, name)) for name in ("dataset", "model", "optimizer")),
         *nondefault_components(config),
         budget,
     ]
@@ -95,9 +95,12 @@ def run_name(config: Config) -> str:
 
 
 def nondefault_components(config: Config) -> list[str]:
-    """Names of the components that are not the standard ones: another clip rule, estimator or schedule, a filter."""
-    names = [target_name(config.clipping)] if config.private else []
-    names += [target_name(node) for node in (config.estimator, config.filter, config.schedule)]
+    """List the components that are not the standard ones.
+
+    These are another clip rule, estimator or schedule, and a filter.
+    """
+    names = [component_name(config.clipping)] if config.private else []
+    names += [component_name(node) for node in (config.estimator, config.filter, config.schedule)]
     return [name for name in names if name not in _STANDARD]
 
 
@@ -117,19 +120,20 @@ def describe(config: Config) -> RunDescription:
     return RunDescription(
         name=run_name(config),
         private=config.private,
-        dataset=target_name(config.dataset),
-        model=target_name(config.model),
-        optimizer=target_name(config.optimizer),
+        dataset=component_name(config.dataset),
+        model=component_name(config.model),
+        optimizer=component_name(config.optimizer),
         optimizer_call=call_words(config.optimizer, "lr"),
-        clip=target_name(config.clipping),
+        clip=component_name(config.clipping),
         clip_target=str(config.clipping.get("_target_")),
         others=tuple(nondefault_components(config)),
         filter_call=call_words(config.filter) if config.filter else "",
-        schedule_call=schedule if target_name(config.schedule) != "constantlr" else "",
+        schedule_call=schedule if component_name(config.schedule) != "constantlr" else "",
         per_sample=bool(locate_target("estimator", config.estimator).takes_gradients),  # type: ignore[attr-defined]
         ema=config.ema,
         views=config.views,
         holdout=config.holdout,
+        diagnostics=config.diagnostics,
         precision=config.precision,
         compiled=config.compile,
         seed=config.seed,
@@ -148,7 +152,7 @@ def content_key(config: Config | dict[str, Any]) -> str:
 
 
 def locate(config: Config) -> Path:
-    """Find the run's directory: by name or, if it is finished and the configuration has new keys since, by content.
+    """Find the run's directory: by name, by hash or, if it is finished and the configuration has new keys, by content.
 
     Raises:
         ValueError: when `output_dir` is not a directory.
@@ -159,10 +163,22 @@ def locate(config: Config) -> Path:
             if not part.is_dir():
                 raise ValueError(f"output_dir={root} cannot be made, because {part} is a file: choose another")
             break
-    directory = root / run_name(config)
+    directory = same_run(root, run_name(config))
     if not directory.exists() and root.is_dir():
         return finished_runs(root).get(content_key(config), directory)
     return directory
+
+
+def same_run(root: Path, name: str) -> Path:
+    """Find the directory of a name, or of its hash below a stem of an earlier version; either may be missing."""
+    if (root / name).exists():
+        return root / name
+    return next(iter(sorted(root.glob(f"*-{hash_of(name)}"))), root / name)
+
+
+def hash_of(name: str) -> str:
+    """Return the hash at the end of a run's name."""
+    return name.rpartition("-")[2]
 
 
 def finished_runs(root: Path) -> dict[str, Path]:

@@ -5,12 +5,11 @@ when it ends, with the steps that it took. A run that was killed therefore count
 composed by privacy loss distributions: publishing all of them, or choosing one of them, costs the ε of the composition.
 Runs under `randomness=research` make no claim, and are not in it.
 
-The file lies beside the user's fingerprint key and never leaves the machine. A line is a JSON object.
+The file lies next to the user's fingerprint key and never leaves the machine. A line is a JSON object.
 """
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dpopt import files
 from dpopt.privacy.accounting import compose_epsilon
 from dpopt.privacy.plan import PrivacyPlan
 
@@ -85,7 +85,7 @@ class Ledger:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._locked("a") as file:
-                file.write(json.dumps(asdict(entry)) + "\n")
+                file.write(files.to_json(asdict(entry)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -106,7 +106,7 @@ class Ledger:
         with self._locked("r") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    entry = Spending(**json.loads(line))
+                    entry = Spending(**files.from_json(line))
                 except (ValueError, TypeError) as error:
                     raise ValueError(
                         f"line {number} of the ledger {self.path} is damaged: repair or delete that line, which leaves "

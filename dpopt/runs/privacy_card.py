@@ -12,10 +12,13 @@ from dpopt.runs.description import RunDescription
 from dpopt.runs.result import REPRODUCIBLE
 
 _UNACCOUNTED = """\
-- the choice of hyper-parameters: every other run on the same data spends privacy of its own;
+- the choice of hyper-parameters: every other run on the same data spends privacy, too;
 - any use of the test set: ε protects training examples, and metrics on the test set are exact;
 - side channels: running time (`time/…`, two digits of which are recorded), memory, and the rounding of sums in
   floating point (the noise itself is released on a grid that hides its own)."""
+
+_KEPT = "; until then the key lies in `secret.key`, and whoever has it can remove the noise: never publish that file"
+_UNPROTECTED = "Nothing is protected: the model and every recorded number may reveal training examples."
 
 
 def guarantee(about: RunDescription, plan: PrivacyPlan, steps: int) -> str:
@@ -53,17 +56,12 @@ def privacy_card(
     """
     lines = [f"# Privacy card: {about.name}", ""]
     taken = plan.steps if steps is None else steps  # the most that may have been released while it goes on
+    protected = about.private and not math.isinf(plan.epsilon_at(taken))
     when = f"{taken:,} of {plan.steps:,} planned steps"
     when = f"after {when}" if steps is not None else f"at the most, after {when}: the run is in progress, or was killed"
     if not about.private:
         lines += ["**This run is not private.** No clipping, no noise (`privacy=none`): the non-private control."]
-    elif math.isinf(plan.epsilon_at(taken)):
-        lines += [
-            "**This run is not private.** Gradients were clipped, but no noise was added: ε = ∞.",
-            "",
-            f"Clip rule: {about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}.",
-        ]
-    else:
+    elif protected:
         if not about.secret:
             lines += [f"**No claim: {REPRODUCIBLE}** (`randomness=research`). Against all others:", ""]
         lines += [
@@ -75,21 +73,27 @@ def privacy_card(
             *(f"| {name} | {text} |" for name, text in _rows(about, plan, sensitivity, taken, unit).items()),
             *(f"| {name} (public) | {text} |" for name, text in (public or {}).items()),
         ]
+    else:
+        lines += [
+            "**This run is not private.** Gradients were clipped, but no noise was added: ε = ∞.",
+            "",
+            f"Clip rule: {about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}.",
+        ]
     lines += ["", *card_section(audit)] if audit is not None else []
-    lines += ["", "## Not accounted", "", _UNACCOUNTED]
-    if about.private and diagnostics:
+    lines += ["", "## Not accounted", "", _UNACCOUNTED] if protected else ["", _UNPROTECTED]
+    if protected and diagnostics:
         lines += [
             "- **all that is named `private/…`** in metrics.csv, result.json and the tracker: raw statistics of the "
             "training data (training loss, clipped fraction, signal-to-noise, realized batch size, accuracy on "
             "held-out training data), recorded because `diagnostics=true`. Do not publish them.",
         ]
-    elif about.holdout:
+    elif protected and about.holdout:
         lines += ["- held-out training examples were not trained on; no metric on them was recorded."]
     return "\n".join(lines) + "\n"
 
 
 def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, taken: int, unit: str) -> dict[str, str]:
-    """What the guarantee rests on, by name."""
+    """List what the guarantee rests on, by name."""
     against = plan.delta * plan.dataset_size
     warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
     by = {plan.accountant: plan.epsilon_at(taken), **plan.epsilon_by_others(taken)}
@@ -105,7 +109,7 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
         "clip rule": f"{about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}",
         "noise multiplier σ": f"{plan.noise_multiplier:.6g}{_shares(plan)}",
         "accountant": f"{plan.accountant}; {by_others}",
-        "randomness": _randomness(about),
+        "randomness": _randomness(about) + (_KEPT if about.secret and taken < plan.steps else ""),
     }
 
 

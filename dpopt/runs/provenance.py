@@ -11,6 +11,9 @@ import torch
 
 from dpopt.machine import processor
 
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, if it is one
+_CODE = ("dpopt", "conf", "run.py")  # what can change a result; README, tests and results cannot
+
 
 def short_commit(commit: Any) -> str:
     """Shorten a commit for people."""
@@ -20,12 +23,22 @@ def short_commit(commit: Any) -> str:
 
 @cache  # the code that is loaded, though the checkout may move on during a sweep
 def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, if it is one; with "-dirty" where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Name the commit of dpopt's own checkout, with "-dirty" where code or configuration differ from it.
+
+    An installed package has no checkout, even if it lies inside of another project's.
+    """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        _git("ls-files", "--error-unmatch", *_CODE)
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return None
+        return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--", *_CODE) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*words: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def versions() -> dict[str, str]:

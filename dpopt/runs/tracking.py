@@ -1,4 +1,4 @@
-"""Tracking: metrics.csv, which is the truth, and beside it Weights & Biases or TensorBoard.
+"""Tracking: metrics.csv, which is the truth, and in addition Weights & Biases or TensorBoard.
 
 A tracker that fails is dropped with one line of warning: it never ends a run, and never makes it wait for long.
 """
@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
 
 class CsvOnly:
-    """No tracker beside metrics.csv."""
+    """No tracker in addition to metrics.csv."""
 
     def start(self, directory: Path, name: str, config: dict[str, Any], resumed: bool) -> None: ...
 
@@ -41,14 +41,24 @@ class CsvOnly:
 class Wandb:
     """Weights & Biases: offline without a key or without an answering server, and never a prompt.
 
+    WANDB_PROJECT, WANDB_NAME, WANDB_DIR and WANDB_RUN_ID count, as a user or an agent of a W&B sweep sets them.
+
     Args:
-        project: the project's name.
+        project: the project's name; null for WANDB_PROJECT, or dpopt.
         entity: the team or user, when it is not the key's own.
     """
 
-    def __init__(self, project: str = "dpopt", entity: str | None = None) -> None:
+    def __init__(self, project: str | None = None, entity: str | None = None) -> None:
         self.project, self.entity = project, entity
         self.run: Any = None
+
+    def wants_history(self, finished: bool) -> bool:
+        """Tell whether earlier rows are to be logged again.
+
+        An offline run is recorded in parts, the last of which replaces the others when they are uploaded. An agent of a
+        sweep waits for metrics, also of a run that was finished before.
+        """
+        return bool(os.environ.get("WANDB_SWEEP_ID")) or (not finished and bool(self.run.offline))
 
     def start(self, directory: Path, name: str, config: dict[str, Any], resumed: bool) -> None:
         global _wandb_online_failed
@@ -58,14 +68,17 @@ class Wandb:
         if mode is None or _wandb_online_failed:
             online = not _wandb_online_failed and wandb.login(prompt=False, verify=False)
             mode = "online" if online else "offline"
+        of_user = os.environ.get
+        folder = Path(of_user("WANDB_DIR") or directory)
+        folder.mkdir(parents=True, exist_ok=True)
         arguments: dict[str, Any] = dict(
-            project=self.project,
+            project=self.project or of_user("WANDB_PROJECT") or "dpopt",
             entity=self.entity,
-            dir=directory,
-            name=name,
-            id=name[-64:],
+            dir=folder,
+            name=of_user("WANDB_NAME") or name,
+            id=of_user("WANDB_RUN_ID") or name[-64:],
             config=config,
-            resume="allow" if resumed else None,
+            resume="allow" if resumed and mode == "online" else None,
             reinit="finish_previous",
         )
         settings = wandb.Settings(init_timeout=10, silent=True)
@@ -75,7 +88,7 @@ class Wandb:
             _wandb_online_failed = True
             warn(f"W&B does not answer ({type(error).__name__}): recording offline")
             wandb.teardown()  # else the run's id counts as taken
-            self.run = wandb.init(mode="offline", settings=settings, **arguments)
+            self.run = wandb.init(mode="offline", settings=settings, **arguments | {"resume": None})
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -110,7 +123,7 @@ class Metrics:
     Args:
         path: the csv file; `rows` rows of it are kept, what a crashed run wrote beyond its checkpoint is dropped.
         rows: 0 for a new run.
-        tracker: beside the file.
+        tracker: in addition to the file.
         name: the run's name.
         config: shown by the tracker.
     """
@@ -127,6 +140,9 @@ class Metrics:
         self._rewrite(list(self.rows[0]) if self.rows else [])
         self.tracker: Tracker | None = tracker
         self._guard(lambda t: t.start(path.parent, name, config, rows > 0))
+        if _wants_history(self.tracker, finished=False):
+            for step, values in map(_numbers, self.rows):
+                self._guard(lambda t, step=step, values=values: t.log(step, values))
 
     def log(self, step: int, values: dict[str, float], unsaved: dict[str, float]) -> None:
         """Append a row; `unsaved` values go to the tracker only, because a resumed run cannot repeat them."""
@@ -172,6 +188,30 @@ class Metrics:
         except Exception as error:
             warn(f"{type(self.tracker).__name__} failed ({error}); going on with metrics.csv alone")
             self.tracker = None
+
+
+def log_finished(path: Path, tracker: Tracker, name: str, config: dict[str, Any]) -> None:
+    """Log the metrics of a finished run again, for a tracker that waits for them."""
+    if not _wants_history(tracker, finished=True):
+        return
+    try:
+        tracker.start(path.parent, name, config, False)
+        with open(path, newline="") as file:
+            for step, values in map(_numbers, csv.DictReader(file)):
+                tracker.log(step, values)
+        tracker.finish()
+    except Exception as error:
+        warn(f"{type(tracker).__name__} failed ({error}); the metrics are in {path}")
+
+
+def _wants_history(tracker: Tracker | None, finished: bool) -> bool:
+    wants = getattr(tracker, "wants_history", None)  # other trackers append to what they have
+    return wants is not None and bool(wants(finished))
+
+
+def _numbers(row: dict[str, str]) -> tuple[int, dict[str, float]]:
+    """Read a row of metrics.csv; a series that has no value there is left out."""
+    return int(row["step"]), {key: float(value) for key, value in row.items() if value and key != "step"}
 
 
 def warn(message: str) -> None:

@@ -6,7 +6,8 @@ not written. `convergence` needs no run: it computes its toy problem itself.
 
 import math
 import statistics
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,30 @@ import torch
 from matplotlib.ticker import NullFormatter
 
 import dpopt
-from dpopt.config.components import target_name
+from dpopt.config.components import component_name
 from dpopt.tables import spec
 from dpopt.tables.render import arrange, interval, show
 from dpopt.tables.spec import COLUMNS, SIZES, Job
 
-# Okabe and Ito's colors, told apart with any color vision; lines also differ in their marker.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
-MARKERS = "osD^vP*X"
+# A method has one color and one marker in every figure; what else is drawn of it differs by its line. The first eight
+# colors are Okabe and Ito's, told apart with any color vision.
+STYLES = {
+    "sgd": ("#0072B2", "o"),
+    "adam": ("#D55E00", "s"),
+    "microadam": ("#009E73", "D"),
+    "adambc": ("#CC79A7", "^"),
+    "adamstp": ("#E69F00", "v"),
+    "adamw": ("#56B4E9", "P"),
+    "signsgd": ("#000000", "*"),
+    "adamwbc": ("#999999", "X"),
+    "microadamstp": ("#882255", "d"),
+    "lamb": ("#332288", "p"),
+    "averagedsgd": ("#117733", "h"),
+    "noisenormalizedsgd": ("#999933", "<"),
+}
+OTHER = ("#661100", ">")  # an optimizer of one's own
+LINES = ["-", "--", ":", "-."]
+INTERVAL = "mean and 95% interval over seeds"
 EPSILON = {"eps1": 1, "eps3": 3, "eps8": 8}
 
 
@@ -34,24 +51,44 @@ def scores(jobs: list[Job], measure: str) -> list[float]:
     return [show(measure, score) for job in jobs if (score := job.score(measure)) is not None]
 
 
+def style(drawn: Counter[str], method: str, label: str) -> dict[str, Any]:
+    """Choose the color and marker of a method, and a line that no other of its lines in `drawn` has."""
+    color, marker = STYLES.get(method, OTHER)
+    line = LINES[drawn[color] % len(LINES)]
+    drawn[color] += 1
+    return {"color": color, "marker": marker, "linestyle": line, "label": label, "linewidth": 1.4}
+
+
+def method_of(jobs: list[Job]) -> str:
+    """Name the optimizer of some runs."""
+    return component_name(jobs[0].config.optimizer)
+
+
+def accuracy_label(halves: Sequence[float]) -> str:
+    """Label the axis of accuracies; an interval is named where one is drawn."""
+    drawn = any(math.isfinite(half) for half in halves)
+    return f"test accuracy in %\n{INTERVAL if drawn else 'mean over seeds'}"
+
+
 def by_epsilon(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
     """Plot accuracy against ε, a line per row."""
     rows, columns, cells = arrange(jobs)
     known = [column for column in columns if column in EPSILON]
-    drawn = 0
-    for row in rows:
+    drawn: Counter[str] = Counter()
+    halves: list[float] = []
+    for number, row in enumerate(rows):
         points = [(EPSILON[c], *interval(found)) for c in known if (found := scores(cells[row, c], "test_accuracy"))]
         if len(points) > 1:
             x, y, half = zip(*points, strict=True)
-            style = {"color": COLORS[drawn % 8], "marker": MARKERS[drawn % 8], "label": row}
-            shifted = [value * 1.012 ** (drawn - 3) for value in x]  # so that bars do not hide each other
-            axis.errorbar(shifted, y, half, linewidth=1.4, markersize=5, capsize=2, **style)
-            drawn += 1
+            shifted = [value * 1.012 ** (number - 3) for value in x]  # so that bars do not hide each other
+            look = style(drawn, method_of([job for c in known for job in cells[row, c]]), row)
+            axis.errorbar(shifted, y, half, markersize=5, capsize=2, **look)
+            halves += half
     axis.set_xscale("log")
     axis.set_xticks([EPSILON[c] for c in known], [str(EPSILON[c]) for c in known])
     axis.minorticks_off()
-    axis.set(xlabel="privacy budget ε", ylabel="test accuracy in %")
-    return drawn > 0
+    axis.set(xlabel="privacy budget ε", ylabel=accuracy_label(halves))
+    return bool(drawn)
 
 
 def curves(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
@@ -62,7 +99,8 @@ def curves(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
     key = about.get("series", "test/accuracy")
     rows, _, cells = arrange([job for job in jobs if job.column == about["column"]])
     spent: dict[float, float] = {}
-    shared, drawn = True, 0
+    drawn: Counter[str] = Counter()
+    shared, found = True, []
     for row in about.get("rows", rows):
         points: dict[float, list[float]] = {}
         for job in cells.get((row, about["column"]), []):
@@ -74,20 +112,27 @@ def curves(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
         if points:
             points = dict(sorted(points.items()))
             means, halves = map(list, zip(*map(interval, points.values()), strict=True))
-            axis.plot(list(points), means, color=COLORS[drawn % 8], marker=MARKERS[drawn % 8], markersize=4, label=row)
+            look = style(drawn, method_of(cells[row, about["column"]]), row)
+            axis.plot(list(points), means, markersize=4, **look)
             low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
-            axis.fill_between(list(points), low, high, color=COLORS[drawn % 8], alpha=0.15, linewidth=0)
-            drawn += 1
-    axis.set(xlabel="step", ylabel={"test/accuracy": "test accuracy in %"}.get(key, about.get("label", key)))
+            axis.fill_between(list(points), low, high, color=look["color"], alpha=0.15, linewidth=0)
+            found += halves
+    label = accuracy_label(found) if key == "test/accuracy" else about.get("label", key)
+    axis.set(xlabel="step", ylabel=label)
     if about.get("log"):
         axis.set_yscale("log")
     if drawn and shared:
-        at = sorted(spent)
-        ticks = [at[round(i * (len(at) - 1) / 4)] for i in range(5)] if len(at) > 6 else at
-        top = axis.secondary_xaxis("top")
-        top.set_xticks(ticks, [f"{spent[step]:.2g}" for step in ticks])
-        top.set_xlabel("ε spent")
-    return drawn > 0
+        _epsilon_axis(axis, spent)
+    return bool(drawn)
+
+
+def _epsilon_axis(axis: Any, spent: dict[float, float]) -> None:
+    """Show the ε spent above the steps."""
+    at = sorted(spent)
+    ticks = [at[round(i * (len(at) - 1) / 4)] for i in range(5)] if len(at) > 6 else at
+    top = axis.secondary_xaxis("top")
+    top.set_xticks(ticks, [f"{spent[step]:.2g}" for step in ticks])
+    top.set_xlabel("ε spent")
 
 
 def ablation(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
@@ -99,33 +144,34 @@ def ablation(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
         lines.setdefault(prefix or COLUMNS.get(job.column, job.column), {}).setdefault(
             float(last.rpartition("=")[2]), []
         ).append(job)
-    drawn = 0
+    drawn: Counter[str] = Counter()
+    halves: list[float] = []
     for label, points in lines.items():
         found = [(x, *interval(s)) for x, some in sorted(points.items()) if (s := scores(some, "test_accuracy"))]
         if found:
             x, y, half = zip(*found, strict=True)
-            style = {"color": COLORS[drawn % 8], "marker": MARKERS[drawn % 8], "label": label}
-            axis.errorbar(x, y, half, linewidth=1.4, markersize=5, capsize=3, **style)
-            drawn += 1
+            look = style(drawn, method_of([job for some in points.values() for job in some]), label)
+            axis.errorbar(x, y, half, markersize=5, capsize=3, **look)
+            halves += half
     values = sorted({x for points in lines.values() for x in points})
     axis.set_xscale("log")
     axis.set_xticks(values, [f"{x:g}" for x in values], fontsize=7 if len(values) > 6 else None)
     axis.minorticks_off()
-    axis.set(xlabel=about["label"], ylabel="test accuracy in %")
-    return drawn > 0
+    axis.set(xlabel=about["label"], ylabel=accuracy_label(halves))
+    return bool(drawn)
 
 
 def bars(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
     """Plot bytes of optimizer state per trainable parameter, a bar per row."""
     rows, columns, cells = arrange(jobs)
-    found = {}
+    found, colors = {}, []
     for row in rows:
         results = [job.result() for column in columns for job in cells[row, column]]
         done = [r["optimizer_state_bytes"] / r["trainable_parameters"] for r in results if r["status"] == "finished"]
         if done:
             found[row] = statistics.fmean(done)
-    ours = ["microadam" in row for row in found]
-    axis.barh(list(found), list(found.values()), color=[COLORS[0] if o else "#BBBBBB" for o in ours])
+            colors.append(STYLES.get(method_of([job for c in columns for job in cells[row, c]]), OTHER)[0])
+    axis.barh(list(found), list(found.values()), color=colors)
     for at, value in enumerate(found.values()):
         axis.annotate(f" {value:.2f}", (value, at), va="center", fontsize=9)
     axis.invert_yaxis()
@@ -141,9 +187,10 @@ def convergence(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
     size. The theory of 2405.15593 bounds the mean over steps by O(1/√T).
     """
     horizons = [2**i for i in range(5, 12)]
-    for drawn, (name, make) in enumerate(_optimizers().items()):
+    drawn: Counter[str] = Counter()
+    for name, make in _optimizers().items():
         means = [statistics.fmean(_mean_square_gradient(make, steps, seed) for seed in range(3)) for steps in horizons]
-        axis.plot(horizons, means, color=COLORS[drawn], marker=MARKERS[drawn], markersize=5, label=name)
+        axis.plot(horizons, means, markersize=5, **style(drawn, name.partition(",")[0].lower(), name))
     guide = [means[-1] * math.sqrt(horizons[-1] / horizon) for horizon in horizons]
     axis.plot(horizons, guide, color="black", linestyle="--", linewidth=1, label="1/√T")
     axis.set_xscale("log")
@@ -156,8 +203,8 @@ def convergence(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
 
 def _optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     return {
-        "MicroAdam, 1 %, 4 bits": lambda p, lr: dpopt.optim.MicroAdam(p, lr=lr, density=0.01, dense_size=0),
-        "MicroAdam, 10 %, 4 bits": lambda p, lr: dpopt.optim.MicroAdam(p, lr=lr, density=0.1, dense_size=0),
+        "MicroAdam, 1%, 4 bits": lambda p, lr: dpopt.optim.MicroAdam(p, lr=lr, density=0.01, dense_size=0),
+        "MicroAdam, 10%, 4 bits": lambda p, lr: dpopt.optim.MicroAdam(p, lr=lr, density=0.1, dense_size=0),
         "Adam": lambda p, lr: torch.optim.Adam(p, lr=lr),
     }
 
@@ -190,11 +237,12 @@ def draw(name: str, size: str, output: Path = spec.RESULTS) -> list[Path]:
         jobs = [job for entry in entries for job in spec.jobs(about, entry, size)]
         image, axis = plt.subplots(figsize=(6.2, 4.0), layout="constrained")
         if KINDS[figure["kind"]](axis, jobs, figure):
-            settings = {(target_name(job.config.dataset), target_name(job.config.model)) for job in jobs}
+            settings = {(component_name(job.config.dataset), component_name(job.config.model)) for job in jobs}
             where = f" ({', '.join(*settings)})" if len(settings) == 1 else ""
             image.suptitle(figure["title"] + where, fontsize=10)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(frameon=False, fontsize=8)
+            if lines := len(axis.get_legend_handles_labels()[0]):
+                image.legend(loc="outside lower center", ncols=min(4, lines), frameon=False, fontsize=8)
+                image.set_figheight(4.0 + 0.22 * math.ceil(lines / 4))  # off the lines
             axis.spines[["right"]].set_visible(False)
             axis.grid(axis="x" if figure["kind"] == "bars" else "y", color="#E5E5E5", linewidth=0.7)
             axis.set_axisbelow(True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from dpopt.config.components import target_name
+from dpopt.config.components import component_name
 from dpopt.runs import provenance
 from dpopt.tables import spec
 from dpopt.tables.spec import COLUMNS, Job
@@ -144,8 +144,8 @@ def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
     config = jobs[0].config
     train_size = make_task(config).spec.train_size
     ours = {
-        "dataset": target_name(config.dataset),
-        "model": target_name(config.model),
+        "dataset": component_name(config.dataset),
+        "model": component_name(config.model),
         "train_size": train_size - round(config.holdout * train_size),
         "epsilon": config.epsilon,
         "delta": config.delta if config.private else None,
@@ -199,8 +199,10 @@ def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, l
         parts.append(f"## {entry['title']}\n")
         for measure in measures(about, entry):
             lines = [[f"`{row}`", *(cell(cells[row, column], measure) for column in columns)] for row in rows]
-            parts.append(f"{unit(measure)}.\n\n{markdown(['', *heads], lines)}\n")
-            tex.append(latex(f"{about['title']}: {entry['title']}. {unit(measure)}.", ["", *heads], lines))
+            spread = any(" ± " in text for line in lines for text in line[1:])
+            told = unit(measure) + (", mean ± standard deviation over seeds" if spread else "")
+            parts.append(f"{told}.\n\n{markdown(['', *heads], lines)}\n")
+            tex.append(latex(f"{about['title']}: {entry['title']}. {told}.", ["", *heads], lines))
             if (base := entry.get("baseline")) in rows:
                 compared = [
                     [f"`{row}`", *(difference(cells[row, c], cells[base, c], measure) for c in columns)]
@@ -214,9 +216,9 @@ def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, l
         if entry.get("published"):
             head = ["published", "%", "source: protocol", "ours", "Δ"]
             parts.append(markdown(head, compare_published(entry["published"], cells)) + "\n")
-        told = [*flag_delta(cells), entry.get("notes", "")]
-        told += [entry.get("conclusions", {}).get(size, "")] if done == wanted else []
-        parts += [f"{text.strip()}\n" for text in told if text]
+        notes = [*flag_delta(cells), entry.get("notes", "")]
+        notes += [entry.get("conclusions", {}).get(size, "")] if done == wanted else []
+        parts += [f"{text.strip()}\n" for text in notes if text]
         parts += embedded(about, entry, spec.folder(name, size, output))
         made = [spec.command(spec.words_of(about, entry, row, size)) for row in spec.rows_at(entry, size)]
         parts.append("Runs: " + ", ".join(f"`{command}`" for command in made) + ".\n")
@@ -262,7 +264,7 @@ def record(about: dict[str, Any], entry: dict[str, Any], job: Job) -> dict[str, 
     which = {"table": title, "row": job.row, "column": job.column, "seed": job.config.seed, "status": result["status"]}
     scores = {measure: "" if (score := job.score(measure)) is None else score for measure in shown}
     keys = {key: result.get(key, "") for key in (*recorded, "git_commit", "device")}
-    setting: dict[str, Any] = {"dataset": target_name(job.config.dataset), "model": target_name(job.config.model)}
+    setting: dict[str, Any] = {"dataset": component_name(job.config.dataset), "model": component_name(job.config.model)}
     setting |= {"train_size": result.get("dataset_size", ""), "delta": job.config.delta if job.config.private else ""}
     versions = "; ".join(f"{key} {value}" for key, value in result.get("versions", {}).items())
     noise = result.get("noise_version", 1) if result["status"] == "finished" else ""

@@ -18,7 +18,8 @@ a GPU, `SIZE=smoke` two steps of every row, to see that everything runs. `python
 page from `experiments/*.yaml` and the committed results.
 
 - `make plan-NAME SIZE=full` estimates a table on this machine: runs, time, memory. Nothing is trained.
-- `make table-NAME JOBS=4` runs four processes at once; several GPUs take turns.
+- `make table-NAME JOBS=4` runs four processes at once; several GPUs take turns. It prints runs done, all runs, and the
+  time left.
 - The command of each row stands below its table, for example `python run.py -m experiment=quickstart
   'optimizer=glob(*)' seed=0,1`. In parallel, add `hydra/launcher=joblib hydra.launcher.n_jobs=4`; on a SLURM cluster,
   `hydra/launcher=submitit_slurm hydra.launcher.partition=NAME hydra.launcher.gpus_per_node=1`

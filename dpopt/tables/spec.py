@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpopt.config.overrides import from_hydra
 from dpopt.config.schema import CONF, Config
 from dpopt.runs import directory as run_files
-from dpopt.runs.identity import content_key, failure_note, finished_runs, run_name
+from dpopt.runs.identity import content_key, failure_note, finished_runs, run_name, same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -64,7 +64,7 @@ class Job:
     def directory(self) -> Path:
         """Locate the run's directory, which need not exist."""
         root = ROOT / self.config.output_dir
-        directory = root / self.name
+        directory = same_run(root, self.name)
         if directory.exists() or not _finished(root):
             return directory
         return _finished(root).get(content_key(self.config), directory)

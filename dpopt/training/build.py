@@ -117,7 +117,7 @@ class Components:
 
     def tracker(self) -> Any:
         """Make the tracker that watches the run."""
-        return build("logger", self.config.logger)()
+        return make_tracker(self.config)
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ def build_components(config: Config) -> Components:
     components.micro_batch = _prepare_engine(components)
     components.private_gradient(plan).update_param_groups(optimizer)  # or refused, before there is a run directory
     return components
+
+
+def make_tracker(config: Config) -> Any:
+    """Make the tracker of a configuration."""
+    return build("logger", config.logger)()
 
 
 def make_task(config: Config) -> Task:
@@ -249,16 +254,18 @@ def load_test_set(config: Config, task: Task) -> Source:
 
 
 def load(run_dir: str | Path) -> nn.Module:
-    """Load the trained model of a run directory (the weight average, where one was kept), on the CPU, in eval mode.
+    """Load the model of a run directory (the weight average, where one was kept), on the CPU, in eval mode.
+
+    That of a run which was stopped is the model at the ε spent.
 
     Raises:
-        ValueError: when the run has not produced a model.
+        ValueError: when the run has not ended or been stopped.
     """
     from safetensors.torch import load_file
 
     directory = Path(run_dir)
     if not (directory / WEIGHTS).exists():
-        raise ValueError(f"{directory} holds no {WEIGHTS}: run the experiment to its end first")
+        raise ValueError(f"{directory} holds no {WEIGHTS}: run the experiment to its end, or stop it, first")
     config = read_config(directory)
     model = build_model(config, make_task(config), offline=True)
     model.load_state_dict(load_file(directory / WEIGHTS))

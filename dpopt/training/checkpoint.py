@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from dpopt.files import replace_durably
 
@@ -53,3 +55,13 @@ def load(path: Path, facts: dict[str, Any], parts: dict[str, Any]) -> tuple[int,
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this model or optimizer ({error}): {advice}") from error
     return step, progress
+
+
+def export(path: Path, model: nn.Module) -> None:
+    """Write a model's weights atomically, readable by whoever may read new files here."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, temporary)
+    temporary.chmod(mode)  # save_file lets nobody else read
+    replace_durably(temporary, path)

@@ -13,12 +13,14 @@ from dpopt import files
 from dpopt.config.components import check_components
 from dpopt.config.schema import Config
 from dpopt.data.fingerprint import FingerprintKey
+from dpopt.data.views import check_views
 from dpopt.runs import console, directory
 from dpopt.runs.audit_report import audit_table, read_audit
 from dpopt.runs.identity import describe, failure_note, locate
 from dpopt.runs.provenance import git_commit
 from dpopt.runs.result import Estimate
-from dpopt.training.build import Components, build_components, load_data, make_task
+from dpopt.runs.tracking import log_finished
+from dpopt.training.build import Components, build_components, load_data, make_task, make_tracker
 from dpopt.training.cost import estimate_cost, keep_freed_memory
 from dpopt.training.trainer import Trainer
 
@@ -39,6 +41,7 @@ def run(config: Config) -> dict[str, Any]:
     done = directory.finished(path)
     if done and not config.fresh and not config.dry_run:
         console.already_finished(done, str(path), commit, _compare_data(config, done, str(path)))
+        log_finished(path / directory.METRICS, make_tracker(config), path.name, asdict(config))
         _print_audit(path)
         return done
 
@@ -46,6 +49,8 @@ def run(config: Config) -> dict[str, Any]:
     components = build_components(config)
     about = describe(config)
     data = None if config.dry_run else load_data(config, components.task.spec, components.device)
+    if data is not None:
+        check_views(data.train, config.views, about.dataset)
     guess = _estimate(components)
     if data is None:
         console.plan_panel(about, components.plan, components.clip, guess, components.engine)

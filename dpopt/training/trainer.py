@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -176,7 +175,8 @@ class Trainer:
         """Write what must be there before the first step."""
         self._write_card(None)
         self._record_spending(self.plan.steps, "planned")
-        (self.directory / run_files.RESULT).unlink(missing_ok=True)
+        for name in (run_files.RESULT, run_files.WEIGHTS):  # of a run that was stopped
+            (self.directory / name).unlink(missing_ok=True)
         text = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
         files.write_atomic(self.directory / run_files.CONFIG, text)
         path, rows = self.directory / run_files.METRICS, self.progress["metrics_rows"]
@@ -208,17 +208,11 @@ class Trainer:
         return "time_limit" if limit is not None and time.perf_counter() - self._began > limit else "finished"
 
     def _finish(self, status: str, values: dict[str, float]) -> Result:
-        """Write card, result and, for a finished run, the weights; erase the key of a finished run."""
+        """Write card, weights and result; erase the key of a finished run."""
         result = self._result(status, values)
         self._record_spending(self.step, status)
         self._write_card(self.step, self._audit() if status == "finished" else None)
-        if status == "finished":
-            weights = self.directory / f".{run_files.WEIGHTS}.tmp"
-            state = self.evaluated.state_dict()
-            save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, weights)
-            mode = (self.directory / run_files.CHECKPOINT).stat().st_mode  # save_file lets nobody else read
-            weights.chmod(mode)
-            files.replace_durably(weights, self.directory / run_files.WEIGHTS)
+        checkpoint.export(self.directory / run_files.WEIGHTS, self.evaluated)  # also of a run that was stopped
         files.write_json(self.directory / run_files.RESULT, result.to_json())
         if status == "finished":
             run_files.erase_key(self.directory)  # not before: without a result the run needs it to continue

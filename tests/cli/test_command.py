@@ -27,6 +27,12 @@ def test_the_list_of_verbs(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"dpopt {dpopt.__version__}\n"
 
 
+def test_public_names_are_listed_before_torch_is_there():
+    code = "import sys, dpopt; assert set(dpopt.__all__) < set(dir(dpopt)) and 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize(
     "words, meant",
     [

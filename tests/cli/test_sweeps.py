@@ -78,6 +78,9 @@ def test_a_sweep_adds_up_its_plans_and_jobs_take_turns_on_gpus(command, tmp_path
         "b=22   failed: no such thing",
         "b=3     25.00%   ε = 8        3 s",
     ]
+    unmeasured = [(words, result | {"config": {"holdout": 0.2}}) for words, result in results[:2]]
+    assert "diagnostics=true measures the hold-out" in side_by_side(unmeasured).splitlines()[-1]
+    assert "diagnostics" not in side_by_side([*unmeasured, *results[2:]])
     done = command("estimate", "-m", "experiment=quickstart", "seed=0,1")
     assert "sweep: 2 runs, 0 of them finished · about" in done.stdout, done.stdout + done.stderr
 
@@ -100,3 +103,10 @@ def test_sweeps_run_in_parallel_by_one_override(launcher, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.glob("*/result.json"))) == 2
+    *_, head, first, second = done.stdout.splitlines()
+    assert head == "sweep: test accuracy, ε spent, time"
+    assert first.startswith("seed=0 ") and second.startswith("seed=1 ")
+    left = [path.name for path in (tmp_path / ".sweeps").glob(".*")]
+    assert set(left) <= {".submitit"}  # what the jobs passed on is gone
+    bad = subprocess.run([*command, "delta=2"], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 1 and bad.stdout.splitlines()[-1].startswith("seed=1   failed: delta=2.0 must be a prob")

@@ -15,12 +15,13 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import dpopt
-from dpopt.config.components import build, check_components
+from dpopt.config.components import build, check_components, component_name
 from dpopt.config.overrides import check_overrides
 from dpopt.config.schema import COMPONENTS, Config
-from dpopt.runs.identity import NOT_IDENTITY, identity, nondefault_components, run_name
+from dpopt.runs.identity import NOT_IDENTITY, describe, identity, nondefault_components, run_name
 
 GROUPS = sorted(p.relative_to(CONF).with_suffix("") for g in COMPONENTS for p in (CONF / g).glob("*.yaml"))
+OPTIMIZERS = sorted((CONF / "optimizer").glob("*.yaml"))
 PRESETS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))  # one run each
 
 
@@ -300,3 +301,15 @@ def test_values_by_epsilon():
     assert configure(*words, "optimizer.lr=7").optimizer["lr"] == 7
     assert configure("model=resnet18", "optimizer=dp_sgd").optimizer["lr"] == 1
     assert configure("privacy=noiseless").epsilon == float("inf")
+
+
+def test_every_optimizer_has_a_name_of_its_own_and_an_image_folder_its_own():
+    configs = {path.stem: configure(f"optimizer={path.stem}") for path in OPTIMIZERS}
+    stems = {name: run_name(config).rpartition("-")[0] for name, config in configs.items()}
+    assert len(set(stems.values())) == len(stems), stems
+    names = {name: component_name(config.optimizer) for name, config in configs.items()}
+    assert (names["dp_adamw_bc"], names["dp_adambc"]) == ("adamwbc", "adambc")
+    folder = ["dataset=imagenet", "dataset.folder=/data/Company/", "dataset.train_size=2000", "dataset.classes=7"]
+    config = configure(*folder, "delta=1e-5")
+    assert run_name(config).startswith("company-") and describe(config).dataset == "company"
+    assert run_name(configure("dataset=imagenet", "delta=1e-7")).startswith("imagenet-")

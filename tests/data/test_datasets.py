@@ -97,7 +97,7 @@ def test_training_on_an_image_folder(command, folder):
         *(f"data_dir={folder}", f"output_dir={folder}/runs", "workers=1", "micro_batch=2", "eval_every=2"),
     )
     assert done.returncode == 0, done.stderr
-    assert len(list(folder.glob("runs/imagenet-nf_resnet50-*/result.json"))) == 1
+    assert len(list(folder.glob("runs/pets-nf_resnet50-*/result.json"))) == 1
 
 
 def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_damaged_image_does_not_block_the_run_once_repaired(cli, folder):
     path.write_bytes(good[:300])
     done = cli(*short)
     assert done.returncode == 1 and f"{path} cannot be read as an image" in done.stderr
-    assert not list(folder.glob("runs/imagenet-*")), "a run directory was made"
+    assert not list(folder.glob("runs/pets-*")), "a run directory was made"
     path.write_bytes(good)
     assert cli(*short, "time_limit=0").returncode == 0
     path.write_bytes(good[:300])
@@ -209,4 +209,4 @@ def test_a_damaged_image_does_not_block_the_run_once_repaired(cli, folder):
     path.write_bytes(good)
     done = cli(*short)
     assert done.returncode == 0, done.stderr
-    assert about.st_size == len(good) and len(list(folder.glob("runs/imagenet-*/model.safetensors"))) == 1
+    assert about.st_size == len(good) and len(list(folder.glob("runs/pets-*/model.safetensors"))) == 1

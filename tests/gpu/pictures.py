@@ -20,8 +20,10 @@ class Read(Dataset):
         return self.images[index].float() / 255, int(self.targets[index])
 
 
-def pictures(size: int = 32, count: int = 256, classes: int = 10, from_disk: bool = False) -> DataSpec:
-    """Make `count` images (3, size, size) to train on, and 16 to test."""
+def pictures(
+    size: int = 32, count: int = 256, classes: int = 10, from_disk: bool = False, flip: bool = False
+) -> DataSpec:
+    """Make `count` images (3, size, size) to train on, and 16 to test; `flip` augments those that lie there."""
 
     def load(data_dir, device, workers):
         torch.manual_seed(0)
@@ -30,6 +32,6 @@ def pictures(size: int = 32, count: int = 256, classes: int = 10, from_disk: boo
         parts = (images[:count], targets[:count]), (images[count:], targets[count:])
         if from_disk:
             return tuple(Read(*part) for part in parts)
-        return tuple(TensorSource(x.to(device), y.to(device), (0.5,) * 3, (0.25,) * 3) for x, y in parts)
+        return tuple(TensorSource(x.to(device), y.to(device), (0.5,) * 3, (0.25,) * 3, flip=flip) for x, y in parts)
 
     return DataSpec("pictures", count, classes, (3, size, size), load)

@@ -19,12 +19,13 @@ pytestmark = [
 ]
 SHORT = ("experiment=quickstart", "device=cuda", "steps=4", "batch_size=64", "micro_batch=16", "eval_every=10")
 SHORT += ("epsilon=1", "randomness=research", "logger=csv", "holdout=0")
+FLIPPED = ("dataset._target_=gpu.pictures.pictures", "+dataset.size=8", "+dataset.flip=true", "delta=1e-3")
 # Together they have every built-in model that takes digits, optimizer, clip rule, filter and estimator.
 RUNS = [
     (),
     ("model=linear", "optimizer=dp_adambc", "clipping=adaptive"),
     ("model=wrn_16_4", "optimizer=dp_adam", "precision=bf16", "clipping=per_layer"),
-    ("model=wrn_16_4", "optimizer=dp_microadam", "engine=recompute", "views=2"),
+    ("model=wrn_16_4", "optimizer=dp_microadam", "engine=recompute", "views=2", *FLIPPED),
     ("model=resnet18", "optimizer=dp_lamb", "clipping=psac"),
     ("optimizer=dp_microadam_stp", "engine=ghost"),
     ("optimizer=dp_adam_ac",),

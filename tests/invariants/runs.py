@@ -161,12 +161,18 @@ def check_the_card_says_it_all():
     assert guarantee(describe(config), plan, 20) == f"({plan.epsilon_at(20):.4g}, 0.001)-differential privacy"
     none = privacy_card(describe(Config(private=False, steps=20)), replace(plan, noise_multiplier=0.0), None, 20, False)
     clipped = privacy_card(describe(config), replace(plan, noise_multiplier=0.0), 0.5, 20, False)
-    for text in (none, clipped):
+    watched = privacy_card(describe(config), replace(plan, noise_multiplier=0.0), 0.5, 20, True)
+    for text in (none, clipped, watched):
         assert "is not private" in text and "differential privacy for" not in text
+        assert "Nothing is protected" in text and "ε protects" not in text and "Not accounted" not in text
 
 
 def card_without_the_unaccounted(patch):
     patch.setattr("dpopt.runs.privacy_card._UNACCOUNTED", "")
+
+
+def card_of_a_control_that_protects(patch):
+    patch.setattr("dpopt.runs.privacy_card._UNPROTECTED", "Nothing is protected, but ε protects training examples.")
 
 
 def card_that_claims_reproducible_noise(patch):
@@ -190,6 +196,7 @@ MUTANTS = {
     check_parameters_outside_the_loss_are_refused: [unprobed],
     check_the_card_says_it_all: [
         card_without_the_unaccounted,
+        card_of_a_control_that_protects,
         card_of_the_planned_epsilon,
         card_that_claims_reproducible_noise,
     ],

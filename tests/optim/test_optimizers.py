@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, make_plan, small_data, small_model
+from helpers import ROOT, make_plan, small_data, small_model, take_steps
 from hydra import compose, initialize_config_dir
 from torch import nn
 
@@ -265,6 +265,25 @@ def test_save_load_continue(name, dtype, tmp_path):
     steps(again, other, 4, start=4)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q) and p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_of_another_optimizer_is_refused_in_a_sentence(name):
+    """Unless it has all that is needed: then the next step works. torch's own optimizers are left to torch."""
+    parameters = list(small_model().parameters())
+    for original in (torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad):
+        optimizer, other = make(name, parameters), original(parameters, lr=0.1)
+        if isinstance(optimizer, torch.optim.Adam | torch.optim.SGD):
+            return
+        take_steps(other, parameters, [0])
+        lacking = sorted(set(optimizer.defaults) - set(other.defaults))
+        if not lacking:
+            optimizer.load_state_dict(other.state_dict())
+            take_steps(optimizer, parameters, [1])
+            continue
+        with pytest.raises(ValueError, match=f"lack {', '.join(lacking)}: load a state of") as seen:
+            optimizer.load_state_dict(other.state_dict())
+        assert type(optimizer).__name__ in str(seen.value) and "\n" not in str(seen.value)
 
 
 @pytest.mark.parametrize("name", NAMES)

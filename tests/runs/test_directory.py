@@ -1,11 +1,14 @@
 """Run directories, checkpoints, and what is read back from them."""
 
 import json
+import math
+import re
+import subprocess
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers import configure
+from helpers import ROOT, configure
 from safetensors.torch import load_file
 
 import dpopt
@@ -42,6 +45,31 @@ def test_load_gives_the_exported_average(config, tmp_path):
         dpopt.load(tmp_path)
 
 
+def test_a_run_that_was_stopped_exports_its_model_until_it_goes_on(config, monkeypatch):
+    """The card of a run with a secret key warns of the file that holds it."""
+    config = replace(config, randomness="secret", time_limit=0.0)
+    stopped = run(config)
+    directory = locate(config)
+    weights = load_file(directory / "model.safetensors")
+    parts = torch.load(directory / "checkpoint.pt", weights_only=True)["parts"]
+    assert all(torch.equal(tensor, parts["ema"][f"module.{name}"]) for name, tensor in weights.items())
+    assert (directory / "model.safetensors").stat().st_mode == (directory / "checkpoint.pt").stat().st_mode
+    assert dpopt.load(directory) and 0 < stopped["epsilon"] < 1
+    card = (directory / "privacy_card.md").read_text()
+    assert f"ε = {stopped['epsilon']:.4g}" in card and "never publish that file" in card
+
+    def killed(*arguments):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", killed)
+        with pytest.raises(OSError, match="killed"):
+            run(config)
+    assert not (directory / "model.safetensors").exists() and not (directory / "result.json").exists()
+    run(replace(config, time_limit=None))
+    assert "secret.key" not in (directory / "privacy_card.md").read_text() and dpopt.load(directory)
+
+
 def test_results_survive_a_new_configuration_key(config):
     """A run stored before a key existed is found again, as long as the key keeps its default."""
     run(config)
@@ -53,6 +81,21 @@ def test_results_survive_a_new_configuration_key(config):
     assert locate(config) == moved and run_files.finished(moved)
     assert locate(replace(config, accountant="rdp")).name == run_name(replace(config, accountant="rdp"))
     assert locate(replace(config, seed=1)) != moved
+
+
+def test_a_run_under_an_older_stem_is_continued_where_it_is(config):
+    """The stem is for people; the hash says which run it is."""
+    config = replace(config, time_limit=0.0)
+    run(config)
+    old = locate(config)
+    old = old.rename(old.with_name(f"digits-cnn-another_name-eps1-seed0-{old.name.rpartition('-')[2]}"))
+    assert locate(config) == old and locate(replace(config, seed=1)) != old
+    content = torch.load(old / "checkpoint.pt", weights_only=True)
+    content["facts"]["name"] = old.name
+    torch.save(content, old / "checkpoint.pt")
+    result = run(replace(config, time_limit=None))
+    assert result["status"] == "finished" and result["run"] == old.name
+    assert [path for path in old.parent.iterdir() if path.is_dir() and path.name[0] != "."] == [old]
 
 
 def test_the_secret_key(tmp_path):
@@ -139,9 +182,28 @@ def test_one_process_at_a_time(tmp_path):
         pass
 
 
+def refuse_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+def test_json_is_valid_also_where_numbers_are_not_finite(tmp_path):
+    path, inf = tmp_path / "a.json", float("inf")
+    values = {"epsilon": inf, "config": {"epsilon": [1.0, inf, -inf]}, "steps": 3}
+    files.write_json(path, values | {"test_loss": float("nan")})
+    text = path.read_text()
+    assert json.loads(text, parse_constant=refuse_constant)["epsilon"] == "Infinity"
+    read = files.read_json(path)
+    assert math.isnan(read.pop("test_loss")) and read == values
+    path.write_text('{"epsilon": Infinity, "config": {"epsilon": -Infinity}}')  # of an earlier version
+    assert files.read_json(path) == {"epsilon": inf, "config": {"epsilon": -inf}}
+
+
+def test_no_file_but_files_writes_json():
+    writing = [path for path in (ROOT / "dpopt").rglob("*.py") if re.search(r"json\.dumps?\(", path.read_text())]
+    assert {path.name for path in writing} == {"files.py", "identity.py"}  # identity hashes strings and booleans
+
+
 def test_atomic_files(tmp_path):
-    files.write_json(tmp_path / "a.json", {"epsilon": float("inf")})
-    assert files.read_json(tmp_path / "a.json") == {"epsilon": float("inf")}
     (tmp_path / "a.json").write_text("{")
     assert files.read_json(tmp_path / "a.json") == {} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -194,3 +256,45 @@ def test_the_commit_is_that_of_the_code_that_was_loaded(monkeypatch):
     monkeypatch.setattr(provenance.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
     assert provenance.git_commit() == before
     assert provenance.short_commit("0123456789abcdef-dirty") == "0123456789ab-dirty"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository that looks like dpopt's, in place of it."""
+    for name in ("dpopt/rng.py", "conf/config.yaml", "run.py", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    return tmp_path
+
+
+def test_only_code_and_configuration_mark_a_commit_as_dirty(checkout):
+    commit = provenance.git_commit.__wrapped__
+    clean = commit()
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (checkout / "README.md").write_text("other")
+    (checkout / "notes.txt").write_text("new")
+    assert commit() == clean
+    for name in ("dpopt/rng.py", "conf/config.yaml", "run.py", "dpopt/new.py"):
+        before = (checkout / name).read_text() if (checkout / name).exists() else None
+        (checkout / name).write_text("other")
+        assert commit() == f"{clean}-dirty", name
+        (checkout / name).unlink() if before is None else (checkout / name).write_text(before)
+    assert commit() == clean
+
+
+def test_an_installed_package_has_no_commit_inside_of_another_project(checkout, monkeypatch):
+    site = checkout / ".venv/lib/site-packages"
+    (site / "dpopt").mkdir(parents=True)
+    (site / "dpopt" / "rng.py").write_text("")
+    monkeypatch.setattr(provenance, "ROOT", site)
+    assert provenance.git_commit.__wrapped__() is None
+    for name in ("run.py", "conf"):
+        (site / name).write_text("")
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["add", "-f", "."], ["commit", "-qm", "vendored"]):
+        subprocess.run([*git, *words], check=True)
+    assert provenance.git_commit.__wrapped__() is None

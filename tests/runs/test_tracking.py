@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 
@@ -128,3 +129,54 @@ def test_a_terminal_without_a_key_gets_no_prompt(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stdout
     assert "wandb: (1)" not in done.stdout and list(tmp_path.glob("runs/*/wandb/offline-run-*"))
+
+
+def offline_runs(folder):
+    """(name, project, id, sweep, steps of its history) of every offline run below a folder, in order."""
+    return [read_offline(path) for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.parent.name)]
+
+
+def read_offline(path):
+    """W&B's file: a header, then records cut at blocks of 32 kB as LevelDB does, each a protobuf."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, record, about, steps = path.read_bytes(), 7, b"", (), []
+    while at + 7 <= len(data):
+        if (room := 32768 - at % 32768) < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            read = wandb_internal_pb2.Record.FromString(record)
+            record = b""
+            if read.WhichOneof("record_type") == "run":
+                about = read.run.display_name, read.run.project, read.run.run_id, read.run.sweep_id
+            elif read.WhichOneof("record_type") == "history":
+                names = {".".join(item.nested_key) or item.key for item in read.history.item}
+                assert "test/accuracy" in names
+                steps.append(read.history.step.num)
+    return (*about, steps)
+
+
+def test_the_last_part_of_an_offline_run_holds_all_of_it(cli, tmp_path):
+    """Uploading parts in turn, the last one replaces the others."""
+    assert cli(*SHORT, "logger=wandb", "eval_every=1", "time_limit=0").returncode == 0
+    assert cli(*SHORT, "logger=wandb", "eval_every=1").returncode == 0
+    first, last = offline_runs(tmp_path)
+    assert first[:4] == last[:4] and first[1] == "dpopt" and first[0] == first[2] == result_of(tmp_path)["run"]
+    assert first[4] == [1] and last[4] == [1, 2, 3, 4]
+
+
+def test_the_variables_of_wandb_count_and_an_agent_gets_the_metrics_of_a_finished_run(cli, tmp_path):
+    assert cli(*SHORT, "logger=csv").returncode == 0
+    assert cli(*SHORT, "logger=wandb").returncode == 0 and not offline_runs(tmp_path)
+    own = {"WANDB_PROJECT": "ours", "WANDB_NAME": "mine", "WANDB_DIR": str(tmp_path / "there")}
+    agent = {"WANDB_RUN_ID": "trial7", "WANDB_SWEEP_ID": "sweep1"}
+    done = cli(*SHORT, "logger=wandb", **own, **agent)
+    assert done.returncode == 0 and "finished:" in done.stdout, done.stderr
+    assert offline_runs(tmp_path / "there") == [("mine", "ours", "trial7", "sweep1", [2, 4])]
+    assert cli(*SHORT, "logger=wandb", "logger.project=theirs", "fresh=true", **own).returncode == 0
+    name = result_of(tmp_path)["run"]
+    assert offline_runs(tmp_path / "there")[1] == ("mine", "theirs", name, "", [2, 4])

@@ -66,16 +66,12 @@ def test_no_command_comes_twice(name, nothing_run):
 
 
 @pytest.mark.slow
-def test_every_command_survives_the_shells_on_its_way(tmp_path, nothing_run):
-    """As the Makefile sends them: what arrives is what was meant, `${steps}` included."""
-    recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "--commands" in line)
-    pipe = recipe[recipe.index("| ") + 2 :].replace("$(JOBS)", "1").replace("OMP_NUM_THREADS=1 ", "")
+def test_every_command_survives_the_shell_on_its_way(tmp_path, nothing_run):
+    """As `dpopt table --run` sends them: what arrives is what was meant, `${steps}` included."""
     for name in ("ablation", "digits"):
         lines = spec.commands(name, list(spec.read(name)["sizes"])[-1])
         harmless = [line.replace(f"{sys.executable} run.py", "printf '%s\\n'").split(" >>")[0] for line in lines]
-        done = subprocess.run(
-            ["sh", "-c", pipe], input="\n".join(harmless), capture_output=True, text=True, cwd=tmp_path
-        )
+        done = subprocess.run("\n".join(harmless), shell=True, capture_output=True, text=True, cwd=tmp_path)
         wanted = [word for line in lines for word in shlex.split(line.split(" >>")[0])[2:]]
         assert done.stdout.splitlines() == wanted, done.stderr
     assert any("${steps}" in line for line in spec.commands("ablation", "full"))

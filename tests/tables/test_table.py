@@ -40,7 +40,7 @@ def test_a_page_embeds_the_figures_in_its_folder(tmp_path, nothing_run):
     folder.mkdir(parents=True)
     (folder / "density.png").touch()
     text = render.write("ablation", "smoke", tmp_path)
-    assert text.count("![") == 1 and "![DP-MicroAdam by density, ε = 8](density.png)" in text
+    assert text.count("![") == 1 and "![DP-MicroAdam by density at a fixed learning rate, ε = 8](density.png)" in text
     assert text.index("](density.png)") < text.index("## Window")
 
 
@@ -60,6 +60,13 @@ def test_commands_and_plans_are_printed(capsys, nothing_run):
     )
     assert table(["augmult", "--size", "smoke", "--plan"]) == 0
     assert "augmult, size smoke: 2 runs, 0 of them finished · about" in capsys.readouterr().out
+
+
+def test_make_runs_tables_through_the_command():
+    done = subprocess.run(
+        ["make", "-n", "table-digits", "SIZE=cpu", "JOBS=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "dpopt.cli.table --size cpu --run --jobs 3 digits" in done.stdout, done.stdout + done.stderr
 
 
 def test_make_says_the_new_word_for_an_old_one():

@@ -74,7 +74,7 @@ def step_packed(
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled step.
+    """Load the compiled step.
 
     Raises:
         OSError: when there is no compiler, or it fails.

@@ -55,7 +55,7 @@ def _without_triton(packed: PackedState) -> tuple[str, bool]:
 
 
 def _without_c(packed: PackedState) -> tuple[str, bool]:
-    """The same for C."""
+    """Say why C cannot step this state, as `_without_triton` does."""
     from dpopt.optim.microadam.cpu import library, supports
 
     if packed.layout.device.type != "cpu":

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpopt.optim.base import keep_dtypes
+from dpopt.optim.base import check_origin, keep_dtypes
 from dpopt.optim.microadam.dispatch import choose
 from dpopt.optim.microadam.packing import Layout, PackedState, layout
 from dpopt.optim.microadam.reference import microadam_step, read_feedback, topk_positions, window_moments
@@ -126,6 +126,7 @@ class MicroAdam(torch.optim.Optimizer):
                 _step_packed(packed, {p: t for p, t in active.items() if p in packed.first}, group, step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_origin(self, state_dict)
         super().load_state_dict(state_dict)
         keep_dtypes(self, state_dict)
         self._packed.clear()  # the next step makes them of this state
@@ -183,7 +184,10 @@ class MicroAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def feedback(self, parameter: Tensor) -> Tensor:
-        """The error feedback of a parameter as the next step will read it, in blocks (n, size), padded with zeros."""
+        """Read the error feedback of a parameter, as the next step will.
+
+        It comes in blocks (n, size), padded with zeros.
+        """
         form = self._layout(parameter)
         out = torch.empty(-(-parameter.numel() // form.size), form.size, dtype=form.dtype, device=form.device)
         read_feedback(self.state.get(parameter, {}), out).view(-1)[parameter.numel() :] = 0
@@ -220,7 +224,7 @@ class MicroAdam(torch.optim.Optimizer):
         return layout(parameter, self._group(parameter))
 
     def _packed_of(self, number: int, group: dict[str, Any], parameters: list[Tensor]) -> list[PackedState]:
-        """The group's packed states; rebuilt from `state` when a parameter is added, moved or loaded."""
+        """Return the group's packed states, rebuilt from `state` when parameters change."""
         options = [group[name] for name in _FORM]
         signature = (*options, [(id(p), p.dtype, p.device, p.numel(), bool(self.state.get(p))) for p in parameters])
         packed_states = self._packed.get(number, [])

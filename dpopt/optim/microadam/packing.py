@@ -110,12 +110,12 @@ class PackedState:
         return cls(layout, first, tensors)
 
     def rows(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state of one parameter, as views."""
+        """Return the state of one parameter, as views."""
         start, count = self.first[parameter], self.count(parameter)
         return {name: tensor[start : start + count] for name, tensor in self.tensors.items()}
 
     def count(self, parameter: Tensor) -> int:
-        """Number of blocks of a parameter."""
+        """Count the blocks of a parameter."""
         return -(-parameter.numel() // self.layout.size)
 
     @property

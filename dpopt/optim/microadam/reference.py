@@ -73,7 +73,7 @@ def _root(x: Tensor) -> Tensor:
 
 
 def read_feedback(state: Mapping[str, Tensor], out: Tensor) -> Tensor:
-    """The error feedback of n blocks, into (n, size); zeros where there is none."""
+    """Read the error feedback of n blocks into (n, size); zeros without feedback."""
     if "ranges" in state:
         return dequantize(state["feedback"], state["ranges"], out)
     return out.copy_(state["feedback"]) if "feedback" in state else out.zero_()
@@ -119,7 +119,10 @@ def _kth_largest(x: Tensor, k: int) -> Tensor:
 def window_weights(
     step: int, window: int, betas: tuple[float, float], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """What the window's rows weigh in the bias-corrected moments after `step` steps, (2, m); 0 if not yet written."""
+    """Weigh the window's rows in the bias-corrected moments after `step` steps, (2, m).
+
+    A row that is not yet written weighs 0.
+    """
     # Row r was written at the latest step s ≤ step with (s − 1) mod window = r.
     ages = [(step - 1 - row) % window for row in range(window)]
     weights = [[b**age * (1 - b) / (1 - b**step) if age < step else 0.0 for age in ages] for b in betas]
@@ -127,7 +130,7 @@ def window_weights(
 
 
 def window_moments(positions: Tensor, values: Tensor, step: int, betas: tuple[float, float], out: Tensor) -> Tensor:
-    """The bias-corrected moments after `step` steps, m̂ and v̂, into (2, n, size).
+    """Compute the bias-corrected moments m̂ and v̂ into (2, n, size).
 
     Args:
         positions: the window's, (n, m·k) int64.

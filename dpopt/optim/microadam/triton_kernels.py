@@ -23,7 +23,7 @@ from dpopt.optim.microadam.quantize import HUGE, TINY
 from dpopt.optim.microadam.reference import window_weights
 
 _HUGE, _TINY = tl.constexpr(HUGE), tl.constexpr(TINY)
-_LARGEST_WINDOW = 8192  # values of a block's window that fit into registers beside the rest
+_LARGEST_WINDOW = 8192  # values of a block's window that fit into registers with the rest
 _REGISTERS = 128  # per thread: two programs of 8 warps fill the 65,536 of a multiprocessor
 _PROGRAMS_PER_SM = 2
 _DENSE = 1024
@@ -92,8 +92,10 @@ def step_packed(
 
 
 def _arrays(packed: PackedState, parameters: list[Tensor], addresses: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """What the kernels read about each tensor (addresses, number of values, rows of the launch and of the state before
-    it), and the tensor of each block of the launch."""
+    """Collect what the kernels read about each tensor, and each block's tensor.
+
+    They read addresses, numbers of values, and the rows of the launch and of the state before each tensor.
+    """
     blocks = torch.tensor([packed.count(p) for p in parameters])
     rows = torch.stack([blocks.cumsum(0) - blocks, torch.tensor([packed.first[p] for p in parameters])], 1)
     counts = torch.tensor([p.numel() for p in parameters])
