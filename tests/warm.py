@@ -1,0 +1,6 @@
+"""Imported once by the server that forks ranks: what torch and dp-accounting import at their first use."""
+
+import ranks_at_work
+import torch
+
+ranks_at_work.Problem("plain", torch.float64).plan.epsilon_at(1)
