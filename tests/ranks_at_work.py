@@ -214,7 +214,7 @@ def a_rank_that_skips_its_empty_batch(patch):
 
 
 def a_secret_key_per_rank(patch):
-    patch.setattr(ranks, "key_of_first", lambda key: key)
+    patch.setattr(ranks, "key_of_first", lambda make: make())
     ranks_that_compare_nothing(patch)
 
 

@@ -8,6 +8,7 @@ dpopt train -m experiment=quickstart epsilon=1,3,8     a sweep
 In a checkout `python run.py ...` is `dpopt train ...`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,7 @@ def _job(cfg: DictConfig) -> dict[str, Any]:
     """Check the configuration, then plan and train."""
     config = None
     try:
+        _refuse_sweep(HydraConfig.get().mode == RunMode.MULTIRUN)
         config = from_hydra(cfg)
         from dpopt.training.run import run
 
@@ -42,11 +44,27 @@ def _job(cfg: DictConfig) -> dict[str, Any]:
             from dpopt.training.run import note_failure
 
             note_failure(config, error)
+        if getattr(error, "told", False) or (config is None and _another_says_it()):
+            sys.exit(1)
         if isinstance(error, InstantiationException):
             raise UserError(str(error.__cause__ or error)) from error
         if isinstance(error, ValueError | OSError):
             raise UserError(str(error)) from error
         raise
+
+
+def _refuse_sweep(sweep: bool) -> None:
+    """Refuse a sweep whose every run would be trained by all ranks."""
+    if sweep and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "torchrun trains one run on several devices, and -m sweeps over several runs: drop one of the two, or give "
+            "each run a device with hydra/launcher (docs/several_devices.md)"
+        )
+
+
+def _another_says_it() -> bool:
+    """Tell whether another process of this machine was given the same words, and says what is wrong with them."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def train(words: Sequence[str]) -> int:
@@ -56,6 +74,7 @@ def train(words: Sequence[str]) -> int:
     """
     try:
         arguments = parse(words)
+        _refuse_sweep(arguments.multirun)
         if arguments.shell_completion:
             words = complete_typed_line(words)
         else:
@@ -64,7 +83,8 @@ def train(words: Sequence[str]) -> int:
         sys.argv[1:] = words
         _job()
     except ValueError as error:  # an unknown key; Hydra's own message is misleading
-        print(error, file=sys.stderr)
+        if not _another_says_it():
+            print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # after the current run has written its result
         return 130

@@ -58,6 +58,22 @@ def check_agreement(private: Any, data: str) -> None:
         )
 
 
+def check_weights(model: torch.nn.Module) -> None:
+    """Compare the trained parameters of all ranks.
+
+    Raises:
+        ValueError: on every rank, where they have drifted apart.
+    """
+    if ranks.share().world == 1:
+        return
+    digests = [tensor_digest(p) for p in model.parameters() if p.requires_grad]
+    if (difference := ranks.first_difference({"weights": combine(*digests)})) is not None:
+        raise ValueError(
+            f"the weights of rank {difference[0]} are no longer those of rank 0, though each step was the same: use "
+            "processors of one kind and an optimizer that repeats itself; the run continues from its last checkpoint"
+        )
+
+
 def _noise(parameter: torch.Tensor) -> str:
     """Fingerprint the noise that this process draws and how it rounds it."""
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -126,8 +126,7 @@ class PrivacyPlan:
             plan = plan._calibrated(epsilon, noise_multiplier, steps)
         if seed is not None:
             return replace(plan, key=RandomKey.from_seed(seed, str(plan.to_dict())))
-        key = plan.key  # ranks share that of rank 0
-        return plan if ranks.share().world == 1 else replace(plan, key=ranks.key_of_first(key))
+        return replace(plan, key=ranks.key_of_first(lambda: plan.key))
 
     def _calibrated(self, epsilon: float, noise_multiplier: float | None, steps: int | None) -> "PrivacyPlan":
         """Derive σ or T, whichever is None, for a target ε."""
