@@ -3,6 +3,8 @@
 import io
 import multiprocessing
 import os
+import socket
+import sys
 import tempfile
 import traceback
 from datetime import timedelta
@@ -13,7 +15,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT
+from helpers import ROOT, configure
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["warm"])
@@ -53,6 +55,52 @@ def _work(number: int, worlds: tuple[int, ...], folder: str, work, answer: Conne
     except BaseException:
         answer.send_bytes(traceback.format_exc().encode())
         os._exit(1)  # the others notice
+
+
+def _run(rank: int, world: int, port: int, overrides: tuple[str, ...], hurt, answer: Connection) -> None:
+    from dpopt.training.run import run
+
+    torch.set_num_threads(1)
+    number = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in number.items()}, MASTER_ADDR="localhost")
+    os.environ.update(MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if hurt is not None:
+        hurt(rank)
+    try:
+        answer.send_bytes(run(configure(*overrides))["status"].encode())
+    except BaseException as error:
+        answer.send_bytes(f"{type(error).__name__}: {error}".encode())
+        os._exit(1)
+
+
+def run_at_ranks(world: int, *overrides: str, hurt=None) -> list[str]:
+    """Train a run in a world of this size, as torchrun would; return each rank's status, error or `killed`.
+
+    Args:
+        world: number of ranks.
+        overrides: of the configuration.
+        hurt: called with its rank in every process, before the run.
+    """
+    _start_server()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(world):
+        ours, theirs = CONTEXT.Pipe()
+        started.append((CONTEXT.Process(target=_run, args=(rank, world, port, overrides, hurt, theirs)), ours))
+        started[-1][0].start()
+        theirs.close()
+    told = []
+    for process, answer in started:
+        try:
+            told.append(answer.recv_bytes().decode() if answer.poll(60) else "hangs")
+        except EOFError:
+            told.append("killed")
+        process.join(5)
+        process.kill()
+    return told
 
 
 def at_ranks(work, *worlds: int) -> dict[int, list]:

@@ -106,7 +106,7 @@ class Watch:
 
     def __init__(self, store: dist.Store, rank: int, world: int) -> None:
         self.rank, self.lost = rank, ""
-        self._noticed, self._leaving = threading.Event(), False
+        self._noticed, self._leaving, self._told = threading.Event(), threading.Event(), threading.Lock()
         self._hosts: dict[int, str] = {}
         self._peers = self._accept(store, world) if rank == 0 else {0: self._connect(store)}
         for peer in self._peers.values():
@@ -116,16 +116,18 @@ class Watch:
     def explained(self, error: Exception) -> Exception:
         """Turn the error of a collective operation into the one that names the rank that has stopped."""
         if isinstance(error, RuntimeError) and self._noticed.wait(_GRACE / 2):
+            self._tell()
             return RankLost(self.lost)
         return error
 
     def says_the_same(self, error: Exception) -> bool:
         """Tell whether rank 0 has stopped for the same reason as this rank, and prints it."""
-        return self.rank > 0 and self._noticed.wait(_GRACE / 5) and self.lost.endswith(f": {error}")
+        heard = self.rank > 0 and self._noticed.wait(_GRACE / 5)
+        return heard and self.lost.startswith("rank 0 ") and self.lost.endswith(f": {error}")
 
     def close(self, reason: str | None) -> None:
         """Tell the other ranks that this one is done, or why it stops, and hang up."""
-        self._leaving = True
+        self._leaving.set()
         for peer in self._peers.values():
             _send(peer, _DONE if reason is None else (self.lost or reason).encode())
 
@@ -163,27 +165,31 @@ class Watch:
                     said = _read_all(self._peers[key.data])
                     selector.unregister(key.fileobj)
                     if said != _DONE and not self._noticed.is_set():
-                        self._stop(said.decode() or f"rank {key.data} on {self._hosts[key.data]} was killed or is lost")
+                        killed = f"rank {key.data} on {self._hosts[key.data]} was killed or is lost"
+                        self._stop(said.decode() or killed, not said)
 
-    def _stop(self, sentence: str) -> None:
-        """Say which rank has stopped, pass it on, and end this process if it does not end by itself."""
+    def _stop(self, sentence: str, killed: bool) -> None:
+        """Note which rank has stopped, pass it on, and see to it that this process ends."""
         self.lost = sentence
-        if not self._leaving:
-            print(
-                f"dpopt: {sentence}; the same command continues from the last checkpoint", file=sys.stderr, flush=True
-            )
         self._noticed.set()
         if self.rank == 0:
             for peer in self._peers.values():
                 _send(peer, sentence.encode())
-        if not self._leaving:
-            threading.Thread(target=_exit_soon, daemon=True).start()
+        if not self._leaving.is_set():
+            threading.Thread(target=self._end, args=(killed,), daemon=True).start()
 
+    def _end(self, killed: bool) -> None:
+        """End this process even where it waits inside a collective operation."""
+        if killed or not self._leaving.wait(_GRACE / 5):  # ranks often stop for one reason, each by itself
+            self._tell()
+        time.sleep(_GRACE)
+        os._exit(1)
 
-def _exit_soon() -> None:
-    """End this process even where it waits inside a collective operation."""
-    time.sleep(_GRACE)
-    os._exit(1)
+    def _tell(self) -> None:
+        """Print, once, which rank has stopped."""
+        if self._told.acquire(blocking=False):
+            advice = "the same command continues from the last checkpoint"
+            print(f"dpopt: {self.lost}; {advice}", file=sys.stderr, flush=True)
 
 
 def _send(peer: socket.socket, message: bytes) -> None:

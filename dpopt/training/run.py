@@ -39,7 +39,6 @@ def run(config: Config) -> dict[str, Any]:
         ValueError: for a configuration that cannot be trained as asked; OSError for missing files, or a rank that has
             stopped.
     """
-    check_components(config)
     with process_group(config.device) as watch:
         result = _run(config, watch)
     if result["status"] == "interrupted":
@@ -50,6 +49,7 @@ def run(config: Config) -> dict[str, Any]:
 def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
     commit = git_commit()  # before anything that takes long
     _compare_ranks(config)
+    check_components(config)
     path, first = locate(config), ranks.is_first()
     done = ranks.from_first(lambda: directory.finished(path))
     if done and not config.fresh and not config.dry_run:
