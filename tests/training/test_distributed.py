@@ -145,7 +145,8 @@ def drift(rank: int) -> None:
 
 def test_ranks_that_drift_apart_write_no_checkpoint(tmp_path):
     told = run_at_ranks(2, *SMALL, f"output_dir={tmp_path}", hurt=drift)
-    assert all("the weights of rank 1 are no longer those of rank 0" in sentence for sentence in told)
+    assert told[0].startswith("ValueError: the weights of rank 1 are no longer those of rank 0")
+    assert told[1] in (told[0], "SystemExit: 1")  # rank 0 has said it
     assert checkpoint(tmp_path)["step"] == 2
 
 
