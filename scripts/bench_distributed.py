@@ -133,7 +133,7 @@ def _work(rank: int, world: int, folder: str, variant: str, batch: int, steps: i
 
 def bench(worlds: list[int], batch: int, steps: int) -> list[dict[str, Any]]:
     """Measure each variant with each number of ranks; return a row per measurement, of rank 0."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     rows = []
     for variant in VARIANTS:
         for world in worlds:

@@ -1,12 +1,13 @@
 """What a rank does in a test: the steps of small private problems, and wrong versions of the library to catch."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import make_plan, small_data, small_model
+from helpers import ROOT, make_plan, small_data, small_model
 from torch import nn
 
 import dpopt
@@ -268,3 +269,15 @@ def fully_sharded(model):
     from torch.distributed.fsdp import fully_shard
 
     return fully_shard(model, mesh=init_device_mesh("cpu", (ranks.share().world,)))
+
+
+def documented_loop(rank, world):
+    """Follow docs/several_devices.md, in the group that is there; return the weights."""
+    text = (ROOT / "docs/several_devices.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    torch.manual_seed(0)
+    inputs = torch.randn(1000, 4)
+    scope = {"dataset": (inputs, (inputs[:, 0] > 0).long()), "model": nn.Linear(4, 2), "loss_fn": F.cross_entropy}
+    assert 'dist.init_process_group("gloo")' in example
+    exec(example.replace('dist.init_process_group("gloo")', ""), scope | {"torch": torch, "dpopt": dpopt})
+    return scope["model"].weight.detach()

@@ -70,3 +70,8 @@ def test_sharded_and_wrapped_models_are_refused():
     for wrapped, sharded in at_ranks(work.refused_models, 2)[2]:
         assert "DistributedDataParallel averages gradients that are not clipped yet" in wrapped
         assert "'0.weight' is sharded over processes (FSDP2)" in sharded
+
+
+def test_the_loop_of_the_documentation():
+    first, second = at_ranks(work.documented_loop, 2)[2]
+    assert torch.equal(first, second)

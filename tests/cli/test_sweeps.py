@@ -100,3 +100,12 @@ def test_sweeps_run_in_parallel_by_one_override(launcher, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.glob("*/result.json"))) == 2
+
+
+def test_a_job_array_with_a_gpu_per_run_is_one_override():
+    from hydra import compose, initialize_config_dir
+
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith(".SlurmLauncher") and launcher.gpus_per_node == 1
