@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpopt.files import replace_durably
+from dpopt.files import replace_durably, writing
 
 
 def save(path: Path, step: int, facts: dict[str, Any], parts: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -24,8 +24,9 @@ def save(path: Path, step: int, facts: dict[str, Any], parts: dict[str, Any], pr
     """
     states = {name: part.state_dict() for name, part in parts.items()}
     temporary = path.with_name(f".{path.name}.tmp")
-    torch.save({"step": step, "facts": facts, "parts": states, "progress": progress}, temporary)
-    replace_durably(temporary, path)
+    with writing(path):
+        torch.save({"step": step, "facts": facts, "parts": states, "progress": progress}, temporary)
+        replace_durably(temporary, path)
 
 
 def load(path: Path, facts: dict[str, Any], parts: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -3,7 +3,7 @@
 Everything that can be refused is refused before the run directory is made.
 """
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
     done = ranks.from_first(lambda: directory.finished(path))
     if done and not config.fresh and not config.dry_run:
         if first:
+            directory.erase_key(path)  # of a run that was killed after its result was written
             console.already_finished(done, str(path), commit, _compare_data(config, done, str(path)))
             _print_audit(path)
         ranks.wait()
@@ -84,7 +85,8 @@ def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
         except Exception as error:
             error = error if watch is None else watch.explained(error)
             if first:
-                files.write_atomic(path / directory.ERROR, f"{type(error).__name__}: {error}\n")
+                with suppress(OSError):  # never mask the original error
+                    files.write_atomic(path / directory.ERROR, f"{type(error).__name__}: {error}\n")
             raise error
     if first:
         console.result_panel(result, str(path), config.fresh)

@@ -224,16 +224,19 @@ class Trainer:
         self._record_spending(self.step, status)
         self._write_card(self.step, self._audit() if status == "finished" else None)
         if status == "finished":
-            weights = self.directory / f".{run_files.WEIGHTS}.tmp"
-            state = self.evaluated.state_dict()
-            save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, weights)
-            mode = (self.directory / run_files.CHECKPOINT).stat().st_mode  # save_file lets nobody else read
-            weights.chmod(mode)
-            files.replace_durably(weights, self.directory / run_files.WEIGHTS)
+            self._export(self.directory / run_files.WEIGHTS)
         files.write_json(self.directory / run_files.RESULT, result.to_json())
         if status == "finished":
             run_files.erase_key(self.directory)  # not before: without a result the run needs it to continue
         return result
+
+    def _export(self, path: Path) -> None:
+        """Write the weights, readable as the checkpoint is; save_file lets nobody else read."""
+        temporary, state = path.with_name(f".{path.name}.tmp"), self.evaluated.state_dict()
+        with files.writing(path):
+            save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, temporary)
+            temporary.chmod((self.directory / run_files.CHECKPOINT).stat().st_mode)
+            files.replace_durably(temporary, path)
 
     def _result(self, status: str, values: dict[str, float]) -> Result:
         plan, parameters = self.plan.to_dict(), list(self.model.parameters())
