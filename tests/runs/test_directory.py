@@ -194,3 +194,13 @@ def test_the_commit_is_that_of_the_code_that_was_loaded(monkeypatch):
     monkeypatch.setattr(provenance.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
     assert provenance.git_commit() == before
     assert provenance.short_commit("0123456789abcdef-dirty") == "0123456789ab-dirty"
+
+
+def test_a_key_that_outlived_its_run_is_erased_at_the_next_start(config):
+    """A run that is killed after its result was written leaves its key behind."""
+    config = replace(config, randomness="secret")
+    run(config)
+    key = locate(config) / run_files.KEY
+    key.write_bytes(bytes(range(32)))
+    run(config)
+    assert not key.exists()
