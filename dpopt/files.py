@@ -9,13 +9,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence which file could not be written, and why.
+
+    Raises:
+        OSError: whatever torch or safetensors raise on a full disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise OSError(
+            f"{path} cannot be written ({reason}): make room or set its permissions; the same command then continues"
+        ) from error
+
 
 def write_atomic(path: Path, content: str) -> None:
     """Write a text file so that a crash leaves either the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(content)
-    replace_durably(temporary, path)
+    with writing(path):
+        with open(temporary, "w") as file:
+            file.write(content)
+        replace_durably(temporary, path)
 
 
 def replace_durably(temporary: Path, path: Path) -> None:

@@ -14,6 +14,7 @@ FLOORS = (
         "files",
         "machine",
         "native",
+        "ranks",
         "models",
         "optim",
         "data",

@@ -8,6 +8,7 @@ dpopt train -m experiment=quickstart epsilon=1,3,8     a sweep
 In a checkout `python run.py ...` is `dpopt train ...`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,7 @@ def _job(cfg: DictConfig) -> dict[str, Any] | Score:
     config = None
     searches = is_search(HydraConfig.get())
     try:
+        _refuse_sweep(HydraConfig.get().mode == RunMode.MULTIRUN)
         config = from_hydra(cfg)
         if searches:
             check_search(HydraConfig.get(), config.holdout, config.diagnostics, config.dry_run)
@@ -47,12 +49,28 @@ def _job(cfg: DictConfig) -> dict[str, Any] | Score:
             from dpopt.training.run import note_failure
 
             note_failure(config, error)
+        if getattr(error, "told", False) or (config is None and _another_says_it()):
+            sys.exit(1)
         refusal = error.__cause__ or error if isinstance(error, InstantiationException) else error
         if full_error() or not isinstance(refusal, ValueError | OSError):
             raise
         if searches:
             raise HydraException(str(refusal)) from error
         return failed(refusal)
+
+
+def _refuse_sweep(sweep: bool) -> None:
+    """Refuse a sweep whose every run would be trained by all ranks."""
+    if sweep and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "torchrun trains one run on several devices, and -m sweeps over several runs: drop one of the two, or give "
+            "each run a device with hydra/launcher (docs/several_devices.md)"
+        )
+
+
+def _another_says_it() -> bool:
+    """Tell whether another process of this machine was given the same words, and says what is wrong with them."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def train(words: Sequence[str]) -> int:
@@ -63,6 +81,7 @@ def train(words: Sequence[str]) -> int:
     code = 0
     try:
         arguments = parse(words)
+        _refuse_sweep(arguments.multirun)
         if arguments.shell_completion:
             words = complete_typed_line(words)
         else:
@@ -74,7 +93,8 @@ def train(words: Sequence[str]) -> int:
     except ValueError as error:
         if full_error():
             raise
-        print(error, file=sys.stderr)
+        if not _another_says_it():
+            print(error, file=sys.stderr)
         code = 1
     except KeyboardInterrupt:  # after the current run has written its result
         code = 130

@@ -22,6 +22,7 @@ from dpopt.data import items
 from dpopt.data.fingerprint import Kind, combine, progress, tensor_digest
 from dpopt.data.image_files import image_digests
 from dpopt.data.items import Expected, Pair, class_labels
+from dpopt.ranks import WHOLE, Share
 from dpopt.rng import RandomKey
 
 Request = tuple[int, Tensor]  # a step and the indices of all its examples
@@ -63,12 +64,14 @@ class MapSource:
         return len(self) if self.announced is None else self.announced
 
     def views(
-        self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int
+        self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int, share: Share = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         items.check_replay(self.dataset, self._positions(), self.expected)
         keyed = _KeyedViews(self.dataset, key.for_workers("augment"), views, self._expected(self.dataset))
         batches = (
-            [(step, int(i)) for i in self._at(at)] for step, indices in requests for at in indices.split(micro_batch)
+            [(step, int(i)) for i in self._at(at)]
+            for step, indices in requests
+            for at in share.of(indices).split(micro_batch)
         )
         yield from self._load(keyed, batches)
 

@@ -20,6 +20,7 @@ from dpopt.data.fingerprint import Kind, combine, row_digests, tensor_digest
 from dpopt.data.items import Expected, class_labels
 from dpopt.data.map_source import MapSource, Request, group_names
 from dpopt.machine import sent
+from dpopt.ranks import WHOLE, Share
 from dpopt.rng import RandomKey
 
 __all__ = ["MapSource", "Request", "Source", "TensorSource", "as_source"]
@@ -39,11 +40,12 @@ class Source(Protocol):
         ...
 
     def views(
-        self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int
+        self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int, share: Share = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Cut each request as `torch.split` does; yield augmented inputs (n, views, …) and targets (n, …) per piece.
 
-        A request for nothing is one piece of n = 0 with the usual trailing shape.
+        A request for nothing is one piece of n = 0 with the usual trailing shape. One of several ranks is given its
+        `share`: it yields those examples alone, augmented as they are without other ranks.
         """
         ...
 
@@ -121,17 +123,18 @@ class TensorSource:
         return len(self) if self.announced is None else self.announced
 
     def views(
-        self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int
+        self, requests: Iterable[Request], key: RandomKey, views: int, micro_batch: int, share: Share = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for step, indices in requests:
-            indices = sent(indices, self.inputs.device)
+        for step, drawn in requests:
+            indices = sent(share.of(drawn), self.inputs.device)
             if not (self.crop or self.flip):
                 order = self._lengths(indices).argsort(stable=True) if self.trimmed else None  # alike in length
                 for at in (indices if order is None else indices[order]).split(micro_batch):
                     images, targets = self._trim(self._finish(self.inputs.index_select(0, at)), self.targets[at])
                     yield images.unsqueeze(1).expand(-1, views, *images.shape[1:]), targets
                 continue
-            draws = sent(key.uniform(3 * views * len(indices), "augment", step).view(-1, views, 3), indices.device)
+            draws = share.of(key.uniform(3 * views * len(drawn), "augment", step).view(-1, views, 3))
+            draws = sent(draws, indices.device)
             for at, piece in zip(indices.split(micro_batch), draws.split(micro_batch), strict=True):
                 images = self._finish(_crop_flip(self.inputs, at, piece, self.crop, self.flip))
                 yield images.view(len(at), views, *images.shape[1:]), self.targets[at]

@@ -1,6 +1,7 @@
 """What a model must be before anything is trained: its examples independent, its random numbers keyed."""
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _Norm = nn.modules.batchnorm._NormBase
 
@@ -19,8 +20,18 @@ def check_model(model: nn.Module, private: bool) -> None:
                 f"the parameter '{name}' is complex, and clip and noise are made for real numbers: hold it as two real "
                 "parameters and join them with torch.view_as_complex"
             )
+        if hasattr(p, "device_mesh"):  # a DTensor, whose module takes half a second to import
+            raise ValueError(
+                f"the parameter '{name}' is sharded over processes (FSDP2), and per-example gradients are of whole "
+                "parameters: leave fully_shard out; a copy per rank works (docs/several_devices.md)"
+            )
     for name, module in model.named_modules():
         kind = type(module).__name__
+        if isinstance(module, DistributedDataParallel | DataParallel):
+            raise ValueError(
+                f"{kind} averages gradients that are not clipped yet: pass the model itself; in a process group the "
+                "sums of all ranks are added up anyway (docs/several_devices.md)"
+            )
         if private:
             _check_private(name, module)
         rate = getattr(module, "drop_prob", getattr(module, "p", None) if "Dropout" in kind else None)

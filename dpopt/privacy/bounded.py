@@ -15,8 +15,36 @@ from torch import Tensor
 
 from dpopt.privacy.adaptive import Adaptive
 from dpopt.privacy.clipping import PSAC, PSASC, Automatic, ClipRule, Flat, PerLayer
+from dpopt.privacy.plan import PrivacyPlan
 
 _OURS = (Flat, Automatic, PSAC, PSASC, PerLayer, Adaptive)
+
+
+def check_clip(plan: PrivacyPlan, clip: ClipRule | None, audited: bool) -> None:
+    """Refuse a clip rule that does not go with the plan.
+
+    Args:
+        plan: its noise and its count.
+        clip: the rule; None for no clip.
+        audited: whether there are canaries.
+
+    Raises:
+        TypeError: for a clip that is no clip rule.
+        ValueError: for noise or canaries without a clip, or a count that the plan does not pay for.
+    """
+    if audited and clip is None:
+        raise ValueError("without a clip there is nothing to audit: pass a clip rule, or no canaries")
+    if clip is None and plan.noise_multiplier > 0:
+        raise ValueError("noise without a clip protects nothing: pass a clip rule, for example clip=Flat(1.0)")
+    if clip is not None and plan.noise_multiplier > 0 and isinstance(clip, Adaptive) != (plan.count_noise > 0):
+        raise ValueError(
+            "an adaptive clip rule releases a count, and the plan must pay for it, and for no other: calibrate the "
+            f"plan with count_noise={plan.batch_size / 20 if isinstance(clip, Adaptive) else 0:g}"
+        )
+    if isinstance(clip, Adaptive) and plan.count_noise and clip.count_noise not in (None, plan.count_noise):
+        raise ValueError(f"count_noise={clip.count_noise} of the clip rule is {plan.count_noise:g} in the plan")
+    if clip is not None and not hasattr(clip, "sensitivity"):
+        raise TypeError(f"clip={clip!r} is no clip rule: pass one of dpopt.clipping, for example Flat(1.0)")
 
 
 def clip_weights(clip: ClipRule, norms: Tensor, present: Tensor, bound: float) -> Tensor:

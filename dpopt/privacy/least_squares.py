@@ -88,7 +88,7 @@ class LeastSquares(PrivateGradient):
         above = torch.triu_indices(size, size, 1, device=device)
         parts = moments.diagonal(), math.sqrt(2) * moments[above[0], above[1]], moments[:, size:].flatten()
         behind = moments.new_zeros(self.canaries.count if self.canaries else 0)
-        total = torch.cat([*parts, behind])
+        total = self._add_up_ranks(torch.cat([*parts, behind, moments.new_zeros(RawStatistics.ROOM)]), raw)
         if self.diagnostics:
             self.statistics = raw.summary({"statistics": total}, self._std(sensitivity))
         self.step_info = self._constants()

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+from dpopt import ranks
 from dpopt.privacy import accounting
 from dpopt.rng import RandomKey
 
@@ -124,8 +125,8 @@ class PrivacyPlan:
         if epsilon is not None:
             plan = plan._calibrated(epsilon, noise_multiplier, steps)
         if seed is not None:
-            plan = replace(plan, key=RandomKey.from_seed(seed, str(plan.to_dict())))
-        return plan
+            return replace(plan, key=RandomKey.from_seed(seed, str(plan.to_dict())))
+        return replace(plan, key=ranks.key_of_first(lambda: plan.key))
 
     def _calibrated(self, epsilon: float, noise_multiplier: float | None, steps: int | None) -> "PrivacyPlan":
         """Derive σ or T, whichever is None, for a target ε."""

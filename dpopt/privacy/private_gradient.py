@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpopt import ranks
 from dpopt.grad_sample.engine import GradSampler, LossFn
 from dpopt.grad_sample.losses import ExampleWeighted, losses_by_vmap, per_example_loss
 from dpopt.grad_sample.model_check import check_model
@@ -30,7 +31,8 @@ from dpopt.grad_sample.per_sample import PerSampleGradients
 from dpopt.grad_sample.snapshot import displaced
 from dpopt.grad_sample.validate import covered, validate
 from dpopt.machine import sent
-from dpopt.privacy.bounded import clip_weights, unclipped_count
+from dpopt.privacy.agreement import check_agreement
+from dpopt.privacy.bounded import check_clip, clip_weights, unclipped_count
 from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.noise import add_count_noise, add_noise
@@ -71,6 +73,8 @@ class PrivateGradient:
             each coordinate of `p.grad` (absent where it is not the same for all), `clip_norm`, and `clip_rate`, the
             privatized fraction of clipped examples, under a clip rule that counts them; and `pre_clip_scaled`, whether
             gradients were scaled before the clip.
+        wants_to_stop: a wish that ranks agree on. Set it before `backward`; afterwards it is True on all ranks if it
+            was on one, and all can stop after the same step.
 
     Raises:
         TypeError: for a clip that is no clip rule.
@@ -94,19 +98,7 @@ class PrivateGradient:
         query_points: Callable[[], list[Point]] | None = None,
         canaries: Canaries | None = None,
     ) -> None:
-        if canaries is not None and clip is None:
-            raise ValueError("without a clip there is nothing to audit: pass a clip rule, or no canaries")
-        if clip is None and plan.noise_multiplier > 0:
-            raise ValueError("noise without a clip protects nothing: pass a clip rule, for example clip=Flat(1.0)")
-        if clip is not None and plan.noise_multiplier > 0 and isinstance(clip, Adaptive) != (plan.count_noise > 0):
-            raise ValueError(
-                "an adaptive clip rule releases a count, and the plan must pay for it, and for no other: calibrate the "
-                f"plan with count_noise={plan.batch_size / 20 if isinstance(clip, Adaptive) else 0:g}"
-            )
-        if isinstance(clip, Adaptive) and plan.count_noise and clip.count_noise not in (None, plan.count_noise):
-            raise ValueError(f"count_noise={clip.count_noise} of the clip rule is {plan.count_noise:g} in the plan")
-        if clip is not None and not hasattr(clip, "sensitivity"):
-            raise TypeError(f"clip={clip!r} is no clip rule: pass one of dpopt.clipping, for example Flat(1.0)")
+        check_clip(plan, clip, canaries is not None)
         check_model(model, private=clip is not None)
         self.model, self.loss_fn, self.plan, self.clip = model, per_example_loss(loss_fn), plan, clip
         self.step = start
@@ -115,6 +107,7 @@ class PrivateGradient:
         self.engine = engine
         self.diagnostics = diagnostics
         self.pre_clip_scale, self.query_points, self.canaries = pre_clip_scale, query_points, canaries
+        self.wants_to_stop, self._agreed = False, False
         self._kept = torch.empty(2, 0)
         self.step_info = self._constants()
         self.statistics: dict[str, float] = {}
@@ -157,6 +150,9 @@ class PrivateGradient:
                 "the noise of this step was already used for another model or an earlier try, and using it twice would "
                 "cancel it: calibrate a new plan for every training"
             )
+        if not self._agreed and ranks.share().world > 1:
+            check_agreement(self, batch.data)
+        self._agreed = True
         self._fill(batch)
         self.step += 1
 
@@ -199,8 +195,8 @@ class PrivateGradient:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
         size = sum(p.numel() for p in parameters.values()) + (self.canaries.count if self.canaries else 0)
         self.model.zero_grad()
-        total, released = self._vectors(size, dtype, reference.device)
-        total.zero_()
+        row = self._vectors(size + RawStatistics.ROOM, dtype, reference.device)[0].zero_()
+        total = row[:size]
         sums = _split_up(total, parameters)
         scale = self._scale(parameters, total) if self.pre_clip_scale is not None and self.clip is not None else None
         by_name = None if scale is None else _split_up(scale, parameters)
@@ -219,6 +215,7 @@ class PrivateGradient:
                     per_sample = self._per_sample_gradients(x, y, by_name, points)
                     self._add_clipped(sums, per_sample, present, sensitivity, raw)
         self.step_info = self._constants()
+        self._add_up_ranks(row, raw)
         if scale is not None:
             total.mul_(scale)
         if self.diagnostics:
@@ -227,11 +224,17 @@ class PrivateGradient:
         if scale is not None:
             total.div_(scale)
         self._observe(raw)
-        gradients = _split_up(released.copy_(total), parameters)
+        gradients = _split_up(self._kept[1, :size].copy_(total), parameters)
         for name, parameter in parameters.items():
             grad = gradients[name].to(parameter.dtype)
             # Some fused optimizers want the strides of the parameter.
             parameter.grad = grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
+
+    def _add_up_ranks(self, row: Tensor, raw: RawStatistics) -> Tensor:
+        """Add up the sums of all ranks, and the statistics behind them; return the sums."""
+        if ranks.share().world > 1:
+            self.wants_to_stop = raw.add_up_ranks(row, self.wants_to_stop)
+        return row[: -RawStatistics.ROOM]
 
     def _vectors(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(2, size): sums, and what is released of them, so that no gradient ever points to sums without noise.

@@ -2,9 +2,13 @@
 
 from torch import Tensor
 
+from dpopt import ranks
+
 
 class RawStatistics:
     """Sums of private statistics over the micro-batches of one step; kept only for diagnostics."""
+
+    ROOM = 6  # of these sums and a wish to stop, behind the gradients, where ranks add them up
 
     def __init__(self) -> None:
         self.loss, self.clipped, self.count, self.valid = 0.0, 0.0, 0, 0
@@ -15,6 +19,24 @@ class RawStatistics:
         self.clipped += float(clipped.sum())
         self.count += count
         self.valid += len(losses)
+
+    def add_up_ranks(self, row: Tensor, wish: bool) -> bool:
+        """Add up sums of gradients and these statistics over all ranks, in one all-reduce.
+
+        Args:
+            row: the sums, with `ROOM` at the end.
+            wish: whether this rank wishes to stop.
+
+        Returns:
+            Whether any rank does.
+        """
+        for place, value in enumerate((self.unclipped, self.loss, self.clipped, self.count, self.valid, wish)):
+            row[place - self.ROOM] = value
+        ranks.add_up(row)
+        self.unclipped = row[-self.ROOM].double()
+        self.loss, self.clipped, count, valid, wishes = row[1 - self.ROOM :].tolist()
+        self.count, self.valid = round(count), round(valid)
+        return wishes > 0
 
     def summary(self, sums: dict[str, Tensor], noise_std: float) -> dict[str, float]:
         dimension = sum(total.numel() for total in sums.values())

@@ -2,9 +2,11 @@
 
 A logical batch is handed out in micro-batches of one constant, padded shape under a mask; it is never materialized
 whole. An empty batch is one micro-batch of padding: a step like any other. Which examples enter, and how they are
-augmented, is keyed by (plan.key, step) and independent of the micro-batch size.
+augmented, is keyed by (plan.key, step) and independent of the micro-batch size. Of several ranks each draws the whole
+batch and takes its share.
 """
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dpopt import ranks
 from dpopt.data.sources import Source, as_source
 from dpopt.privacy.plan import PrivacyPlan
 
@@ -25,8 +28,11 @@ class PoissonBatch:
     Attributes:
         plan: the plan that sampled it.
         step: its number, from 0.
-        indices: the sampled examples, int64 of shape (n,), ascending; their number is private.
+        indices: the sampled examples, int64 of shape (n,), ascending; their number is private. Of several ranks each
+            has its share of them.
         micro_batches: inputs (micro_batch, views, …), targets (micro_batch, …) and mask (micro_batch,), False on pads.
+        used: whether it was read or passed over.
+        data: fingerprint of the dataset, where there are several ranks to compare it.
     """
 
     plan: PrivacyPlan
@@ -34,6 +40,7 @@ class PoissonBatch:
     indices: torch.Tensor
     micro_batches: Iterator[MicroBatch]
     used: bool = False
+    data: str = ""
 
     def __iter__(self) -> Iterator[MicroBatch]:
         if self.used:
@@ -80,16 +87,26 @@ def poisson_batches(
             f"the dataset has {source.public_size:,} examples but the plan was made for {plan.dataset_size:,}: "
             f"calibrate the plan with dataset_size={source.public_size}"
         )
+    if ranks.share().world > 1 and "share" not in inspect.signature(source.views).parameters:
+        raise ValueError(
+            f"{type(source).__name__}.views cannot give each rank its share: add the argument share, as in "
+            "dpopt.data.sources.Source, or train in one process"
+        )
     return _batches(source, plan, start, views, micro_batch)
 
 
 def _batches(source: Source, plan: PrivacyPlan, start: int, views: int, micro_batch: int) -> Iterator[PoissonBatch]:
     sampled = ((step, sample_indices(plan, step, len(source))) for step in range(start, plan.steps))
     ours, theirs = itertools.tee(sampled)
-    loaded = source.views(theirs, plan.key, views, micro_batch)
-    for step, indices in ours:
+    share = ranks.share()
+    if share.world == 1:
+        data, loaded = "", source.views(theirs, plan.key, views, micro_batch)
+    else:
+        data, loaded = source.fingerprint("quick"), source.views(theirs, plan.key, views, micro_batch, share)
+    for step, drawn in ours:
+        indices = share.of(drawn)
         pieces = (_pad(*next(loaded), micro_batch) for _ in indices.split(micro_batch))  # nothing: one empty piece
-        batch = PoissonBatch(plan, step, indices, pieces)
+        batch = PoissonBatch(plan, step, indices, pieces, data=data)
         yield batch
         batch.used = True
         for _ in pieces:  # a caller that broke off must not shift the stream for the next step

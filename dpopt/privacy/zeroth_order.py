@@ -62,7 +62,7 @@ class ZerothOrder(PrivateGradient):
         z = {p: piece.view(p.shape).to(p.dtype) for p, piece in zip(parameters, pieces, strict=True)}
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
         behind = self.canaries.count if self.canaries else 0  # each canary has a slope of its own
-        total = torch.zeros(1 + behind, dtype=dtype, device=reference.device)
+        total = torch.zeros(1 + behind + RawStatistics.ROOM, dtype=dtype, device=reference.device)
         raw = RawStatistics()
         for inputs, targets, mask in batch:
             inputs, targets, mask = (sent(x, reference.device) for x in (inputs, targets, mask))
@@ -83,6 +83,7 @@ class ZerothOrder(PrivateGradient):
             if self.diagnostics:
                 losses = (sides[0] + sides[1]) / 2
                 raw.add(losses[valid], weights[valid] < 1 - 1e-6, int(mask.sum()))
+        total = self._add_up_ranks(total, raw)
         if self.diagnostics:
             self.statistics = raw.summary({"slope": total[:1]}, self._std(sensitivity))
         self.step_info = self._constants()

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dpopt import ranks
 from dpopt.config.overrides import program
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.privacy.accounting import gdp_mu
@@ -37,6 +38,7 @@ def plan_panel(
     """Print the plan; warn when it is long."""
     device = next(engine.model.parameters()).device.type
     views = f", {about.views} views" if about.views > 1 else ""
+    together = f", {ranks.share().world} ranks" if ranks.share().world > 1 else ""
     rows = [
         ("data", f"{about.dataset}, N = {plan.dataset_size:,} (public)"),
         *([("hold-out", _hold_out(about))] if about.holdout else []),
@@ -47,7 +49,7 @@ def plan_panel(
         ),
         ("privacy", _privacy(about, plan, clip)),
         *(_noise_rows(about, plan, clip) if clip is not None and plan.noise_multiplier > 0 else []),
-        ("model", f"{about.model}, {guess.parameters:,} trainable parameters, {about.precision} on {device}"),
+        ("model", f"{about.model}, {guess.parameters:,} trainable parameters, {about.precision} on {device}{together}"),
         ("optimizer", f"{about.optimizer_call}, state {_state(guess)}"),
         *([("filter", about.filter_call)] if about.filter_call else []),
         *([("schedule", about.schedule_call)] if about.schedule_call else []),
@@ -167,11 +169,12 @@ class Progress:
     Args:
         plan: for the number of steps and the target ε.
         start: step of this process's first step.
+        shown: whether anything is printed.
     """
 
-    def __init__(self, plan: PrivacyPlan, start: int) -> None:
+    def __init__(self, plan: PrivacyPlan, start: int, shown: bool = True) -> None:
         self.plan, self.start, self.began = plan, start, time.perf_counter()
-        self.console = console()
+        self.console = console() if shown else Console(quiet=True, force_terminal=False)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True)
         self.values: dict[str, float] = {}
         self.printed = self.began

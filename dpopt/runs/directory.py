@@ -49,8 +49,10 @@ def lock(directory: Path) -> Iterator[None]:
     Raises:
         ValueError: when another process holds it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK, "w") as file:
+    with files.writing(directory / LOCK):
+        directory.mkdir(parents=True, exist_ok=True)
+        held = open(directory / LOCK, "w")  # noqa: SIM115 (closed below)
+    with held as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -81,10 +83,11 @@ def secret_key(directory: Path) -> RandomKey:
             raise ValueError(
                 f"{path} is lost, so the draws of this run cannot be repeated: start again with fresh=true"
             )
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-            file.flush()
-            os.fsync(file.fileno())
+        temporary = path.with_name(f".{path.name}.tmp")
+        with files.writing(path):
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+            files.replace_durably(temporary, path)
     material = path.read_bytes()
     if len(material) != 32 or not any(material):
         raise ValueError(f"{path} is damaged, so the run cannot continue: start again with fresh=true")
@@ -95,11 +98,12 @@ def erase_key(directory: Path) -> None:
     """Overwrite and remove the run's secret key, if it has one."""
     path = directory / KEY
     if path.exists():
-        with open(path, "r+b") as file:  # in place, not into a new file
-            file.write(bytes(path.stat().st_size))
-            file.flush()
-            os.fsync(file.fileno())
-        path.unlink()
+        with files.writing(path):
+            with open(path, "r+b") as file:  # in place, not into a new file
+                file.write(bytes(path.stat().st_size))
+                file.flush()
+                os.fsync(file.fileno())
+            path.unlink()
 
 
 def note_failure(note: Path, error: Exception) -> None:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpopt import files
+
 _wandb_online_failed = False  # remembered for the rest of a sweep: one wait for a dead server is enough
 
 
@@ -152,14 +154,16 @@ class Metrics:
         if new:  # the first row, or diagnostics switched on for the rest of a run
             self._rewrite(self.columns + new)
         else:
-            self.writer.writerow(row)
-        self.file.flush()
+            with files.writing(self.path):
+                self.writer.writerow(row)
+                self.file.flush()
         self._guard(lambda t: t.log(step, values | unsaved))
 
     def sync(self) -> int:
         """Put the file on the disk; return its number of rows."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with files.writing(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
         return len(self.rows)
 
     def _rewrite(self, columns: list[str]) -> None:
@@ -167,18 +171,21 @@ class Metrics:
         if self.file is not None:
             self.file.close()
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        self.file = open(temporary, "w", newline="")  # noqa: SIM115 (closed by `close`)
+        with files.writing(self.path):
+            with open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+                if columns:
+                    writer.writeheader()
+                writer.writerows(self.rows)
+            os.replace(temporary, self.path)
+            self.file = open(self.path, "a", newline="")  # noqa: SIM115 (closed by `close`)
         self.writer = csv.DictWriter(self.file, columns, restval="", lineterminator="\n")
-        if columns:
-            self.writer.writeheader()
-        self.writer.writerows(self.rows)
-        self.file.flush()
-        os.replace(temporary, self.path)
 
     def close(self) -> None:
         """Close file and tracker."""
         self._guard(lambda t: t.finish())
-        self.file.close()
+        with files.writing(self.path):
+            self.file.close()
 
     def _guard(self, action: Any) -> None:
         if self.tracker is None:

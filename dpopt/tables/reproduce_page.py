@@ -22,8 +22,8 @@ page from `experiments/*.yaml` and the committed results.
   time left.
 - The command of each row stands below its table, for example `python run.py -m experiment=quickstart
   'optimizer=glob(*)' seed=0,1`. In parallel, add `hydra/launcher=joblib hydra.launcher.n_jobs=4`; on a SLURM cluster,
-  `hydra/launcher=submitit_slurm hydra.launcher.partition=NAME hydra.launcher.gpus_per_node=1`
-  (`pip install -e .[sweeps]`).
+  `hydra/launcher=slurm hydra.launcher.partition=NAME` ([several devices](several_devices.md);
+  `pip install -e .[sweeps]`).
 - A run that fails does not stop the others; the table shows its error. `Ctrl-C` loses at most the steps since the last
   checkpoint, and the same command resumes.
 - `make rerun RUN=runs/…/NAME` trains a run again from the configuration that it recorded and says whether it agrees.

@@ -34,6 +34,7 @@ from dpopt.runs.directory import WEIGHTS, read_config
 from dpopt.runs.identity import is_secret
 from dpopt.tasks import TASKS, Task
 from dpopt.training.cost import fit_micro_batch
+from dpopt.training.distributed import local_rank, world_size
 
 _LARGE = 2560  # examples of a micro-batch that keep a GPU busy
 
@@ -184,11 +185,12 @@ def _prepare_engine(components: Components) -> int:
         no_data = torch.zeros(1, dtype=torch.bool, device=inputs.device)
         validate(engine, inputs[None], target[None], no_data, estimator.takes_gradients)
     budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
-    most = _enough(config.batch_size, inputs.device)
+    share = math.ceil(config.batch_size / world_size())
+    most = _enough(share, inputs.device)
     size, engine.memory = fit_micro_batch(engine, inputs, budget, most)
     if config.micro_batch != "auto":
         return int(config.micro_batch)
-    return _even(size, config.batch_size) if inputs.is_cuda else size
+    return _even(size, share) if inputs.is_cuda else size
 
 
 def _enough(batch_size: int, device: torch.device) -> int:
@@ -277,6 +279,8 @@ def make_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
+        if world_size() > 1:
+            return torch.device("cuda", local_rank())
         return torch.device("cuda", int(os.environ.get("DPOPT_JOB", "0")) % torch.cuda.device_count())
     try:
         return torch.empty(1, device=torch.device(name)).device
@@ -332,7 +336,8 @@ def _memory(device: torch.device) -> int:
     """Bytes that a run may take by itself: not of what is free, so that a resumed run does as the first one did."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 2
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // ranks
     except (ValueError, OSError, AttributeError):
         return 4 << 30

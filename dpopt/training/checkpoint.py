@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dpopt.files import replace_durably
+from dpopt.files import replace_durably, writing
 
 
 def save(path: Path, step: int, facts: dict[str, Any], parts: dict[str, Any], progress: dict[str, Any]) -> None:
@@ -26,8 +26,9 @@ def save(path: Path, step: int, facts: dict[str, Any], parts: dict[str, Any], pr
     """
     states = {name: part.state_dict() for name, part in parts.items()}
     temporary = path.with_name(f".{path.name}.tmp")
-    torch.save({"step": step, "facts": facts, "parts": states, "progress": progress}, temporary)
-    replace_durably(temporary, path)
+    with writing(path):
+        torch.save({"step": step, "facts": facts, "parts": states, "progress": progress}, temporary)
+        replace_durably(temporary, path)
 
 
 def load(path: Path, facts: dict[str, Any], parts: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -60,8 +61,9 @@ def load(path: Path, facts: dict[str, Any], parts: dict[str, Any]) -> tuple[int,
 def export(path: Path, model: nn.Module) -> None:
     """Write a model's weights atomically, readable by whoever may read new files here."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, temporary)
-    temporary.chmod(mode)  # save_file lets nobody else read
-    replace_durably(temporary, path)
+    with writing(path):
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}, temporary)
+        temporary.chmod(mode)  # save_file lets nobody else read
+        replace_durably(temporary, path)

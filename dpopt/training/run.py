@@ -3,16 +3,18 @@
 Everything that can be refused is refused before the run directory is made.
 """
 
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpopt import files
+from dpopt import files, ranks
 from dpopt.config.components import check_components
 from dpopt.config.schema import Config
-from dpopt.data.fingerprint import FingerprintKey
+from dpopt.data.fingerprint import FingerprintKey, combine
 from dpopt.data.views import check_views
 from dpopt.runs import console, directory
 from dpopt.runs.audit_report import audit_table, read_audit
@@ -22,58 +24,94 @@ from dpopt.runs.result import Estimate
 from dpopt.runs.tracking import log_finished
 from dpopt.training.build import Components, build_components, load_data, make_task, make_tracker
 from dpopt.training.cost import estimate_cost, keep_freed_memory
+from dpopt.training.distributed import Watch, process_group
 from dpopt.training.trainer import Trainer
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train the configured run, resume it, or print its result if it has finished.
 
+    Processes that `torchrun` started train it together; files and console belong to rank 0.
+
     Returns:
         The result, as in result.json; for a dry run, the estimated `seconds` and `memory_bytes`, and as `status`
         "planned", or "finished" where there is a result.
 
     Raises:
-        ValueError: for a configuration that cannot be trained as asked; OSError for missing files.
+        ValueError: for a configuration that cannot be trained as asked; OSError for missing files, or a rank that has
+            stopped.
     """
+    with process_group(config.device) as watch:
+        result = _run(config, watch)
+    if result["status"] == "interrupted":
+        raise KeyboardInterrupt  # the user wants the whole sweep to stop
+    return result
+
+
+def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
     commit = git_commit()  # before anything that takes long
+    _compare_ranks(config)
     check_components(config)
-    path = locate(config)
-    done = directory.finished(path)
+    path, first = locate(config), ranks.is_first()
+    done = ranks.from_first(lambda: directory.finished(path))
     if done and not config.fresh and not config.dry_run:
-        console.already_finished(done, str(path), commit, _compare_data(config, done, str(path)))
-        log_finished(path / directory.METRICS, make_tracker(config), path.name, asdict(config))
-        _print_audit(path)
+        if first:
+            directory.erase_key(path)  # of a run that was killed after its result was written
+            console.already_finished(done, str(path), commit, _compare_data(config, done, str(path)))
+            log_finished(path / directory.METRICS, make_tracker(config), path.name, asdict(config))
+            _print_audit(path)
+        ranks.wait()
         return done
 
     keep_freed_memory()
     components = build_components(config)
-    about = describe(config)
     data = None if config.dry_run else load_data(config, components.task.spec, components.device)
+    about = describe(config)
     if data is not None:
         check_views(data.train, config.views, about.dataset)
-    guess = _estimate(components)
+    guess = ranks.from_first(lambda: _estimate(components))
+    panel = partial(console.plan_panel, about, components.plan, components.clip, guess, components.engine)
     if data is None:
-        console.plan_panel(about, components.plan, components.clip, guess, components.engine)
+        ranks.from_first(panel)
         return {"status": "finished" if done else "planned", **asdict(guess)}
 
-    with directory.lock(path):
+    with directory.lock(path) if first else nullcontext():
         try:
-            if (done := directory.finished(path)) and not config.fresh:  # by another process, in the meantime
-                console.already_finished(done, str(path), commit, "")
+            # By another process, in the meantime.
+            if (done := ranks.from_first(lambda: directory.finished(path))) and not config.fresh:
+                if first:
+                    console.already_finished(done, str(path), commit, "")
                 return done
-            if config.fresh:
-                directory.clear(path)
-            (path / directory.ERROR).unlink(missing_ok=True)
-            console.plan_panel(about, components.plan, components.clip, guess, components.engine)
-            result = Trainer(components, data, path).fit().to_json()
+            if first:
+                _clear(path, config.fresh)
+                panel()
+            ranks.wait()
+            fitted = Trainer(components, data, path).fit()
+            result = ranks.from_first(lambda: fitted.to_json() if fitted else {})
         except Exception as error:
-            files.write_atomic(path / directory.ERROR, f"{type(error).__name__}: {error}\n")
-            raise
-    console.result_panel(result, str(path), config.fresh)
-    _print_audit(path)
-    if result["status"] == "interrupted":
-        raise KeyboardInterrupt  # the user wants the whole sweep to stop
+            error = error if watch is None else watch.explained(error)
+            if first:
+                with suppress(OSError):  # never mask the original error
+                    files.write_atomic(path / directory.ERROR, f"{type(error).__name__}: {error}\n")
+            raise error
+    if first:
+        console.result_panel(result, str(path), config.fresh)
+        _print_audit(path)
     return result
+
+
+def _compare_ranks(config: Config) -> None:
+    """Refuse ranks that were started with different commands; data may lie in different places."""
+    command = combine(str(sorted((asdict(config) | {"data_dir": ""}).items())))
+    if (difference := ranks.first_difference({"configuration": command})) is not None:
+        raise ValueError(f"rank {difference[0]} has another configuration than rank 0: start all with the same command")
+
+
+def _clear(path: Path, fresh: bool) -> None:
+    """Delete what an earlier try has left: its error and, for a fresh start, everything."""
+    if fresh:
+        directory.clear(path)
+    (path / directory.ERROR).unlink(missing_ok=True)
 
 
 def _compare_data(config: Config, done: dict[str, Any], path: str) -> str:
@@ -104,7 +142,7 @@ def _print_audit(path: Path) -> None:
 
 def _estimate(components: Components) -> Estimate:
     gradients = 1 if components.filter is None else components.filter.cost
-    return estimate_cost(
+    guess = estimate_cost(
         components.engine,
         components.make_optimizer,
         components.plan,
@@ -113,6 +151,7 @@ def _estimate(components: Components) -> Estimate:
         components.config.ema is not None,
         gradients,
     )
+    return guess if guess.seconds is None else replace(guess, seconds=guess.seconds / ranks.share().world)
 
 
 def note_failure(config: Config, error: Exception) -> None:

@@ -3,10 +3,8 @@
 The directory of a run always holds a state from which the same command continues, or the finished result.
 """
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ import yaml
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dpopt import files
+from dpopt import files, ranks
 from dpopt.data.fingerprint import FingerprintKey, home
 from dpopt.data.sources import Source
 from dpopt.grad_sample.modes import eval_mode
 from dpopt.optim.step_metrics import StepMetrics
+from dpopt.privacy.agreement import check_weights
 from dpopt.privacy.audit import AuditResult
 from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive
@@ -39,15 +38,16 @@ from dpopt.runs.tracking import Metrics, warn
 from dpopt.training import checkpoint
 from dpopt.training.build import Components, Data
 from dpopt.training.cost import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
+from dpopt.training.signals import stop_signals
 
 
 class Trainer:
-    """Trains a run's components on its data, inside its directory.
+    """Trains a run's components on its data, inside its directory, which belongs to rank 0.
 
     Args:
         components: built by `build_components`.
         data: loaded by `load_data`.
-        directory: of the run, locked by this process.
+        directory: of the run, locked by rank 0.
 
     Raises:
         ValueError: when the directory holds a checkpoint of another run, or a damaged one.
@@ -62,7 +62,7 @@ class Trainer:
         self.evaluated = self.model if self.ema is None else self.ema.module  # and exported
         self.canaries = Canaries(self.config.audit) if self.config.audit else None
         self._sensitivity = None if components.clip is None else components.clip.sensitivity  # at the start
-        self.step = 0
+        self.step, self.ranks, self.first = 0, ranks.share().world, ranks.is_first()
         self.commit = git_commit()
         # Kept in the checkpoint, to go on with.
         self.progress: dict[str, Any] = {
@@ -85,7 +85,9 @@ class Trainer:
         }
         self._restore()
         self.progress["diagnostics"] |= self.config.diagnostics  # once recorded, the card must say so for good
-        secret = run_files.secret_key(directory) if is_secret(self.config) else RandomKey.from_seed(self.config.seed)
+        secret = RandomKey.from_seed(self.config.seed)
+        if is_secret(self.config):
+            secret = ranks.key_of_first(lambda: run_files.secret_key(directory))
         self.plan = replace(components.plan, key=secret.derive(identity_hash(self.config), data.fingerprint, initial))
         self.private = components.private_gradient(self.plan, self.step, self.canaries)
         self._begun = self._timed_from = self.step
@@ -101,7 +103,7 @@ class Trainer:
         if self.filter is not None:
             self.filter.apply()
         logged = batch.step + 1 == self.plan.steps or (batch.step + 1) % self.config.eval_every == 0
-        metrics = StepMetrics(self.optimizer) if logged else None
+        metrics = StepMetrics(self.optimizer) if logged and self.first else None
         self.optimizer.step()
         self.schedule.step()
         if self.ema is not None:
@@ -117,24 +119,27 @@ class Trainer:
             found |= evaluate(self.evaluated, self.task, self.data.held_out, self.config.precision, "private/holdout_")
         return found
 
-    def save(self, metrics: Metrics) -> None:
-        """Write a checkpoint, from which the same command continues."""
+    def save(self, metrics: Metrics | None) -> None:
+        """Write a checkpoint, from which the same command continues, on any number of ranks."""
+        check_weights(self.model)
+        if metrics is None:
+            return
         made = dict(self.components.engine.choices.made)
         self.progress.update(wall_seconds=self._wall_seconds(), metrics_rows=metrics.sync(), choices=made)
         path = self.directory / run_files.CHECKPOINT
         checkpoint.save(path, self.step, self._facts, self._stateful(), self.progress)
 
-    def fit(self) -> Result:
-        """Train to the end of the plan, or until a signal or the time limit; return the result."""
-        metrics = self._begin()
+    def fit(self) -> Result | None:
+        """Train to the end of the plan, or until a signal or the time limit; return the result, on rank 0."""
+        metrics = self._begin() if self.first else None
         values: dict[str, float] = {}
         status = "finished"
-        with _stop_signals() as stop, Progress(self.plan, self.step) as live:
+        with stop_signals() as stop, Progress(self.plan, self.step, self.first) as live:
             try:
                 views, micro_batch = self.config.views, self.components.micro_batch
                 for batch in poisson_batches(self.data.train, self.plan, self.step, views, micro_batch):
                     measured = self.train_step(batch)
-                    if measured is not None:
+                    if metrics is not None and measured is not None:
                         values = self._log(metrics, measured)
                         live.evaluated(self.step, values)
                     live.step(self.step)
@@ -147,7 +152,10 @@ class Trainer:
                 status = "finished" if self.step == self.plan.steps else status
                 self.save(metrics)
             finally:
-                metrics.close()
+                if metrics is not None:
+                    metrics.close()
+        if not self.first:
+            return None
         if "test/accuracy" not in values or status != "finished":
             values |= self.evaluate()
         return self._finish(status, values)
@@ -158,7 +166,7 @@ class Trainer:
             self.step, self.progress = checkpoint.load(path, self._facts, self._stateful())
             # The same bits as without the interruption, on this machine or another of its kind.
             self.components.engine.choices.made.update(self.progress.get("choices", {}))
-            if self.progress["git_commit"] != self.commit:
+            if self.first and self.progress["git_commit"] != self.commit:
                 warn(f"this run began at commit {self.progress['git_commit']}, the code is at {self.commit} now")
 
     def _stateful(self) -> dict[str, Any]:
@@ -201,11 +209,14 @@ class Trainer:
         return values
 
     def _status(self, stopped: bool) -> str:
-        """Say why the loop should end, or `finished` while it need not."""
-        if stopped:
-            return "interrupted"
-        limit = self.config.time_limit
-        return "time_limit" if limit is not None and time.perf_counter() - self._began > limit else "finished"
+        """Say why the loop should end, or `finished` while it need not. Ranks agree on it in the next step."""
+        limit = self.config.time_limit if self.first else None
+        late = limit is not None and time.perf_counter() - self._began > limit
+        wish = "interrupted" if stopped else "time_limit" if late else "finished"
+        if self.ranks == 1:
+            return wish
+        agreed, self.private.wants_to_stop = self.private.wants_to_stop, wish != "finished"
+        return "finished" if not agreed else "interrupted" if wish == "finished" else wish
 
     def _finish(self, status: str, values: dict[str, float]) -> Result:
         """Write card, weights and result; erase the key of a finished run."""
@@ -321,24 +332,3 @@ def evaluate(
             count += len(targets)
     means = {name: value / max(count, 1) for name, value in sums.items()}
     return {f"{prefix}{name}": value for name, value in (means | task.summary(means)).items()}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, to stop after the current step; a second signal stops immediately."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread
-        before = {}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

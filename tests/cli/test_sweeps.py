@@ -110,3 +110,12 @@ def test_sweeps_run_in_parallel_by_one_override(launcher, tmp_path):
     assert set(left) <= {".submitit"}  # what the jobs passed on is gone
     bad = subprocess.run([*command, "delta=2"], cwd=ROOT, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stdout.splitlines()[-1].startswith("seed=1   failed: delta=2.0 must be a prob")
+
+
+def test_a_job_array_with_a_gpu_per_run_is_one_override():
+    from hydra import compose, initialize_config_dir
+
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith(".SlurmLauncher") and launcher.gpus_per_node == 1

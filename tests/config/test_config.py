@@ -284,7 +284,7 @@ def test_help_imports_no_torch():
 
 def test_no_file_is_forgotten():
     folders = {p.name for p in Path(CONF).iterdir() if p.is_dir()}
-    assert folders == {*COMPONENTS, "privacy", "experiment", "size", "tuned"}
+    assert folders == {*COMPONENTS, "privacy", "experiment", "size", "tuned", "hydra"}
 
 
 def test_values_by_epsilon():

@@ -298,3 +298,13 @@ def test_an_installed_package_has_no_commit_inside_of_another_project(checkout, 
     for words in (["add", "-f", "."], ["commit", "-qm", "vendored"]):
         subprocess.run([*git, *words], check=True)
     assert provenance.git_commit.__wrapped__() is None
+
+
+def test_a_key_that_outlived_its_run_is_erased_at_the_next_start(config):
+    """A run that is killed after its result was written leaves its key behind."""
+    config = replace(config, randomness="secret")
+    run(config)
+    key = locate(config) / run_files.KEY
+    key.write_bytes(bytes(range(32)))
+    run(config)
+    assert not key.exists()

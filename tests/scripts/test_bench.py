@@ -7,7 +7,9 @@ import torch
 from helpers import ROOT
 from torch import nn
 
+from dpopt.models import wrn_16_4
 from dpopt.optim import MicroAdam
+from dpopt.privacy.raw_statistics import RawStatistics
 
 pytestmark = pytest.mark.slow
 
@@ -85,3 +87,16 @@ def test_the_whole_step(monkeypatch):
     rows = bench_training.bench("wrn_16_4", 1, 2, "cpu", 2, list(bench_training.OPTIMIZERS), bench_training.__file__)
     assert [row["variant"] for row in rows] == list(bench_training.OPTIMIZERS)
     assert all(row["ratio"] > 0 and row["peak"] > 20e6 for row in rows)
+
+
+def test_the_benchmark_of_ranks(monkeypatch):
+    """One flat all-reduce per step, of all gradients and what rides behind them."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import bench_distributed
+
+    monkeypatch.setattr(bench_distributed, "VARIANTS", {bench_distributed.PRIVATE: None})  # ranks have all of them
+    (row,) = bench_distributed.bench([2], 4, 2)
+    parameters = sum(p.numel() for p in wrn_16_4().parameters())
+    assert row["calls"] == 1 and row["bytes"] == 4 * (parameters + RawStatistics.ROOM)
+    assert row["state"] == 8 * parameters
+    assert "| dpopt, DP-Adam | 2 | " in bench_distributed.markdown([row], 4)
