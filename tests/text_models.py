@@ -30,12 +30,14 @@ LLAMA = {
 }
 
 
-def make_tokenizer(folder: Path, cls: bool = True) -> Path:
-    """Write a tokenizer of WORDS, with [CLS] and [SEP] around a text or without."""
+def make_tokenizer(folder: Path, cls: bool = True, shift: int = 0) -> Path:
+    """Write a tokenizer of WORDS, with [CLS] and [SEP] around a text or without; `shift` moves the ids of words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i + shift * (i > 3) for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if cls:
         tokenizer.post_processor = processors.TemplateProcessing(

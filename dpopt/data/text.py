@@ -187,7 +187,7 @@ def e2e(
     reference is a record.
 
     Args:
-        max_length: tokens of a record, prompt included.
+        max_length: tokens of a record; a prompt is cut at its start, so that the completion fits.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
         test_size: number of test records, chosen likewise; None for all.
         tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
@@ -247,8 +247,8 @@ class Tokens:
         completions = tokenizer([text.strip() for text in records.targets], add_special_tokens=False)["input_ids"]
         rows, targets = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
-            written = completion + ([] if end is None else [end])
-            prompt = prompt or [written[0] if end is None else end]
+            written = (completion + ([] if end is None else [end]))[: self.max_length - 1]
+            prompt = (prompt or [written[0] if end is None else end])[len(written) - self.max_length :]
             rows.append(prompt + written)
             targets.append([IGNORED] * (len(prompt) - 1) + written)
         return self._padded(rows, PAD), self._padded(targets, IGNORED)

@@ -50,6 +50,9 @@ class Classification:
         """Return what follows from mean metrics: nothing."""
         return {}
 
+    def check_source(self, model: nn.Module, source: Any) -> None:
+        """Check examples against the model; their shape has been checked."""
+
     def check(self, model: nn.Module) -> None:
         """Check that the model reads the dataset's inputs and has an output per class.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpopt.data.datasets import DataSpec
-from dpopt.tasks.sequence_classification import check_length
+from dpopt.tasks.sequence_classification import check_length, check_tokens
 
 IGNORED = -100
 
@@ -52,6 +52,14 @@ class LanguageModeling:
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Return what follows from mean metrics: the perplexity, exp of the mean loss of a record."""
         return {"perplexity": math.exp(min(means["loss"], 700.0))}
+
+    def check_source(self, model: nn.Module, source: Any) -> None:
+        """Check that the model knows every token.
+
+        Raises:
+            ValueError: for a tokenizer of another model.
+        """
+        check_tokens(model, source)
 
     def check(self, model: nn.Module) -> None:
         """Check that the model returns logits for every position.

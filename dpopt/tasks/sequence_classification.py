@@ -31,6 +31,29 @@ class SequenceClassification(Classification):
         check_length(model, self.spec.shape[0])
         super().check(model)
 
+    def check_source(self, model: nn.Module, source: Any) -> None:
+        """Check that the model knows every token.
+
+        Raises:
+            ValueError: for a tokenizer of another model.
+        """
+        check_tokens(model, source)
+
+
+def check_tokens(model: nn.Module, source: Any) -> None:
+    """Check that a model knows the tokens of a source.
+
+    Raises:
+        ValueError: naming the largest token and the size of the vocabulary.
+    """
+    vocabulary, tokens = getattr(model, "vocabulary", None), getattr(source, "inputs", None)
+    if vocabulary is None or tokens is None or not len(tokens) or (largest := int(tokens.max())) < vocabulary:
+        return
+    raise ValueError(
+        f"the tokenizer makes the token {largest:,} and the model knows {vocabulary:,}: set dataset.tokenizer to the "
+        "model's own"
+    )
+
 
 def check_length(model: nn.Module, length: int) -> None:
     """Check that a model reads texts of a length.

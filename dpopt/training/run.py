@@ -69,6 +69,7 @@ def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
     about = describe(config)
     if data is not None:
         check_views(data.train, config.views, about.dataset)
+        components.task.check_source(components.model, data.train)
     guess = ranks.from_first(lambda: _estimate(components))
     panel = partial(console.plan_panel, about, components.plan, components.clip, guess, components.engine)
     if data is None:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from text_models import BERT, LLAMA, make_model
+from text_models import BERT, LLAMA, make_model, make_tokenizer
 
 import dpopt
 
@@ -135,12 +135,19 @@ def test_an_adapter_for_peft(command, tmp_path, llama):
         (("dataset.collection=tickets", "model.pretrained_on='web, tickets'"), r"trained on tickets, whose records"),
         (("model.path=no/such_model", "dataset.tokenizer=x"), r"model.path=no/such_model can neither be read here nor"),
         (("model.train=some",), r"model.train=some"),
+        (
+            ("dataset.tokenizer={large}",),
+            r"makes the token 19 and the model knows 15: set dataset.tokenizer to the model's",
+        ),
         (("+model.lora.rnk=3", "model.train=lora"), r"model.lora has no rnk: it takes rank, alpha and targets"),
     ],
-    ids=["origin", "too long", "collection", "no weights", "train", "lora"],
+    ids=["origin", "too long", "collection", "no weights", "train", "tokens", "lora"],
 )
 def test_refusals(command, tmp_path, bert, monkeypatch, words, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "tokenizer={large}" in words[0]:
+        large = make_tokenizer(tmp_path / "large", shift=7)
+        words = [word.replace("{large}", str(large)) for word in words]
     model = ["model=hf", f"model.path={bert}", "model.pooling=mean", "model.pretrained_on=unknown"]
     done = command("train", *write_classes(tmp_path), *model, "optimizer=dp_adam", *COMMON, *words)
     assert done.returncode != 0
