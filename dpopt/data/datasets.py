@@ -122,7 +122,7 @@ def cifar100(augment: bool = True, image_size: int = 32) -> DataSpec:
 def cifar10_scattering(groups: int = 27) -> DataSpec:
     """CIFAR-10 as scattering features (J = 2, 8 orientations), each example normalized over groups of channels.
 
-    The features, 1.9 GB in half precision, are computed once, kept beside the images, and read from there by all
+    The features, 1.9 GB in half precision, are computed once, kept next to the images, and read from there by all
     processes; they depend on one example each, so they cost no privacy. Setting: Tramèr & Boneh, 2011.11660.
 
     Args:
@@ -138,8 +138,8 @@ def cifar10_scattering(groups: int = 27) -> DataSpec:
 def cifar10_squeezenet(weights: str = "squeezenet1_1.safetensors", image_size: int = 96) -> DataSpec:
     """CIFAR-10 as the 512 averages of SqueezeNet 1.1's last map, each example normalized to mean 0 and variance 1.
 
-    The features are computed once and kept beside the images. They depend on one example each, so they cost no privacy;
-    what the weights were trained on is not covered by ε.
+    The features are computed once and kept next to the images. They depend on one example each, so they cost no
+    privacy; what the weights were trained on is not covered by ε.
 
     Args:
         weights: file of a state dict in the data folder, or its path (`dpopt.models.squeezenet`).
@@ -168,7 +168,9 @@ def imagenet(
     classes: int = 1000,
     is_imagenet: bool | None = None,
 ) -> DataSpec:
-    """A folder tree DATA_DIR/folder/{train,val}/CLASS/*.JPEG, such as ImageNet's; the defaults are ImageNet's.
+    """Describe a folder tree of images; the defaults are ImageNet's.
+
+    The images lie at DATA_DIR/folder/{train,val}/CLASS/*.JPEG.
 
     Args:
         folder: the folder below data_dir.

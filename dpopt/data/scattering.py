@@ -21,13 +21,13 @@ VERSION = 1  # of the features; raised when their numbers change, so that files 
 
 
 def scattering_channels(channels: int, scales: int = 2, orientations: int = 8) -> int:
-    """Number of feature maps of an image with so many channels."""
+    """Count the feature maps of an image with so many channels."""
     paths = 1 + scales * orientations + orientations**2 * scales * (scales - 1) // 2
     return channels * paths
 
 
 def scatter(images: Tensor, scales: int = 2, orientations: int = 8) -> Tensor:
-    """The scattering features of images.
+    """Compute the scattering features of images.
 
     Args:
         images: (N, C, H, W), floating point, H and W multiples of 2^scales.
@@ -96,7 +96,9 @@ def wavelets(size: tuple[int, int], scale: int, orientations: int) -> Tensor:
 
 
 def averaging(side: int, margin: int, scales: int, step: int) -> Tensor:
-    """The matrix that averages with φ_J and keeps every 2^J-th pixel of the unpadded side, (side/2^J, padded/step).
+    """Build the matrix (side/2^J, padded/step) that averages with φ_J.
+
+    It keeps every 2^J-th pixel of the unpadded side.
 
     Args:
         side: pixels before padding.
@@ -122,11 +124,14 @@ def fold(spectrum: Tensor, step: int) -> Tensor:
 
 
 def _modulus(spectrum: Tensor, bank: Tensor, step: int) -> Tensor:
-    """|the image filtered by each of the bank|, every step-th pixel."""
+    """Compute |image filtered by each of the bank| at every step-th pixel."""
     return torch.fft.ifft2(fold(spectrum * (bank / step**2), step)).abs()
 
 
 def _periodic(field: Tensor, size: tuple[int, int]) -> Tensor:
-    """A field on −2n … 2n − 1 in both directions, summed into one period, with the origin first."""
+    """Sum a field into one period, with the origin first.
+
+    The field lies on −2n … 2n − 1 in both directions.
+    """
     height, width = size
     return field.unflatten(1, (4, width)).unflatten(0, (4, height)).sum((0, 2))

@@ -1,8 +1,8 @@
 """Sources: where the examples of a batch come from, in memory or through worker processes.
 
 Small image sets live on the device as uint8 and are augmented there by batched tensor code (`TensorSource`); anything
-else is a map-style Dataset read by worker processes (`MapSource`, in map_source.py). A source is told which examples
-each step wants and yields their K views in micro-batches; its randomness is keyed by the step and the example, never by
+else is a map-style Dataset read by worker processes (`MapSource`, in map_source.py). A source gets the examples of
+each step and yields their K views in micro-batches; its randomness is keyed by the step and the example, never by
 the micro-batch size or the order of loading.
 """
 

@@ -67,7 +67,9 @@ def hub_text(
     tokenizer: str | None = None,
     collection: str = "",
 ) -> DataSpec:
-    """A dataset of the Hugging Face hub, where the network allows it, or that `datasets` has in its cache.
+    """Describe a text dataset of the Hugging Face hub.
+
+    It is downloaded where the network allows it, or comes from the cache of `datasets`.
 
     Args:
         path: OWNER/NAME, or OWNER/NAME/SUBSET.

@@ -18,7 +18,7 @@ def backpropagate(
         collector: takes gradients of layers.
         losses: (B,).
         root: a scalar that all layers depend on.
-        copies: of parameters beside submodules, one per view.
+        copies: of parameters next to submodules, one per view.
         values: the parameters.
         unsure: names of copies without a gradient that could be checked; a probe adds to them.
 

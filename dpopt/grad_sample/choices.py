@@ -35,7 +35,7 @@ class Choices:
         self.made: dict[str, str] = {}
 
     def find(self, what: str, device: torch.device, ways: dict[str, Callable[[], Any]]) -> str:
-        """The name of the fastest of several ways, measured if nobody has."""
+        """Name the fastest of several ways; measure them if nobody has."""
         if self.made.get(what) not in ways:
             if get_proxy_mode() is not None:  # nothing can be timed while a graph is traced
                 return next(iter(ways))
@@ -82,7 +82,10 @@ def _remembered(what: str, device: torch.device, ways: dict[str, Callable[[], An
 
 @functools.cache
 def _read(name: str) -> dict[str, str]:
-    """What this machine has found, as of the last look; nothing where there is no folder to remember anything in."""
+    """Read what this machine has found; nothing without a cache folder.
+
+    The result is kept in memory: it is as of the last look.
+    """
     try:
         return {what: str(way) for what, way in files.read_json(cache_folder() / name).items()}
     except OSError:
@@ -118,7 +121,7 @@ def _now(device: torch.device) -> float:
 
 @functools.cache
 def _machine(kind: str) -> str:
-    """A name of what times depend on: processor, threads, versions, and the kind of GPU."""
+    """Hash what times depend on: processor, threads, versions, and the GPU's kind."""
     parts = [processor_features(), torch.__version__, str(torch.get_num_threads())]
     if kind == "cuda":
         parts.append(torch.cuda.get_device_name())

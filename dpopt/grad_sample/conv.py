@@ -37,7 +37,7 @@ def conv_ghost_norm(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tens
 
 
 def _positions(module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """What the filters meet (B, groups, T, n) and the output gradient (B, groups, T, filters), position by position."""
+    """Arrange what the filters meet, and the output gradient, by position."""
     examples, views, groups = *a.shape[:2], module.groups
     a, kernel, stride, dilation, padding = _as_2d(module, a)
     x = F.pad(a, padding).flatten(0, 1)
@@ -46,14 +46,14 @@ def _positions(module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     steps += [by * s for by, s in zip(x.stride()[2:], stride, strict=True)]
     met = x.as_strided((*x.shape[:2], *kernel, *sizes), (*x.stride()[:2], *steps))  # not F.unfold: a launch per image
     met = met.reshape(examples, views, groups, -1, sizes[0] * sizes[1])
-    columns = met.permute(0, 2, 1, 4, 3).flatten(2, 3)
+    columns = met.permute(0, 2, 1, 4, 3).flatten(2, 3)  # (B, groups, T, n); the gradient: (B, groups, T, filters)
     return columns, g.reshape(examples, views, groups, g.shape[2] // groups, -1).permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
 def _as_2d(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> tuple[Tensor, Any, Any, Any, list[int]]:
-    """The input (B, K, in, h, w), kernel, stride, dilation, and padding with zeros (left, right, top, bottom).
+    """Describe a convolution in two dimensions; a Conv1d has one row.
 
-    A Conv1d is a Conv2d over one row.
+    Returns the input (B, K, in, h, w), kernel, stride, dilation, and padding with zeros (left, right, top, bottom).
     """
     padding = list(module._reversed_padding_repeated_twice)
     if module.padding_mode != "zeros":
@@ -110,7 +110,7 @@ def _by_kernel(form: _Form, g: Tensor) -> Tensor:
 
 
 def _grouped(form: _Form, g: Tensor) -> Tensor:
-    """Every example as groups of its own in one big convolution."""
+    """Run one big convolution in which every example has its own groups."""
     examples, out, channels = len(g), g.shape[2], form.a.shape[2] // form.groups
     x, y = (t.transpose(0, 1).flatten(1, 2) for t in (form.a, g))  # (K, B·channels, h, w): a view where K is 1
     found = _weight_gradient(form, x, y, (examples * out, channels), examples * form.groups)
@@ -118,7 +118,7 @@ def _grouped(form: _Form, g: Tensor) -> Tensor:
 
 
 def _one_by_one(form: _Form, g: Tensor) -> Tensor:
-    """A call for every example."""
+    """Make one call for every example."""
     out, channels = g.shape[2], form.a.shape[2] // form.groups
     result = g.new_empty(len(g), out, channels, *form.kernel)
     for i, (x, y) in enumerate(zip(form.a, g, strict=True)):
@@ -215,7 +215,7 @@ def _standardization(module: Any) -> _Standardization:
 
 
 def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
-    """The plain convolution's gradients, with respect to the standardized weight."""
+    """Compute the plain convolution's gradients, with respect to the standardized weight."""
     return {"bias": sum_wide(g.flatten(3), (1, 3)), "weight": _conv_weight(module, _padded_to_same(module, a), g)}
 
 

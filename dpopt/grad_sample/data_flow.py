@@ -132,7 +132,7 @@ class DataFlow(TorchDispatchMode):
 
 
 def _place(x: Tensor) -> Any:
-    """A tensor's storage; its views have the same."""
+    """Identify a tensor's storage; its views have the same."""
     return x.untyped_storage()._cdata
 
 

@@ -12,7 +12,7 @@ the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
     recompute  their norms only, a few examples at a time; the sum is the ordinary gradient of scaled output gradients
     ghost      their norms from inner products of positions, never the gradients; then as recompute
 
-A parameter that a module holds beside its submodules (a class token, a position embedding, a skip gain) enters the
+A parameter that a module holds next to its submodules (a class token, a position embedding, a skip gain) enters the
 forward as one copy per view. So does the output of a layer that all examples share (an embedding of positions).
 
 Where the examples lie in the tensors of a layer is verified (`dpopt.grad_sample.layout`): once for every shape of a
@@ -116,7 +116,7 @@ class GradSampler:
         self.split_up()
 
     def split_up(self) -> None:
-        """Find the layers with a rule, and the parameters held beside layers."""
+        """Find the layers with a rule, and the parameters outside of them."""
         rules = self.policy not in ("vmap", "loop")
         self.tracked_layers, bare = find_layers(self.model, self._whole) if rules else ([], {})
         self.bare = {name: self.bare.get(name, shape) for name, shape in bare.items()}
@@ -159,7 +159,7 @@ class GradSampler:
         return per_sample.gradients(), per_sample.losses
 
     def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of each example over its views, (B,), without gradients."""
+        """Compute each example's mean loss over its views, (B,), without gradients."""
 
         def loss(views: Tensor, target: Tensor) -> Tensor:
             return self.loss_fn(self.forward({}, views), target.expand(len(views), *target.shape))

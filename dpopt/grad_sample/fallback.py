@@ -171,7 +171,10 @@ def looped_gradients(
 
 
 def fails_alone(error: Exception, inputs: Tensor) -> ValueError:
-    """What to raise for a model that fails on one example; of tokens, which are data, an error may repeat one."""
+    """Return what to raise for a model that fails on one example.
+
+    Tokens are data, and an error may repeat one: with tokens, the message omits the error's text.
+    """
     message = (str(error).strip().splitlines() or [""])[0][:200] if inputs.is_floating_point() else ""
     return ValueError(
         f"the model or its loss fails on a single example ({type(error).__name__}{message and f': {message}'}): mend "

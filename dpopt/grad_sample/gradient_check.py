@@ -26,7 +26,7 @@ def validate_against_autograd(engine: GradSampler, inputs: Tensor, targets: Tens
 
     Images are replaced by noise and parameters moved a little, since a layer behind zeros or in front of them has no
     gradient to compare; the model is left as it was. A float64 copy is compared to 1e-6, where there can be one. Also
-    found here is the shape in which parameters beside submodules enter, and what has to go through vmap after all.
+    found here is the shape in which parameters next to submodules enter, and what has to go through vmap after all.
 
     Args:
         engine: changed where it has to be.
@@ -107,7 +107,7 @@ def check_gradient_independence(engine: GradSampler, inputs: Tensor, targets: Te
             raise ValueError(
                 f"the backward pass mixes the examples of a batch: replacing one changes the gradients of others for "
                 f"{', '.join(wrong[:3])}, so that no clip bounds what an example does: take out what scales or rounds "
-                "gradients over the batch (a hook, a backward of its own)"
+                "gradients over the batch (a hook, a custom backward)"
             )
 
 
@@ -147,14 +147,14 @@ def _pairs(engine: GradSampler, inputs: Tensor, targets: Tensor) -> list[Pair]:
 
 
 def _loss(engine: GradSampler, views: Tensor, target: Tensor) -> Tensor:
-    """The loss of one example, (K, …) and its target, without anything else."""
+    """Compute the loss of one example, (K, …) and its target, alone."""
     with engine.autocast():
         loss: Tensor = engine.loss_fn(engine.forward({}, views), target.expand(len(views), *target.shape))
     return loss.reshape(())
 
 
 def _ordinary(engine: GradSampler, pair: Pair) -> list[Gradients]:
-    """The gradients of single examples by ordinary backward passes."""
+    """Compute the gradients of single examples by ordinary backward passes."""
     parameters = {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
     rows, unused = [], set(parameters)
     for views, target in zip(*pair, strict=True):
@@ -179,7 +179,7 @@ def _ordinary(engine: GradSampler, pair: Pair) -> list[Gradients]:
 
 
 def _sample(engine: GradSampler, pair: Pair) -> PerSampleGradients:
-    """The engine's gradients, once it is clear what must go through vmap."""
+    """Take the engine's gradients, once it is clear what needs vmap."""
     values = {name: p.detach() for name, p in engine.model.named_parameters() if p.requires_grad}
     try:
         _fit_bare(engine, pair[0][:, 0])
@@ -200,7 +200,10 @@ def _raised_here(error: Exception) -> bool:
 
 
 def _unsampled(engine: GradSampler, inputs: Tensor, error: Exception) -> str:
-    """What to say of an error inside of the model; of tokens, which are data, it must repeat nothing."""
+    """Write the message about an error inside of the model.
+
+    It must not repeat tokens, which are data.
+    """
     line = (str(error).splitlines() or [""])[0][:160]
     reason = f"{type(error).__name__}: {line}" if inputs.is_floating_point() else type(error).__name__
     loop = "" if engine.policy == "loop" else "set engine=loop, or "
@@ -266,7 +269,7 @@ def _compare(engine: GradSampler, pair: Pair, references: list[Gradients], per_s
         named = ", ".join(wrong[:3])
         raise ValueError(
             f"the gradient of {named} under torch.func.vmap is not the one of an ordinary backward pass (an operation "
-            "with a batching rule of its own, or one that changes what others see): replace the layer"
+            "with a custom batching rule, or one that changes what others see): replace the layer"
             if engine.policy in ("vmap", "loop")
             else f"the per-layer gradient of {named} is not the one of an ordinary backward pass (a layer's parameters "
             "are used outside of it, its input has the examples not in the first dimension, or it mixes them): use "

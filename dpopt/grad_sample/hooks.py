@@ -38,7 +38,7 @@ class BackwardCollector:
     Args:
         per_sample: where it goes.
         choices: what is fastest, for rules that can do it in several ways. Hooks get it from here: with a GPU, autograd
-            calls them in a thread of its own.
+            calls them in another thread.
 
     Attributes:
         probe: finds the layouts of calls that have none.

@@ -172,13 +172,13 @@ def losses_by_vmap(loss_fn: LossFn, outputs: Any, targets: Tensor, views: int) -
 
 _NO_MEAN = (
     "the loss of two examples is not the mean of their losses (class weights inside a function, a contrastive loss, "
-    "statistics of the batch), so no example has a loss of its own: pass nn.CrossEntropyLoss(weight=…), which weights "
+    "statistics of the batch), so no example has its own loss: pass nn.CrossEntropyLoss(weight=…), which weights "
     "each example here, or return the mean over examples"
 )
 
 
 def _holder(loss_fn: Any) -> Any:
-    """The object whose attributes a loss could write."""
+    """Find the object whose attributes a loss could write."""
     if isinstance(loss_fn, functools.partial):
         return _holder(loss_fn.func)
     holder = getattr(loss_fn, "__self__", loss_fn)
@@ -240,8 +240,8 @@ def _check_graph(loss: Tensor, model: nn.Module, outputs: Any) -> None:
         if variable is not None and not any(variable is x for x in allowed):
             which = f"the parameter {names[id(variable)]}" if id(variable) in names else "trainable tensors"
             raise ValueError(
-                f"the loss reads {which} beside the model's outputs, whose gradient no clip would bound: for a penalty "
-                "use the optimizer's weight_decay, and move trainable parts of a loss into the model"
+                f"the loss reads {which} besides the model's outputs, whose gradient no clip would bound: for a "
+                "penalty use the optimizer's weight_decay, and move trainable parts of a loss into the model"
             )
         todo += [parent for parent, _ in node.next_functions]
 

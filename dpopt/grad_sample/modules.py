@@ -44,15 +44,15 @@ class UnsupportedLayerError(ValueError):
 
 
 def find_layers(model: nn.Module, whole: Collection[str] = ()) -> tuple[list[TrackedLayer], dict[str, tuple[int, ...]]]:
-    """The layers that answer for the trainable parameters, and the parameters that belong to none of them.
+    """Find the layers of the trainable parameters, and parameters of no layer.
 
     Args:
         model: the model.
         whole: names of modules that are not to be taken apart.
 
     Returns:
-        The units; and of each parameter that a module holds beside its submodules the shape in which it gets a copy per
-        view, the first dimension being 1.
+        The layers; and of each parameter that a module holds next to its submodules the shape in which it gets a copy
+        per view, the first dimension being 1.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     tracked_layers: list[TrackedLayer] = []
@@ -100,5 +100,5 @@ def copy_shapes(shape: torch.Size) -> list[tuple[int, ...]]:
 
 
 def size_of(tracked: TrackedLayer) -> int:
-    """Number of values in the gradient of one example."""
+    """Count the values in the gradient of one example."""
     return sum(p.numel() for p in tracked.module.parameters() if p.requires_grad)

@@ -16,14 +16,17 @@ _WORKSPACE = {"cpu": 8 << 20, "cuda": 256 << 20}  # bytes of intermediate result
 
 
 def at_once(like: Tensor, size: int) -> int:
-    """Number of examples with `size` intermediate values each, in the type of a tensor, to be worked on at once."""
+    """Return how many examples to work on at once.
+
+    Each example has `size` intermediate values in the dtype of `like`.
+    """
     return max(1, _WORKSPACE.get(like.device.type, 8 << 20) // (like.element_size() * max(1, size)))
 
 
 def kernels(x: Tensor) -> Any:
-    """The module whose kernels take a tensor, in one pass over memory; None where torch has to do.
+    """Find the module whose kernels take a tensor, or None for torch.
 
-    None have a tensor of a graph that is being traced, and one under vmap.
+    The kernels pass over memory once. Tensors of a graph that is being traced have none, nor do those under vmap.
     """
     if get_proxy_mode() is not None or is_functorch_wrapped_tensor(x):
         return None
@@ -84,7 +87,7 @@ def by_example(gradient: Tensor) -> Tensor:
 
 
 def memory_order(gradient: Tensor) -> list[int]:
-    """The dimensions after the first, outermost in memory first."""
+    """Sort the dimensions after the first, outermost in memory first."""
     strides = gradient.stride()
     return sorted(range(1, gradient.ndim), key=lambda i: (-strides[i], -gradient.shape[i], i))
 

@@ -68,7 +68,10 @@ class LayerCall:
     scaled: list[Tensor] = field(default_factory=list)
 
     def signature(self) -> tuple[Any, ...]:
-        """The layer and the shapes of its tensors: equal calls of a model without branches have equal layouts."""
+        """Return the layer and the shapes of its tensors.
+
+        Calls of a model without branches have equal layouts if these are equal.
+        """
         shapes = tuple(x.shape if isinstance(x, Tensor) else x for x in self.arguments if not isinstance(x, float))
         return self.tracked.name, self.index, self.shape, shapes
 
@@ -131,7 +134,7 @@ class PerSampleGradients:
         return self.losses, self.norms, self.layer_norms, [found for _, found in self._stored], kept
 
     def form(self) -> "PerSampleGradients":
-        """The same layers, without the tensors."""
+        """Return the same layers, without the tensors."""
         other = PerSampleGradients(self.examples)
         other.layers = self.layers
         other._stored = [(tracked, {}) for tracked, _ in self._stored]
@@ -139,7 +142,7 @@ class PerSampleGradients:
         return other
 
     def filled(self, tensors: tuple[Any, ...]) -> "PerSampleGradients":
-        """This form, with tensors that a compiled graph has returned."""
+        """Return this form, with tensors that a compiled graph has returned."""
         other = PerSampleGradients(self.examples)
         other.layers = self.layers
         other.losses, other.norms, other.layer_norms, stored, kept = tensors
@@ -202,7 +205,10 @@ def _add(sums: Gradients, tracked: TrackedLayer | None, local: Gradients, layer:
 
 
 def _layer(tracked: TrackedLayer | None, name: str) -> str:
-    """The module that a parameter belongs to: the unit, but for units that were left in one piece."""
+    """Name the module that a parameter belongs to.
+
+    It is the unit, except in units that were left in one piece.
+    """
     if tracked is not None and tracked.rule is not BY_VMAP and not tracked.tied:
         return tracked.name
     return (name if tracked is None else tracked.names[name]).rpartition(".")[0]
@@ -260,7 +266,10 @@ def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None, wide: bo
 
 
 def apply_rule(call: LayerCall, arguments: tuple[Any, ...], g: Tensor) -> Gradients:
-    """The rule's gradients of the trainable parameters; under a function of the parameters, all that it needs."""
+    """Return the rule's gradients of the trainable parameters.
+
+    A rule that is pulled back through a function of the parameters returns all that the function needs.
+    """
     tracked = call.tracked
     if call.structure is not None:
         assert call.layout is not None

@@ -86,7 +86,7 @@ def _share(calls: list[LayerCall], examples: int, policy: str, memory: int | Non
 
 
 def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choices | None) -> str:
-    """The fastest policy of a call that is alone, among those that may fit."""
+    """Choose the fastest policy that may fit, for a call alone."""
     tracked, size = call.tracked, size_of(call.tracked)
     if size <= _SMALL:
         return "store"

@@ -134,7 +134,7 @@ def _affine(normalized: Tensor, g: Tensor, dims: int) -> Gradients:
 
 
 def embedding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Gradients:
-    """A dense gradient for every example; `embedding_ghost_norm` does without."""
+    """Compute a dense gradient for every example; `embedding_ghost_norm` needs none."""
     examples, rows = len(a), module.num_embeddings
     places = (a.flatten(1) + rows * torch.arange(examples, device=a.device)[:, None]).flatten()
     found = g.new_zeros(examples * rows, g.shape[-1])
@@ -188,9 +188,10 @@ _OF_TRANSFORMERS = {
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of a layer: its class's, or that of a class whose `forward` it inherits; None where there is none.
+    """Find the rule of a layer, or None where there is none.
 
-    A layer whose parameters are not where its class puts them (weight norm, parametrisations) has none.
+    The rule is its class's, or that of a class whose `forward` it inherits.
+    A layer whose parameters are not where its class puts them (weight norm, parametrizations) has none.
     """
     moved = any(name.endswith(("_g", "_v", "_orig")) for name in module._parameters)
     if moved or nn.utils.parametrize.is_parametrized(module):

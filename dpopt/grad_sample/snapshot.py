@@ -125,7 +125,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _frozen(value: Any) -> Any:
-    """A comparable copy of a leaf that is no tensor."""
+    """Make a comparable copy of a leaf that is no tensor."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
     return value.get_state() if isinstance(value, torch.Generator) else value

@@ -256,7 +256,10 @@ def _conv_kernel(
     down, right, dilation_y, dilation_x, above, left,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """A tile (ROWS, COLUMNS) of out × in, of one place of the filter: a product over the output's positions."""
+    """Compute a tile (ROWS, COLUMNS) of out × in.
+
+    The tile is of one place of the filter: a product over the output's positions.
+    """
     number = tl.program_id(0)
     tap = number % (TAPS_Y * TAPS_X)
     number = number // (TAPS_Y * TAPS_X)

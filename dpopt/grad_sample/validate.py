@@ -130,6 +130,6 @@ def _validate_loss(engine: GradSampler, exact: nn.Module | None, examples: Tenso
 
 
 def _rounding(model: nn.Module) -> float:
-    """What rounding may do to outputs in the model's dtype, relative to the largest."""
+    """Bound outputs' rounding in the model's dtype, relative to the largest."""
     known = {torch.float64: 1e-9, torch.float32: 1e-3}
     return max(known.get(p.dtype, 0.1) for p in model.parameters() if p.is_floating_point())

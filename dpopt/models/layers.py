@@ -33,7 +33,7 @@ class StandardizedConv2d(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def standardized_weight(self) -> Tensor:
-        """The filters that the convolution uses, (out, in, k, k)."""
+        """Return the filters that the convolution uses, (out, in, k, k)."""
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
         scale = torch.rsqrt((variance * self.fan_in).clamp(min=1e-4))
         if self.gain is not None:

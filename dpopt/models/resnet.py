@@ -8,7 +8,7 @@ from torch import nn
 def _resnet(
     name: str, num_classes: int = 1000, in_channels: int = 3, groups: int = 32, small_images: bool = False
 ) -> nn.Module:
-    """A ResNet with GroupNorm.
+    """Build a ResNet with GroupNorm.
 
     Args:
         name: torchvision's.

@@ -63,7 +63,10 @@ class Transformer(nn.Module):
         return scores
 
     def _mask(self, present: Tensor) -> Tensor:
-        """What attention adds to scores, (N, 1, T, T): a token sees tokens, a pad sees itself."""
+        """Compute what attention adds to scores, (N, 1, T, T).
+
+        A token sees tokens, a pad sees itself.
+        """
         length = present.shape[1]
         itself = torch.eye(length, dtype=torch.bool, device=present.device)
         seen = present[:, None].expand(-1, length, length)
@@ -121,7 +124,9 @@ def transformer(
 
 
 def write(model: Transformer, folder: Path, adapter: bool = False) -> None:
-    """Write a model so that plain `transformers` loads it; a new head goes to `head.safetensors` beside it.
+    """Write a model so that plain `transformers` loads it.
+
+    A new head goes to `head.safetensors` next to it.
 
     Args:
         model: a trained one; LoRA adapters are merged into its copy on disk, and the model itself is used up.
@@ -149,7 +154,7 @@ def _check_parts(train: str, pooling: str | None, num_classes: int | None) -> No
     if train not in ("full", "lora", "bitfit", "head"):
         raise ValueError(f"model.train={train} must be full, lora, bitfit or head")
     if num_classes is None and (train == "head" or pooling):
-        raise ValueError("a language model has no head of its own to train: set model.train=full or lora, pooling=null")
+        raise ValueError("a language model has no separate head to train: set model.train=full or lora, pooling=null")
     if pooling not in (None, "mean"):
         raise ValueError(f"model.pooling={pooling} must be mean or null")
 

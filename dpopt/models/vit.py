@@ -12,7 +12,7 @@ def vit(
     depth: int = 3,
     heads: int = 4,
 ) -> nn.Module:
-    """A transformer on patches of an image, its classifier on the class token.
+    """Build a transformer on image patches, its classifier on the class token.
 
     Args:
         num_classes: size of the output.

@@ -144,7 +144,9 @@ def check_budget(
 
 
 def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str = "pld") -> float:
-    """The noise multiplier whose ε after `steps` steps lies in [ε(1 − 1e-4), ε].
+    """Find the noise multiplier that spends `epsilon` in `steps` steps.
+
+    What it spends lies in [ε(1 − 1e-4), ε].
 
     Raises:
         ValueError: when no noise multiplier between 0.05 and 10,000 reaches the target.
@@ -177,7 +179,7 @@ def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float
 def calibrate_steps(
     epsilon: float, noise_multiplier: float, sample_rate: float, delta: float, accountant: str = "pld"
 ) -> int:
-    """The largest T with ε(T) ≤ ε.
+    """Find the largest T with ε(T) ≤ ε.
 
     Raises:
         ValueError: when one step already costs more, or when more than 1e8 steps would fit.
@@ -215,7 +217,9 @@ def gdp_mu(noise_multiplier: float, sample_rate: float, steps: int) -> float:
 def _root(
     function: Callable[[float], float], low: float, high: float, tolerance: float, guess: float | None = None
 ) -> float:
-    """A point where the decreasing `function` is within ±tolerance of 0: secant steps, kept inside a bracket.
+    """Find where the decreasing `function` is within ±tolerance of 0.
+
+    It takes secant steps, kept inside a bracket.
 
     Raises:
         ArithmeticError: when there is none between `low` and `high`.

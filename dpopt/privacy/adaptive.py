@@ -85,7 +85,7 @@ class Adaptive:
         self.clip_norm = min(max(moved, self.limits[0]), self.limits[1])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         return {"clip_norm": self.clip_norm, "clip_rate": self.clip_rate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

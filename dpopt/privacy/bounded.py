@@ -117,7 +117,7 @@ def _ask_alone(clip: ClipRule, ask: Callable[[int], Tensor], examples: list[int]
 
 
 def _state(clip: ClipRule) -> list[Any]:
-    """What a rule keeps, as far as it can be written down, and its sensitivity."""
+    """Return a rule's sensitivity and what it keeps, as far as picklable."""
     kept: list[Any] = [float(clip.sensitivity)]
     for name, value in sorted(getattr(clip, "__dict__", {}).items()):
         try:

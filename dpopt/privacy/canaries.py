@@ -11,7 +11,7 @@ The score of a canary is the sum of the log-likelihood ratios of its released co
     Σ_t log(1 − q + q·exp((x_t − ½)s²/σ²)),     s the length of its clipped gradient over the sensitivity S_t,
 
 the best score there is. s is 1, but under a clip by layer a canary is one of L layers, and s = 1/√L. In a zeroth-order
-estimate a canary is a slope of its own next to the slope that is released.
+estimate a canary is another slope, next to the slope that is released.
 
 What was released is also compared with the key, exactly: see `CHECKS`.
 """
@@ -134,7 +134,7 @@ class Canaries:
         return audit(self.scores.numpy(), included, plan, alpha, self.signal, self.checks(plan.steps))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         kept = {"off": self._off, "distinct": self._distinct, "longest": self._longest}
         return {"scores": self.scores.clone(), "signal": self.signal, "steps": self.steps, **kept}
 

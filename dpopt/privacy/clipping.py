@@ -92,8 +92,8 @@ class PSAC(_WithinClipNorm):
 class PSASC(_Positive):
     """`PSAC` with the gradient's own norm weighted by s < 1 (DP-PSASC, 2411.03059): the sensitivity is C/s.
 
-    It is PSAC with C/s and r/s, but for the r beside ‖g‖ in the inner fraction: at a fixed learning rate a smaller s is
-    also a larger step, so compare values of s at equal clip_norm/s, or with the learning rate scaled by s.
+    It is PSAC with C/s and r/s, but for the r next to ‖g‖ in the inner fraction: at a fixed learning rate a smaller s
+    is also a larger step, so compare values of s at equal clip_norm/s, or with the learning rate scaled by s.
     """
 
     clip_norm: float
@@ -112,7 +112,7 @@ class PSASC(_Positive):
 class PerLayer(_WithinClipNorm):
     """Clip each of L layers to clip_norm/√L, so that no layer takes the share of another.
 
-    A layer is a module with trainable parameters of its own, whichever way its gradients are taken.
+    A layer is a module that directly holds trainable parameters, whichever way its gradients are taken.
     """
 
     clip_norm: float

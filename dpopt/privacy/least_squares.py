@@ -64,7 +64,7 @@ class LeastSquares(PrivateGradient):
         self.bias = self.layer.bias is not None and self.layer.bias.requires_grad
         fixed_bias = self.layer.bias is not None and not self.bias and bool((self.layer.bias != 0).any())
         if fixed_bias or not isinstance(self.layer.weight, nn.Parameter):
-            raise ValueError("least squares wants a weight of its own and no frozen bias: unfreeze it, or drop it")
+            raise ValueError("least squares needs a plain weight parameter and no frozen bias: unfreeze it, or drop it")
 
     def _constants(self) -> dict[str, Any]:
         return {}  # the step is no noisy gradient
@@ -123,7 +123,7 @@ class LeastSquares(PrivateGradient):
         return x, F.one_hot(targets.clamp(0, classes - 1), classes).double() - 1 / classes, known
 
     def _features(self, views: Tensor) -> Tensor:
-        """What the layer sees of one example (1, …): (d,)."""
+        """Return what the layer sees of one example (1, …): (d,)."""
         kept: list[Tensor] = []
 
         def keep(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:

@@ -60,7 +60,10 @@ def _noise_kernel(
 
 @triton.jit
 def _chacha(counter, k0, k1, k2, k3, k4, k5, k6, k7):
-    """The 16 words of the blocks with these 64-bit counters, under a nonce of zeros."""
+    """Compute the 16 words of the blocks with these 64-bit counters.
+
+    The nonce is zeros.
+    """
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     zero = low ^ low

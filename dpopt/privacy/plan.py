@@ -27,7 +27,7 @@ class PrivacyPlan:
         steps: T, the number of noisy releases.
         delta: the δ of (ε, δ).
         accountant: `pld`, `rdp` or `prv`.
-        count_noise: σ_b, of the count that a clip rule releases beside the gradients (`dpopt.clipping.Adaptive`); 0
+        count_noise: σ_b, of the count that a clip rule releases with the gradients (`dpopt.clipping.Adaptive`); 0
             where there is none. Both together cost what σ says.
         key: the key of sampling, augmentation and noise; secret, from the operating system, unless a seed is given.
         allow_large_delta: accept a δ of 1/N or more, which permits publishing an example outright.
@@ -149,13 +149,16 @@ class PrivacyPlan:
 
     @property
     def gradient_noise_multiplier(self) -> float:
-        """The noise's standard deviation over the sensitivity of the sum of gradients: σ, or more beside a count."""
+        """The noise's standard deviation over the sensitivity of the sum of gradients: σ, or more with a count."""
         if not self.count_noise or not self.noise_multiplier:
             return self.noise_multiplier
         return (self.noise_multiplier**-2 - (2 * self.count_noise) ** -2) ** -0.5
 
     def epsilon_at(self, step: int, accountant: str | None = None) -> float:
-        """The ε spent after `step` steps, by the plan's accountant unless another one is named."""
+        """Compute the ε spent after `step` steps.
+
+        The plan's accountant does it unless another one is named.
+        """
         return accounting.compute_epsilon(
             self.noise_multiplier, self.sample_rate, step, self.delta, accountant or self.accountant
         )
@@ -172,7 +175,7 @@ class PrivacyPlan:
         return self.epsilon_at(self.steps)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain values, without the key."""
+        """Return the record as plain values, without the key."""
         values = asdict(replace(self, key=RandomKey(b"")))
         del values["key"]
         if not values["allow_large_delta"]:  # results of earlier versions do not have it

@@ -246,12 +246,12 @@ class PrivateGradient:
         return self._kept
 
     def _explicit(self, total: Tensor) -> int:
-        """Number of examples whose gradients at two points, and their combination, fit into memory."""
+        """Count the examples whose gradients at two points, and combination, fit memory."""
         memory = 1 << 30 if self.engine.memory is None else self.engine.memory
         return max(1, memory // (3 * total.element_size() * len(total)))
 
     def _scale(self, parameters: dict[str, nn.Parameter], total: Tensor) -> Tensor:
-        """The optimizer's scale of all parameters, as long as the sum; 1 where it has none."""
+        """Join the optimizer's scales to the sum's length; 1 where none."""
         assert self.pre_clip_scale is not None
         parts = []
         for name, p in parameters.items():
@@ -286,7 +286,7 @@ class PrivateGradient:
     def _per_sample_gradients(
         self, inputs: Tensor, targets: Tensor, scale: Gradients | None, points: list[Point]
     ) -> PerSampleGradients:
-        """The per-example gradients of a micro-batch, combined over points."""
+        """Take the per-example gradients of a micro-batch, combined over points."""
         if len(points) == 1:
             return self.engine(inputs, targets, scale)
         combined: Gradients = {}
@@ -317,7 +317,7 @@ class PrivateGradient:
     def _add_plain(
         self, sums: Gradients, inputs: Tensor, targets: Tensor, points: list[Point], raw: RawStatistics
     ) -> None:
-        """The non-private control: the ordinary batched gradient of the summed losses."""
+        """Add the summed losses' ordinary batched gradient: the non-private control."""
         if len(inputs) == 0:
             return
         parameters = [p for p in self.model.parameters() if p.requires_grad]

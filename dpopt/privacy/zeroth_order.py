@@ -61,7 +61,7 @@ class ZerothOrder(PrivateGradient):
         pieces = draw.split([p.numel() for p in parameters])
         z = {p: piece.view(p.shape).to(p.dtype) for p, piece in zip(parameters, pieces, strict=True)}
         dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-        behind = self.canaries.count if self.canaries else 0  # each canary has a slope of its own
+        behind = self.canaries.count if self.canaries else 0  # each canary has its own slope
         total = torch.zeros(1 + behind + RawStatistics.ROOM, dtype=dtype, device=reference.device)
         raw = RawStatistics()
         for inputs, targets, mask in batch:

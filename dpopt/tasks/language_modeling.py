@@ -1,4 +1,4 @@
-"""Language modeling: the loss of a record is the mean cross-entropy of its own target tokens; prompts have no targets.
+"""Language modeling: the loss of a record is the mean cross-entropy over its target tokens; prompts have no targets.
 
 So a record counts once however long it is, and its loss does not depend on the records of its batch.
 """

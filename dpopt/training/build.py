@@ -275,7 +275,10 @@ def load(run_dir: str | Path) -> nn.Module:
 
 
 def make_device(name: str) -> torch.device:
-    """The device of a name; `auto` is a GPU where there is one, and where there are several they take turns by job."""
+    """Resolve the name of a device; `auto` prefers a GPU.
+
+    Of several GPUs, jobs take turns; ranks of one run take one each.
+    """
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -289,8 +292,9 @@ def make_device(name: str) -> torch.device:
 
 
 def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyPlan:
-    """The privacy plan of a configuration; without privacy, the same plan with σ = 0.
+    """Make the privacy plan of a configuration.
 
+    Without privacy, it is the same plan with σ = 0.
     An adaptive clip rule that leaves the noise of its count open gets a twentieth of the batch size.
     """
     size = spec.train_size - round(config.holdout * spec.train_size)
@@ -311,7 +315,7 @@ def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyP
 def make_schedule(
     config: Config, optimizer: torch.optim.Optimizer, plan: PrivacyPlan, clip: ClipRule | None
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning-rate schedule; a length that the configuration leaves null is the number of steps."""
+    """Make the learning-rate schedule; a null length is the number of steps."""
     lengths = {name: plan.steps for name in ("T_max", "total_iters", "total_steps")}
     node = {k: lengths.get(k, v) if v is None else v for k, v in config.schedule.items()}
     schedule: torch.optim.lr_scheduler.LRScheduler = build("schedule", node)(optimizer)

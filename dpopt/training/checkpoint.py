@@ -1,6 +1,6 @@
 """Checkpoints: everything that a bit-exact resume needs, written atomically, read without unpickling code.
 
-Randomness needs no state of its own: every draw is keyed by the step.
+Randomness needs no saved state: every draw is keyed by the step.
 """
 
 import pickle

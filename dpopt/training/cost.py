@@ -60,8 +60,9 @@ def estimate_cost(
 
 
 def fit_micro_batch(engine: GradSampler, inputs: torch.Tensor, budget: int, most: int) -> tuple[int, int]:
-    """The largest micro-batch that fits a budget, and what it leaves for stored gradients, in bytes.
+    """Find the largest micro-batch that fits a budget.
 
+    Also return what it leaves for stored gradients, in bytes.
     Where fewer than eight examples would fit with their gradients stored, room is made by recomputing.
 
     Args:
@@ -101,7 +102,10 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Give freed memory back and start counting the peak anew, so that a run in a sweep reports its own."""
+    """Give freed memory back and start counting the peak again.
+
+    A run in a sweep then reports its own peak.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -290,7 +290,7 @@ class Trainer:
         return time.perf_counter() - self._clock
 
     def _speed(self) -> float:
-        """Expected examples per second of training steps."""
+        """Compute the expected examples per second of training steps."""
         examples = (self.step - self._timed_from) * self.plan.batch_size
         return examples / self._training_seconds if self._training_seconds else 0.0
 
