@@ -1,4 +1,4 @@
-"""Step time, bytes sent and optimizer state per rank of a private step on several ranks, beside torch's DDP.
+"""Step time, bytes sent and optimizer state per rank of a private step on several ranks, compared with torch's DDP.
 
     python scripts/bench_distributed.py                                 # 1 and 2 ranks on this machine's cores
     python scripts/bench_distributed.py --worlds 1,2,4 --views 64

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from text_models import BERT
 
 from dpopt import models
 from dpopt.grad_sample.engine import per_example_gradients
@@ -65,7 +66,8 @@ def test_nf_resnet_keeps_unit_variance_at_the_start():
 def test_every_model_is_admitted():
     for name in models.__all__:
         options = {"pretrained": False} if name.startswith("deit") else {}
-        check_model(getattr(models, name)(num_classes=5, in_channels=3, **options), private=True)
+        options |= {"config": BERT} if name == "transformer" else {"in_channels": 3}
+        check_model(getattr(models, name)(num_classes=5, **options), private=True)
 
 
 def test_head_only_has_gradients_for_the_head_alone():
