@@ -30,8 +30,9 @@ CONFIGS = {
     },
     "llama": {"model_type": "llama", **DECODER},
     "qwen2": {"model_type": "qwen2", **DECODER},
+    "bitnet": {"model_type": "bitnet", **DECODER},
 }
-DECODERS = ("gpt2", "opt", "llama", "qwen2")
+DECODERS = ("gpt2", "opt", "llama", "qwen2", "bitnet")
 LENGTHS = (9, 3, 6, 1, 8)
 POLICIES = ("auto", "store", "recompute", "ghost")
 WRITE = LanguageModeling(DataSpec("text", 5, 0, (9,), lambda *_: (None, None))).loss_fn
@@ -60,7 +61,7 @@ def next_tokens(x):
     return targets
 
 
-def assert_exact(model, loss_fn, x, y, policies=POLICIES, tolerance=1e-10):
+def assert_exact(model, loss_fn, x, y, policies=POLICIES, tolerance=1e-10, fallbacks=0):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = torch.linspace(0.1, 0.5, len(x), dtype=torch.float64)
     norms, expected = [], {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -80,7 +81,7 @@ def assert_exact(model, loss_fn, x, y, policies=POLICIES, tolerance=1e-10):
         torch.testing.assert_close(per_sample.norms, torch.stack(norms), rtol=tolerance, atol=0)
         for name, total in sums.items():
             assert float((total - expected[name]).abs().max()) <= tolerance * float(longest), (policy, name)
-        assert engine.fallbacks == [], policy
+        assert len(engine.fallbacks) == fallbacks, policy
         used[policy] = engine.policies
     return used
 
@@ -121,6 +122,24 @@ def test_parts(kind, train):
         sum(p.numel() for p in model.parameters() if p.requires_grad) < sum(p.numel() for p in model.parameters()) / 2
     )
     assert_exact(model, F.cross_entropy, tokens(), torch.tensor([0, 2, 1, 1, 0]))
+
+
+def test_ternary_layers_go_example_by_example():
+    """BitNet's layers round weights and inputs with gradients of their own, which vmap does not know."""
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    model = make("bitnet")
+    for layer in model.network.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    ternary = AutoBitLinear(
+                        child.in_features, child.out_features, bias=False, online_quant=True
+                    ).double()
+                    ternary.weight.data.copy_(child.weight.data)
+                    setattr(part, name, ternary)
+    x = tokens()
+    assert_exact(model, WRITE, x, next_tokens(x), policies=["auto"], fallbacks=14)
 
 
 def test_validation_accepts_them():
