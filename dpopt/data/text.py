@@ -48,6 +48,11 @@ def text_file(
         unit: what a record is, for the privacy card.
         collection: public collection of the texts, on which initial weights must not have been trained.
     """
+    if len(files) != 2 or not train_size:
+        raise ValueError(
+            "dataset=text_file needs two files and the number of training records: set dataset.files=[train.csv,test.csv] "
+            "dataset.train_size=N"
+        )
     text, target = columns
 
     def read(data_dir: Path) -> tuple[Records, Records]:
@@ -82,6 +87,12 @@ def hub_text(
         tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
         collection: public collection of the texts, on which initial weights must not have been trained.
     """
+
+    if path.count("/") not in (1, 2) or not train_size:
+        raise ValueError(
+            "dataset=hub_text needs a name and the number of training records: set dataset.path=OWNER/NAME "
+            "dataset.train_size=N"
+        )
 
     def read(_: Path) -> tuple[Records, Records]:
         train, test = (_from_hub(path, split, columns, classes) for split in splits)

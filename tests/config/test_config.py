@@ -56,7 +56,7 @@ def test_a_target_that_cannot_be_imported_is_named_with_the_reason(tmp_path, mon
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_every_component_mirrors_its_call(path):
     """Every key is an argument and every value fits; the file opens with its command and its source."""
-    lines = (CONF / path).with_suffix(".yaml").read_text().removeprefix("# @package _global_\n").splitlines()
+    lines = (CONF / f"{path}.yaml").read_text().removeprefix("# @package _global_\n").splitlines()
     assert lines[0].startswith("# python run.py ") and lines[1].startswith("# ")
     group, name = path.parts
     if group in ("optimizer", "clipping", "filter", "estimator"):  # what docs/methods.md is made of

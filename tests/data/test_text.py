@@ -73,9 +73,10 @@ def test_a_language_model_writes_completions_only(tmp_path, tmp_path_factory):
             {"tokenizer": "no/such"},
             r"dataset.tokenizer=no/such can neither be read here nor downloaded",
         ),
+        ("a film,good\n", {"train_size": 0}, r"needs two files and the number of training records: set dataset.files="),
         ("", {}, r"train.csv holds no records: give it at least one"),
     ],
-    ids=["empty", "label", "column", "no tokenizer", "tokenizer", "no records"],
+    ids=["empty", "label", "column", "no tokenizer", "tokenizer", "no size", "no records"],
 )
 def test_refusals(tmp_path, tokenizer, monkeypatch, rows, options, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

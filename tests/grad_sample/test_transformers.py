@@ -124,6 +124,7 @@ def test_parts(kind, train):
     assert_exact(model, F.cross_entropy, tokens(), torch.tensor([0, 2, 1, 1, 0]))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch.compile, by which transformers calls them
 def test_ternary_layers_go_example_by_example():
     """BitNet's layers round weights and inputs with gradients of their own, which vmap does not know."""
     from transformers.integrations.bitnet import AutoBitLinear
