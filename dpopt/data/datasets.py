@@ -44,6 +44,7 @@ class DataSpec:
             trained; empty for none, None to go by the name and the class folders.
         task: what is learned: `classification`, `sequence_classification` or `language_modeling`.
         unit: what a record is, for the privacy card.
+        related: whether records are grouped by what other records hold, so that a hold-out by content depends on them.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DataSpec:
     collection: str | None = None
     task: str = "classification"
     unit: str = UNIT
+    related: bool = False
 
     @property
     def expected(self) -> Expected:

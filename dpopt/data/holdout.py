@@ -13,10 +13,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dpopt.data.datasets import DataSpec
 from dpopt.data.sources import Source
 from dpopt.rng import RandomKey
 
 By = Literal["content", "position"]
+
+
+def check_holdout(spec: DataSpec, by: str) -> None:
+    """Check that one record decides about no other's side in a private run.
+
+    Raises:
+        ValueError: for records that are grouped by what other records hold.
+    """
+    if spec.related and by == "content":
+        raise ValueError(
+            f"the records of {spec.name} are grouped by what others hold, so the side of one would depend on others: "
+            "set holdout=0, or holdout_by=position, which leaves relatives on both sides"
+        )
 
 
 def split_holdout(source: Source, fraction: float, seed: int, by: str = "content") -> tuple[Source, Source | None]:

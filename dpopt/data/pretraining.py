@@ -34,14 +34,19 @@ def check_pretraining(spec: DataSpec, model: Mapping[str, Any], classes: Sequenc
             "nothing says what the initial weights were trained on, so ε might cover less than it seems to: name the "
             "collections in model.pretrained_on, or set model.pretrained_on=unknown, which the privacy card repeats"
         )
-    names = {name.strip().lower() for name in origin.split(",")}
-    if collection.lower() not in names and not (looks_like_imagenet(origin) and looks_like_imagenet(collection)):
+    shared = _names(collection) & _names(origin)
+    if not shared and not (looks_like_imagenet(origin) and looks_like_imagenet(collection)):
         return
     what = "images" if len(spec.shape) == 3 else "records"
     images = "dataset.is_imagenet=false, or " if looks_like_imagenet(origin) else ""
-    which = collection if "," in origin else origin
+    which = collection if "," in origin and shared else origin
     raise ValueError(
         f"the initial weights were trained on {which}, whose {what} {spec.name} holds, "
         "so ε would not cover what they know of them: train from random weights (model.pretrained=false "
         f"model.weights=null), or, if these are not its {what}, state it with {images}collection='' in the DataSpec"
     )
+
+
+def _names(collections: str) -> set[str]:
+    """Split names at commas; keep their letters and digits."""
+    return {word for name in collections.split(",") if (word := re.sub(r"[^a-z0-9]", "", name.lower()))}

@@ -96,7 +96,7 @@ def check_column(column: str, found: Sequence[str], where: str) -> None:
         raise ValueError(f"{where} has no column {column!r} but {names}: set dataset.columns")
 
 
-def sentences_of(texts: Sequence[str]) -> list[int]:
+def sentences_of(texts: Sequence[str]) -> list[str]:
     """Name, for each text, the longest text that it is part of, word by word; equal texts agree."""
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
     owner: dict[str, int] = {}
@@ -107,4 +107,4 @@ def sentences_of(texts: Sequence[str]) -> list[int]:
         for start in range(len(words)):
             for end in range(start + 1, len(words) + 1):
                 owner.setdefault(" ".join(words[start:end]), i)
-    return [owner.get(" ".join(text.split()), -1) for text in texts]
+    return [texts[owner[" ".join(text.split())]] if text.split() else text for text in texts]

@@ -106,6 +106,8 @@ class TensorSource:
             raise ValueError(
                 f"there are {len(self.inputs):,} inputs but {len(self.targets):,} targets: give one for each"
             )
+        if self.trimmed:
+            _check_padding(self.inputs, self.targets)
         if self.inputs.dtype == torch.uint8:
             channels = self.inputs.shape[1] if self.inputs.ndim == 4 else 0
             if not channels or len(self.mean) != channels or len(self.std) != channels or 0 in self.std:
@@ -204,6 +206,20 @@ class TensorSource:
         elif self.image_size:
             images = images.new_zeros(0, images.shape[1], self.image_size, self.image_size)
         return images
+
+
+def _check_padding(tokens: Tensor, targets: Tensor) -> None:
+    """Check that -1 stands behind tokens only, and that targets that are not classes have their width.
+
+    Raises:
+        ValueError: for inputs that trimming would change.
+    """
+    if tokens.ndim != 2 or bool(((tokens[:, 1:] >= 0) & (tokens[:, :-1] < 0)).any()):
+        raise ValueError("trimmed token ids must be (N, T) with -1 behind the last token only: pad them on the right")
+    if targets.ndim > 1 and targets.shape[1:] != tokens.shape[1:]:
+        raise ValueError(
+            f"token ids are {tokens.shape[1]} wide and targets {tuple(targets.shape[1:])}: give one target per token"
+        )
 
 
 @functools.lru_cache(maxsize=64)

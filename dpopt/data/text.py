@@ -50,8 +50,8 @@ def text_file(
     """
     if len(files) != 2 or not train_size:
         raise ValueError(
-            "dataset=text_file needs two files and the number of training records: set dataset.files=[train.csv,test.csv] "
-            "dataset.train_size=N"
+            "dataset=text_file needs two files and the number of training records: set "
+            "dataset.files=[train.csv,test.csv] dataset.train_size=N"
         )
     text, target = columns
 
@@ -70,7 +70,7 @@ def hub_text(
     splits: Sequence[str] = ("train", "test"),
     max_length: int = 128,
     tokenizer: str | None = None,
-    collection: str = "",
+    collection: str | None = None,
 ) -> DataSpec:
     """Describe a text dataset of the Hugging Face hub.
 
@@ -85,9 +85,9 @@ def hub_text(
         splits: of training and of test records.
         max_length: tokens of a record; what is longer is cut.
         tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
-        collection: public collection of the texts, on which initial weights must not have been trained.
+        collection: names of the public collection of the texts, separated by commas, on which initial weights must not
+            have been trained; None for the parts of `path`.
     """
-
     if path.count("/") not in (1, 2) or not train_size:
         raise ValueError(
             "dataset=hub_text needs a name and the number of training records: set dataset.path=OWNER/NAME "
@@ -99,7 +99,15 @@ def hub_text(
         return train, test
 
     name = path.rpartition("/")[2]
-    return _spec(name, train_size, classes, Tokens(tokenizer, max_length), read, "one record", collection)
+    return _spec(
+        name,
+        train_size,
+        classes,
+        Tokens(tokenizer, max_length),
+        read,
+        "one record",
+        path.replace("/", ",") if collection is None else collection,
+    )
 
 
 def _from_hub(path: str, split: str, columns: Sequence[str | None], classes: Sequence[str] | None) -> Records:
@@ -116,7 +124,9 @@ def _from_hub(path: str, split: str, columns: Sequence[str | None], classes: Seq
     for column in filter(None, columns):
         check_column(column, rows.column_names, f"{path}, {split}")
     text, target = columns
-    named = [classes[t] if classes and isinstance(t, int) and 0 <= t < len(classes) else str(t) for t in rows[target]]
+    names = list(map(str, classes or ()))
+    numbers = dict(enumerate(names)) if not {str(t) for t in rows[target]} <= set(names) else {}
+    named = [str(numbers.get(t, t)) if isinstance(t, int) else str(t) for t in rows[target]]
     return Records([""] * len(named) if text is None else list(rows[text]), named, f"{path}, {split}")
 
 
@@ -139,7 +149,7 @@ def sst2(max_length: int = 64, train_size: int = 67_349, tokenizer: str | None =
         train.groups = sentences_of(train.texts)
         return train.part_of(67_349, train_size), test
 
-    return _spec("sst2", train_size, ("0", "1"), Tokens(tokenizer, max_length), read, _PHRASE, "sst2")
+    return _spec("sst2", train_size, ("0", "1"), Tokens(tokenizer, max_length), read, _PHRASE, "sst2, sst, glue")
 
 
 def trec(max_length: int = 32, train_size: int = 5_452, tokenizer: str | None = None) -> DataSpec:
@@ -213,7 +223,7 @@ def e2e(
         size = len(test.texts)
         return train.part_of(42_061, train_size), test.part_of(size, size if test_size is None else test_size)
 
-    return _spec("e2e", train_size, None, Tokens(tokenizer, max_length), read, _REFERENCE, "e2e")
+    return _spec("e2e", train_size, None, Tokens(tokenizer, max_length), read, _REFERENCE, "e2e, e2e_nlg")
 
 
 @dataclass(frozen=True)
@@ -247,6 +257,8 @@ class Tokens:
         Raises:
             ValueError: naming the first record without text or with a class that there is not.
         """
+        if self.max_length < 2:
+            raise ValueError(f"dataset.max_length={self.max_length} leaves no room for a text: set at least 2")
         tokenizer = self.load()
         if classes is not None:
             labels = _labels(records, classes)
@@ -294,7 +306,9 @@ def _spec(
     constants = f"tokens of {tokens.tokenizer}, the first {tokens.max_length} of a record"
     task = "language_modeling" if classes is None else "sequence_classification"
     count = 0 if classes is None else len(classes)
-    return DataSpec(name, train_size, count, (tokens.max_length,), load, constants, collection, task, unit)
+    return DataSpec(
+        name, train_size, count, (tokens.max_length,), load, constants, collection, task, unit, unit == _PHRASE
+    )
 
 
 def _check_text(text: Any, index: int, origin: str, kind: str) -> None:

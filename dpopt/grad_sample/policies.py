@@ -54,7 +54,7 @@ def choose_policies(
         else:
             call.policy = known.get(tracked.name) or _fastest(call, examples, memory, choices)
     if policy in ("auto", "ghost") and not scaled:
-        _share(calls, examples, policy, memory)
+        _share(calls, examples, policy, memory, known)
     if policy == "auto" and memory is not None:
         stored = [call for call in calls if call.policy == "store"]
         left = memory - sum(4 * examples * size_of(call.tracked) for call in stored)
@@ -65,22 +65,30 @@ def choose_policies(
                 left += 4 * examples * size_of(call.tracked)
 
 
-def _share(calls: list[LayerCall], examples: int, policy: str, memory: int | None) -> None:
+def _share(calls: list[LayerCall], examples: int, policy: str, memory: int | None, known: Mapping[str, str]) -> None:
     """Take norms of a large weight that several calls use, tied embeddings for instance, from all calls together."""
     groups: dict[str, list[LayerCall]] = {}
+    users: dict[str, set[TrackedLayer]] = {}
     for call in calls:
+        for full in call.tracked.names.values():
+            users.setdefault(full, set()).add(call.tracked)
         if not call.alone:
             groups.setdefault(call.tracked.names.get("weight", ""), []).append(call)
     for name, group in groups.items():
         modules = {call.tracked.module for call in group}
         plain = all(call.structure is None and type(m) in (nn.Linear, nn.Embedding) for call in group for m in modules)
         own_bias = len(modules) > 1 and any(getattr(m, "bias", None) is not None for m in modules)
-        if not name or not plain or own_bias or not all(_has_ghost(call.tracked) for call in group):
+        inside = {call.tracked for call in group}
+        # What another unit does with a weight or a bias of these would be missing from the norm.
+        whole = all(users[full] <= inside for one in inside for full in one.names.values())
+        whole = whole and not any(one.beside for one in inside)
+        if not name or not plain or own_bias or not whole or not all(_has_ghost(one) for one in inside):
             continue
         size, positions = size_of(group[0].tracked), sum(call.positions for call in group)
         cheap = size > _SMALL and 8 * positions * _width(group[0].tracked) < size
         large = 4 * examples * size > (_largest(group[0]) if memory is None else memory)
-        if cheap or large or policy == "ghost":
+        settled = {known[one.name] for one in inside if one.name in known}
+        if "ghost" in settled if settled else cheap or large or policy == "ghost":
             for call in group:
                 call.policy, call.shared = "ghost", name.rpartition(".")[0]
 

@@ -31,6 +31,7 @@ class Transformer(nn.Module):
         head: its head.
         max_length: the longest sequence that the network reads; None for any.
         vocabulary: number of tokens that the network knows.
+        causal: whether a token sees only those before it.
     """
 
     def __init__(self, network: Any, head: nn.Module | None = None) -> None:
@@ -38,18 +39,22 @@ class Transformer(nn.Module):
         self.network, self.head = network, head
         config = network.config
         self._arguments = set(inspect.signature(network.forward).parameters)
-        self._causal = not _reads_both_ways(network)
+        self.causal = not _reads_both_ways(network)
         table = next((m for name, m in network.named_modules() if name.endswith("position_embeddings")), None)
         padding = getattr(table, "padding_idx", None)
         self._first = 0 if padding is None else padding + 1  # RoBERTa counts positions from behind its padding
         self.vocabulary = int(config.vocab_size)
+        self._pad = int(config.pad_token_id or 0)  # by which a decoder's own head finds the last token
         longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         self.max_length = None if longest is None else int(longest) - self._first
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits: (N, classes) of a classifier, (N, T, vocabulary) of a language model."""
         present = tokens >= 0
-        given: dict[str, Any] = {"input_ids": tokens.clamp(min=0), "attention_mask": self._mask(present)}
+        given: dict[str, Any] = {
+            "input_ids": tokens.masked_fill(~present, self._pad),
+            "attention_mask": self._mask(present),
+        }
         given["position_ids"] = (present.cumsum(1) - 1).clamp(min=0) + self._first
         given["token_type_ids"] = torch.zeros_like(tokens)
         given["use_cache"] = False
@@ -70,7 +75,7 @@ class Transformer(nn.Module):
         length = present.shape[1]
         itself = torch.eye(length, dtype=torch.bool, device=present.device)
         seen = present[:, None].expand(-1, length, length)
-        if self._causal:
+        if self.causal:
             seen = seen & torch.ones_like(itself).tril()
         dtype = next(self.network.parameters()).dtype
         dtype = (
@@ -116,6 +121,11 @@ def transformer(
     head = _new_head(network, num_classes) if pooling and num_classes else None
     own = _own_head(network) if num_classes is not None and not pooling else []
     model = Transformer(network, head)
+    if num_classes is None and not model.causal:
+        kind = type(network).__name__
+        raise ValueError(
+            f"{kind} sees the tokens that it should write: choose a model that writes text, model=gpt2 say"
+        )
     if train == "lora":
         model.network = _with_adapters(network, lora or {}, own)
     elif train != "full":
@@ -184,8 +194,10 @@ def _network(
     options: dict[str, Any] = {} if num_classes is None or pooling else {"num_labels": num_classes}
     with unavailable(f"model.path={path}"):
         made = _architecture(path, config, pretrained, options)
-        if num_classes is not None and made.pad_token_id is None:
-            made.pad_token_id = made.eos_token_id if isinstance(made.eos_token_id, int) else 0
+        known = [
+            t for t in (made.pad_token_id, made.eos_token_id, 0) if isinstance(t, int) and 0 <= t < made.vocab_size
+        ]
+        made.pad_token_id = known[0]
         if path is None or not pretrained:
             return kind.from_config(made, dtype=torch.float32)
         return kind.from_pretrained(**where(path), config=made, dtype=torch.float32)
@@ -256,16 +268,26 @@ def where(path: str | None) -> dict[str, Any]:
 
 
 def _reads_both_ways(network: Any) -> bool:
-    """Tell an encoder from a decoder."""
+    """Tell an encoder from a decoder.
+
+    Raises:
+        ValueError: for a network that does not say which it is.
+    """
     causal = [bool(m.is_causal) for m in network.modules() if hasattr(m, "is_causal")]
-    return not any(causal) if causal else not network.config.is_decoder
+    decodes = getattr(network.config, "is_decoder", None)
+    if not causal and decodes is None:
+        raise ValueError(
+            f"nothing in {type(network).__name__} says whether its tokens see later ones, so it gets no mask: choose "
+            "another transformer, of conf/model for instance"
+        )
+    return not any(causal) if causal else not decodes
 
 
-def _switch_dropout_off(network: nn.Module) -> None:
-    for module in network.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, nn.Dropout))):
-                setattr(module, name, 0.0)
+def _switch_dropout_off(network: Any) -> None:
+    for holder in (network.config, *network.modules()):
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(holder, nn.Dropout))):
+                setattr(holder, name, 0.0)
 
 
 def _own_head(network: Any) -> list[str]:

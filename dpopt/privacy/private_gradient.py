@@ -107,7 +107,7 @@ class PrivateGradient:
         self.engine = engine
         self.diagnostics = diagnostics
         self.pre_clip_scale, self.query_points, self.canaries = pre_clip_scale, query_points, canaries
-        self.wants_to_stop, self._agreed = False, False
+        self.wants_to_stop, self._agreed = False, 1
         self._kept = torch.empty(2, 0)
         self.step_info = self._constants()
         self.statistics: dict[str, float] = {}
@@ -150,9 +150,14 @@ class PrivateGradient:
                 "the noise of this step was already used for another model or an earlier try, and using it twice would "
                 "cancel it: calibrate a new plan for every training"
             )
-        if not self._agreed and ranks.share().world > 1:
+        if batch.share != (share := ranks.share()):
+            raise ValueError(
+                f"the batch is for rank {batch.share.rank} of {batch.share.world} and this is rank {share.rank} of "
+                f"{share.world}: start the process group before poisson_batches, and keep it"
+            )
+        if share.world > 1 and share.world != self._agreed:
             check_agreement(self, batch.data)
-        self._agreed = True
+        self._agreed = share.world  # how many ranks have been compared
         self._fill(batch)
         self.step += 1
 

@@ -33,6 +33,7 @@ class PoissonBatch:
         micro_batches: inputs (micro_batch, views, …), targets (micro_batch, …) and mask (micro_batch,), False on pads.
         used: whether it was read or passed over.
         data: fingerprint of the dataset, where there are several ranks to compare it.
+        share: which part of it this process has.
     """
 
     plan: PrivacyPlan
@@ -41,6 +42,7 @@ class PoissonBatch:
     micro_batches: Iterator[MicroBatch]
     used: bool = False
     data: str = ""
+    share: ranks.Share = ranks.WHOLE
 
     def __iter__(self) -> Iterator[MicroBatch]:
         if self.used:
@@ -106,7 +108,7 @@ def _batches(source: Source, plan: PrivacyPlan, start: int, views: int, micro_ba
     for step, drawn in ours:
         indices = share.of(drawn)
         pieces = (_pad(*next(loaded), micro_batch) for _ in indices.split(micro_batch))  # nothing: one empty piece
-        batch = PoissonBatch(plan, step, indices, pieces, data=data)
+        batch = PoissonBatch(plan, step, indices, pieces, data=data, share=share)
         yield batch
         batch.used = True
         for _ in pieces:  # a caller that broke off must not shift the stream for the next step

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpopt.data.datasets import DataSpec
-from dpopt.tasks.sequence_classification import check_length, check_tokens
+from dpopt.tasks.sequence_classification import check_length, check_tokens, check_width
 
 IGNORED = -100
 
@@ -77,6 +77,7 @@ class LanguageModeling:
                 f"the model's output has the shape {shape[1:]} where a language model returns logits of {length} "
                 "positions: choose a model of conf/model that writes text"
             )
+        check_width(model, length)
 
 
 def mean_losses(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpopt.grad_sample.modes import eval_mode
 from dpopt.tasks.classification import Classification
 
 
@@ -30,6 +31,7 @@ class SequenceClassification(Classification):
         """
         check_length(model, self.spec.shape[0])
         super().check(model)
+        check_width(model, self.spec.shape[0])
 
     def check_source(self, model: nn.Module, source: Any) -> None:
         """Check that the model knows every token.
@@ -53,6 +55,26 @@ def check_tokens(model: nn.Module, source: Any) -> None:
         f"the tokenizer makes the token {largest:,} and the model knows {vocabulary:,}: set dataset.tokenizer to the "
         "model's own"
     )
+
+
+@torch.no_grad()
+def check_width(model: nn.Module, length: int) -> None:
+    """Check that padding changes nothing: how long a micro-batch is depends on its longest text.
+
+    Raises:
+        ValueError: for a model whose outputs depend on the padding behind a text.
+    """
+    vocabulary, device = getattr(model, "vocabulary", None) or 2, next(model.parameters()).device
+    short = torch.arange(2 * max(1, length // 2), device=device).view(2, -1) % (vocabulary - 1) + 1
+    padded = torch.cat([short, short.new_full((2, length - short.shape[1]), -1)], 1)
+    with eval_mode(model):
+        alone, behind = model(short), model(padded)
+    behind = behind[:, : short.shape[1]] if behind.ndim == 3 else behind
+    if float((alone - behind).abs().max()) > 1e-4 * float(alone.abs().max()):
+        raise ValueError(
+            "the model's output for a text depends on the padding behind it, so one text would change what others of "
+            "its micro-batch contribute: set model.pooling=mean, or choose another model"
+        )
 
 
 def check_length(model: nn.Module, length: int) -> None:

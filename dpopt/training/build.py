@@ -17,7 +17,7 @@ from dpopt.config.components import accepted, build, component_defaults
 from dpopt.config.schema import Config
 from dpopt.data.datasets import DataSpec
 from dpopt.data.fingerprint import Kind, module_fingerprint
-from dpopt.data.holdout import split_holdout
+from dpopt.data.holdout import check_holdout, split_holdout
 from dpopt.data.pretraining import check_pretraining
 from dpopt.data.sources import Source, as_source
 from dpopt.grad_sample.engine import GradSampler
@@ -242,6 +242,8 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
             "train_size in the DataSpec"
         )
     train, test = train.check(spec.expected, "training"), test.check(spec.expected, "test")
+    if config.private and config.holdout:
+        check_holdout(spec, config.holdout_by)
     train, held_out = split_holdout(train, config.holdout, config.seed, config.holdout_by)
     # Without a secret key only the content keeps the noise of two runs on neighboring datasets apart.
     kind: Kind = "quick" if is_secret(config) else "content"

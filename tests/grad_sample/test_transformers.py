@@ -151,17 +151,65 @@ def test_validation_accepts_them():
     assert engine.validated and engine.fallbacks == []
 
 
-def test_shared_norms_count_every_pair_of_calls():
-    """A tied weight whose norms ignore what its calls have in common is refused."""
+@pytest.mark.parametrize("memory", [None, 10_000], ids=["ghost", "by size"])
+def test_shared_norms_count_every_pair_of_calls(memory):
+    """A tied weight whose norms ignore what its calls have in common is refused, also one shared for its size."""
     from dpopt.grad_sample import hooks
 
     true, x, model = hooks.shared_ghost_norm, tokens(), make("gpt2")
     hooks.shared_ghost_norm = lambda reads: sum(true([read]) for read in reads)
     try:
+        engine = GradSampler(model, WRITE, "ghost" if memory is None else "auto", memory)
         with pytest.raises(ValueError, match="gradient"):
-            validate(GradSampler(model, WRITE, "ghost"), x, next_tokens(x))
+            validate(engine, x, next_tokens(x))
     finally:
         hooks.shared_ghost_norm = true
+
+
+class Leaf(torch.nn.Module):
+    """Holds a weight under another name."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.matrix = weight
+
+    def forward(self, x):
+        return x @ self.matrix.T
+
+
+class PartOfATie(torch.nn.Module):
+    """A weight of two calls that a layer without a rule has, too; or two layers with one bias, one called twice."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.table, self.one, self.two = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.norm = torch.nn.LayerNorm(8)
+        if kind == "leaf":
+            self.two = Leaf(self.one.weight)
+        elif kind == "bias":
+            self.two.bias = self.one.bias
+        else:
+            self.norm.bias = self.one.bias
+
+    def forward(self, x):
+        h = self.one(torch.tanh(self.one(self.table(x))))
+        return self.norm(self.two(torch.tanh(h))).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["leaf", "bias", "norm"])
+def test_a_part_of_a_tie_is_not_taken_alone(kind):
+    """What a unit outside of a group does with one of its parameters belongs to the norm."""
+    torch.manual_seed(0)
+    model, x, y = PartOfATie(kind).double(), torch.randint(0, 50, (5, 1, 6)), torch.arange(5)
+    norms = [
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(v), t[None]), list(model.parameters()))]
+        )
+        for v, t in zip(x, y, strict=True)
+    ]
+    for policy, memory in (("ghost", None), ("auto", 0)):
+        per_sample = GradSampler(model, F.cross_entropy, policy, memory)(x, y)
+        torch.testing.assert_close(per_sample.norms, torch.stack([n.norm() for n in norms]), rtol=1e-10, atol=0)
 
 
 def test_a_layer_called_twice():
@@ -180,6 +228,21 @@ def test_a_layer_called_twice():
     x = torch.randint(0, 50, (5, 1, 6))
     used = assert_exact(Twice().double(), F.cross_entropy, x, torch.arange(5))
     assert used["ghost"] == {"table": "ghost", "layer": "ghost"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "bitnet"])  # which has no head of its own
+def test_a_decoder_classifies_the_last_token_not_a_pad(kind):
+    """Its own head finds the last token by the network's padding, whatever that is."""
+    torch.manual_seed(0)
+    model = transformer(config={**CONFIGS[kind], "pad_token_id": 7, "eos_token_id": 7}, num_classes=3).double().eval()
+    right = tokens()[:, 0]
+    for i, length in enumerate(LENGTHS):
+        torch.testing.assert_close(model(right[i : i + 1, :length])[0], model(right)[i], rtol=1e-9, atol=1e-12)
+
+
+def test_what_reads_both_ways_cannot_write():
+    with pytest.raises(ValueError, match=r"sees the tokens that it should write: choose a model that writes text"):
+        make("bert")
 
 
 def test_a_pad_changes_nothing():

@@ -14,6 +14,7 @@ from dpopt.privacy import private_gradient
 from dpopt.privacy.clipping import Automatic, Flat
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.sampling import PoissonBatch
+from dpopt.ranks import Share
 
 
 def clipped_mean(model, plan, inputs, targets, mask, clip, **options):
@@ -252,3 +253,13 @@ def test_plain_loop_with_microadam_learns():
     model = nn.Linear(5, 2)
     train(plan, model, (inputs, targets), dpopt.optim.MicroAdam(model.parameters(), lr=0.05), micro_batch=64)
     assert (model(inputs).argmax(1) == targets).float().mean() > 0.9
+
+
+def test_a_batch_of_another_process_group_is_refused():
+    """A share of a batch, added up by nobody or added up again, would be released under the noise of one."""
+    private = PrivateGradient(small_model(), F.cross_entropy, make_plan(), Flat(1.0))
+    inputs, targets = small_data(4, 1)
+    pieces = iter([(inputs, targets, torch.ones(4, dtype=torch.bool))])
+    batch = PoissonBatch(make_plan(), 0, torch.arange(4), pieces, share=Share(1, 2))
+    with pytest.raises(ValueError, match=r"for rank 1 of 2 and this is rank 0 of 1: start the process group before"):
+        private.backward(batch)
