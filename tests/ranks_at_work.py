@@ -246,7 +246,7 @@ def counted_collectives(rank, world):
     for name in ("all_reduce", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list", "barrier"):
         real = getattr(dist, name)
         setattr(dist, name, lambda *a, real=real, **o: (calls.append(1), real(*a, **o))[1])
-    problem.private._agreed = True
+    problem.private._agreed = world
     for batch in dpopt.poisson_batches(problem.data, problem.plan):
         calls.clear()
         problem.private.backward(batch)

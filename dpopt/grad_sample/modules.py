@@ -19,7 +19,7 @@ class TrackedLayer:
         rule: how.
         names: of its trainable parameters, within the layer → in the model.
         tied: whether another unit has one of these parameters, too.
-        beside: whether a module that only contains others holds one of them, too.
+        held_bare: whether a module that only contains others holds one of them, too.
     """
 
     name: str
@@ -27,7 +27,7 @@ class TrackedLayer:
     rule: Rule
     names: dict[str, str]
     tied: bool = False
-    beside: bool = False
+    held_bare: bool = False
 
 
 class UnsupportedLayerError(ValueError):
@@ -86,7 +86,7 @@ def find_layers(model: nn.Module, whole: Collection[str] = ()) -> tuple[list[Tra
         for name in tracked.names.values():
             users[name] = users.get(name, 0) + 1
     for tracked in tracked_layers:
-        tracked.beside = any(name in bare for name in tracked.names.values())
+        tracked.held_bare = any(name in bare for name in tracked.names.values())
         tracked.tied = any(users[name] > 1 or name in bare for name in tracked.names.values())
     return tracked_layers, bare
 

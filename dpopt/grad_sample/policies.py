@@ -81,7 +81,7 @@ def _share(calls: list[LayerCall], examples: int, policy: str, memory: int | Non
         inside = {call.tracked for call in group}
         # What another unit does with a weight or a bias of these would be missing from the norm.
         whole = all(users[full] <= inside for one in inside for full in one.names.values())
-        whole = whole and not any(one.beside for one in inside)
+        whole = whole and not any(one.held_bare for one in inside)
         if not name or not plain or own_bias or not whole or not all(_has_ghost(one) for one in inside):
             continue
         size, positions = size_of(group[0].tracked), sum(call.positions for call in group)
