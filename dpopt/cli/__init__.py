@@ -19,6 +19,7 @@ VERBS = {
     "ledger": ("dpopt.cli.ledger:ledger", "show what private runs have spent together on each dataset"),
     "budget": ("dpopt.cli.budget:budget", "tabulate σ for an ε, or ε for a σ, over batch sizes and epochs"),
     "runs": ("dpopt.cli.runs:runs", "list finished runs, compare them over seeds, draw their curves"),
+    "report": ("dpopt.cli.report:report", "write one HTML page of finished runs: groups, curves, privacy cards"),
     "table": ("dpopt.cli.table:table", "run a table of experiments/ and write its page, CSV and figures"),
 }
 
