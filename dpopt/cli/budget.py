@@ -103,8 +103,8 @@ def show(grid: Grid, batches: list[int], epochs: list[float], title: str) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(caption="rows: batch size; columns: epochs", caption_justify="left")
-    table.add_column("batch", justify="right", style="bold")
+    table = Table()
+    table.add_column("batch size, epochs:", justify="right", style="bold")
     for count in epochs:
         table.add_column(f"{count:g}", justify="right", no_wrap=True)
     for batch, row in zip(batches, grid, strict=True):

@@ -7,7 +7,7 @@ along a vertical line of the complex plane (Alghamdi et al., 2208.09595):
 
 The line goes through the saddle point, where the integrand hardly oscillates. The expectation is a sum over a grid of
 the mechanism's outputs, and both sums converge exponentially. The accountant's loss distributions lie on a grid, which
-adds to its ε. Where that may be more than 3e-4 of ε, or where a sum has not converged, the accountant answers instead.
+adds to its ε. Where that may be more than 2e-4 of ε, or where a sum has not converged, the accountant answers instead.
 """
 
 import math
@@ -20,7 +20,7 @@ from scipy.optimize import brentq, minimize_scalar
 
 from dpopt.privacy import accounting
 
-_NEGLIGIBLE = 3e-4  # of ε, or of δ, which moves ε by less
+_NEGLIGIBLE = 2e-4  # of ε, or of δ, which moves ε by less
 _OUTPUTS = 12_000  # more are not worth it: the accountant is as fast
 _FREQUENCIES, _CHUNKS = 32, 64  # at most 64 times 32
 
@@ -106,8 +106,8 @@ def _check(noise: float, sample_rate: float, steps: int, epsilon: float) -> None
     _log_delta(noise, sample_rate, steps, epsilon, strict=True)
     grid = accounting.pld_grid(noise)
     saddle, _ = _Line(noise, sample_rate, steps, epsilon, True).saddle()
-    # Losses spread over a grid have h²/6 more variance, and half of that more mean: (s + 1)/2 of it goes into ε.
-    if (saddle + 1) * steps * grid**2 / 12 > _NEGLIGIBLE * epsilon:
+    # Losses spread over a grid have up to h²/4 more variance, half of that more mean: (s + 1)/2 of it goes into ε.
+    if (saddle + 1) * steps * grid**2 / 8 > _NEGLIGIBLE * epsilon:
         raise _NotConverged
 
 
