@@ -17,6 +17,9 @@ VERBS = {
     "rerun": ("dpopt.cli.rerun:rerun", "train a finished run again and compare the results: dpopt rerun runs/NAME"),
     "audit": ("dpopt.cli.audit:audit", "train with canaries and compare the claimed ε with what they show"),
     "ledger": ("dpopt.cli.ledger:ledger", "show what private runs have spent together on each dataset"),
+    "budget": ("dpopt.cli.budget:budget", "tabulate σ for an ε, or ε for a σ, over batch sizes and epochs"),
+    "runs": ("dpopt.cli.runs:runs", "list finished runs, compare them over seeds, draw their curves"),
+    "report": ("dpopt.cli.report:report", "write one HTML page of finished runs: groups, curves, privacy cards"),
     "table": ("dpopt.cli.table:table", "run a table of experiments/ and write its page, CSV and figures"),
 }
 

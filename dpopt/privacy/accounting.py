@@ -242,3 +242,8 @@ def _root(
         if high - low < 1e-12:
             break
     raise ArithmeticError("no root in the interval")
+
+
+def pld_grid(noise_multiplier: float) -> float:
+    """Return the spacing of the loss distributions that `compute_epsilon` composes."""
+    return _interval(noise_multiplier, _PLD_GRID)

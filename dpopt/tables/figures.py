@@ -20,8 +20,9 @@ from matplotlib.ticker import NullFormatter
 
 import dpopt
 from dpopt.config.components import component_name
+from dpopt.runs.comparison import interval, show
 from dpopt.tables import spec
-from dpopt.tables.render import arrange, interval, show
+from dpopt.tables.render import arrange
 from dpopt.tables.spec import COLUMNS, SIZES, Job
 
 # A method has one color and one marker in every figure; what else is drawn of it differs by its line. The first eight

@@ -12,21 +12,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from dpopt.config.components import component_name
 from dpopt.runs import provenance
+from dpopt.runs.comparison import bound, interval, show
 from dpopt.tables import spec
 from dpopt.tables.spec import COLUMNS, Job
 from dpopt.training.build import make_task
 
 RECORDED = ("test_accuracy", "test_loss", "epsilon", "optimizer_state_bytes", "peak_memory_bytes", "wall_seconds")
 Cells = dict[tuple[str, str], list[Job]]
-
-
-def show(measure: str, value: float) -> float:
-    """Convert a number to the unit of the tables: percent, bytes, MB, nats."""
-    return value * 100 if "accuracy" in measure else value / 1e6 if measure == "peak_memory_bytes" else value
 
 
 def unit(measure: str) -> str:
@@ -66,14 +60,6 @@ def cell(jobs: list[Job], measure: str) -> str:
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Compute the mean and half its 95% confidence interval (NaN below three values)."""
-    mean = statistics.fmean(values)
-    if len(values) < 3:
-        return mean, math.nan
-    return mean, float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-
-
 def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
     """Average the differences of equal seeds, with a 95% confidence interval."""
     of_base = {job.config.seed: job.score(measure) for job in base}
@@ -87,13 +73,6 @@ def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
         return f"{mean:+.{places}f} (n = {len(found)}: no interval)"
     few = f" (n = {len(found)})" if len(found) < len(jobs) else ""
     return f"{mean:+.{places}f} [{bound(mean - half, places)}, {bound(mean + half, places)}]{few}"
-
-
-def bound(value: float, places: int) -> str:
-    """Round an interval's end such that its side of 0 stays visible."""
-    while value and float(f"{value:.{places}f}") == 0 and places < 4:
-        places += 1
-    return f"{value:+.{places}f}"
 
 
 def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:

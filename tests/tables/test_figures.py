@@ -12,7 +12,8 @@ from matplotlib.colors import to_hex
 
 from dpopt.config.components import component_name
 from dpopt.runs import directory as run_files
-from dpopt.tables import figures, render, spec
+from dpopt.runs.comparison import interval
+from dpopt.tables import figures, spec
 
 OPTIMIZERS = sorted((CONF / "optimizer").glob("*.yaml"))
 
@@ -38,8 +39,8 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
         csv.writer(file).writerows(lines)
     assert figures.curves(other, found, {"column": found[0].column}) and not other.child_axes
     assert figures.bars(axis, found, {})
-    assert render.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
-    assert math.isnan(render.interval([1.0, 2.0])[1])
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484), abs=1e-3)
+    assert math.isnan(interval([1.0, 2.0])[1])
     figures.plt.close("all")
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from helpers import fake_jobs, finish_run
 
+from dpopt.runs.comparison import bound
 from dpopt.tables import render, spec
 from dpopt.training.run import note_failure
 
@@ -83,7 +84,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert render.difference(one, other[2:], "test_accuracy") == "+3.0 (n = 1: no interval)"
     fourth = replace(one[0], config=replace(one[0].config, seed=3))  # without a partner
     assert render.difference([*one, fourth], other, "test_accuracy") == "+2.0 [-0.5, +4.5] (n = 3)"
-    assert [render.bound(value, 1) for value in (-0.009, 0.04, 0.0, -1.25)] == ["-0.01", "+0.04", "+0.0", "-1.2"]
+    assert [bound(value, 1) for value in (-0.009, 0.04, 0.0, -1.25)] == ["-0.01", "+0.04", "+0.0", "-1.2"]
 
 
 def test_the_best_row_is_chosen_on_average_or_by_column(tmp_path):
