@@ -147,7 +147,7 @@ def test_flags_may_stand_between_overrides_and_old_values_are_read(command, tmp_
     "line, expected",
     [
         ("dpopt ", " ".join(VERBS)),
-        ("dpopt e", "estimate evaluate"),
+        ("dpopt e", "estimate evaluate export"),
         ("dpopt train opti", "optimizer. optimizer="),
         ("dpopt estimate filter=k", "filter=kalman"),
         ("dpopt train experiment=quickstart -m batch", "batch_size="),
