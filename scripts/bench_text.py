@@ -38,8 +38,8 @@ SMOLLM2 = {
 }
 # Configuration, part that is trained, classes (None: language modeling), examples, tokens.
 MODELS: dict[str, tuple[dict[str, Any], Any, int | None, int, int]] = {
-    "minilm": (MINILM, "full", 2, 32, 64),
-    "minilm_lora": (MINILM, "lora", 2, 32, 64),
+    "minilm": (MINILM, "full", 2, 8, 64),
+    "minilm_lora": (MINILM, "lora", 2, 8, 64),
     "smollm2_lora": (SMOLLM2, "lora", None, 4, 100),
     "smollm2_full": (SMOLLM2, "full", None, 4, 100),
 }

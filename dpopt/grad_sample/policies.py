@@ -110,7 +110,7 @@ def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choice
     known = choices.made.get(name := _name(call, examples))
     if known in ways:
         return known
-    if call.layout is None:  # its examples have not been found yet
+    if call.layout is None or not call.layout.sure:  # its examples have not been found yet
         return guess
     device = next(tracked.module.parameters()).device
     return choices.find(name, device, {way: functools.partial(_try, call, way, examples, choices) for way in ways})

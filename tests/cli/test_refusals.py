@@ -24,7 +24,7 @@ SHORT = ("experiment=quickstart", "steps=6", "batch_size=64", "eval_every=2", "e
         (["epsilon=[1"], "'[1'"),
         (["epsilon=1,2"], "add --multirun"),
         (["optimizer.nope=3"], "To append to your config use +optimizer.nope=3"),
-        (["hydra/launcher=nothing"], "basic, joblib, submitit_local"),
+        (["hydra/launcher=nothing"], "basic, joblib, slurm, submitit_local"),
         (["-cd", "nowhere"], "nowhere' not found"),
     ],
     ids=str,

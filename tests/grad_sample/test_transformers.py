@@ -240,6 +240,16 @@ def test_a_decoder_classifies_the_last_token_not_a_pad(kind):
         torch.testing.assert_close(model(right[i : i + 1, :length])[0], model(right)[i], rtol=1e-9, atol=1e-12)
 
 
+def test_adapters_that_begin_at_zero_are_not_examined_in_every_batch():
+    """Half of their gradients are zero at first, which hides where examples lie; nothing is measured on a guess."""
+    model, x, y = make("bert", train="lora", lora={"rank": 300}, num_classes=3), tokens(), torch.tensor([0, 2, 1, 1, 0])
+    engine, forwards = GradSampler(model, F.cross_entropy), []
+    engine(x, y)
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    engine(x, y)
+    assert len(forwards) == 1
+
+
 def test_what_reads_both_ways_cannot_write():
     with pytest.raises(ValueError, match=r"sees the tokens that it should write: choose a model that writes text"):
         make("bert")

@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
 
 
 def test_an_audited_run_with_filter_and_adaptive_clip_has_the_same_state(tmp_path):
-    words = (*SMALL, "filter=kalman", "clipping=adaptive", "audit=32", "diagnostics=true", "holdout=0.1", "views=2")
+    words = (*SMALL, "filter=kalman", "clipping=adaptive", "audit=32", "diagnostics=true", "holdout=0.1")
     run(configure(*words, f"output_dir={tmp_path}/one"))
     assert run_at_ranks(2, *words, f"output_dir={tmp_path}/two") == ["finished"] * 2
     assert_same_state(tmp_path / "one", tmp_path / "two")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import configure
+from safetensors import SafetensorError
 from training.test_distributed import assert_same_state, checkpoint
 
 from dpopt.runs import directory
 from dpopt.training import checkpoint as writer
-from dpopt.training import trainer
 from dpopt.training.run import run
 from dpopt.training.trainer import Trainer
 
@@ -61,8 +61,8 @@ class Faults:
         patch.setattr(os, "fsync", self.synced)
         patch.setattr(os, "replace", self.replaced)
         patch.setattr(writer.torch, "save", self.saved(torch.save, RuntimeError("PytorchStreamWriter failed writing")))
-        full = trainer.files.SafetensorError("Error while serializing: No space left on device")
-        patch.setattr(trainer, "save_file", self.saved(trainer.save_file, full))
+        full = SafetensorError("Error while serializing: No space left on device")
+        patch.setattr(writer, "save_file", self.saved(writer.save_file, full))
 
     def fails(self, kind: str, path) -> bool:
         if not any(Path(path).is_relative_to(folder) for folder in self.folders) or Path(path).is_dir():
