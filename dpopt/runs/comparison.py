@@ -198,7 +198,7 @@ def _written(value: Any) -> str:
     try:
         return f"{float(value):g}" if not isinstance(value, bool) else str(value).lower()
     except (TypeError, ValueError):
-        return "null" if value is None else value if isinstance(value, str) else json.dumps(value)
+        return "null" if value is None else value if isinstance(value, str) else files.to_json(value)
 
 
 def summarize(groups: Sequence[Group], measure: str) -> list[Summary]:

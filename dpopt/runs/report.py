@@ -1,6 +1,5 @@
 """One HTML page of finished runs: groups compared, their curves, and each run's privacy card and configuration."""
 
-import json
 import math
 from collections.abc import Sequence
 from html import escape
@@ -8,6 +7,7 @@ from html import escape
 import yaml
 from matplotlib.ticker import MaxNLocator
 
+from dpopt import files
 from dpopt.runs.comparison import COLORS, FinishedRun, Group, curve, group_runs, show, summarize, table
 from dpopt.runs.directory import CARD
 from dpopt.runs.markdown import to_html
@@ -111,7 +111,7 @@ def _told(mean: float, sd: float) -> str:
 
 def _script_json(data: object) -> str:
     """Write JSON that cannot end the script element it stands in."""
-    return json.dumps(data, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return files.to_json(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 class _Axes:
