@@ -1,6 +1,7 @@
 """Records of text, and the files that they are read from."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ def read_columns(path: Path, text: str | None, target: str) -> Records:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     content = read_text(path)
     if path.suffix == ".jsonl":
-        for i, line in enumerate(content.splitlines()):
+        for i, line in enumerate(lines_of(content)):
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -62,11 +63,16 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"line {i + 1} of {path} is no JSON object: give one object per line")
             yield row
     elif path.suffix == ".csv":
-        yield from csv.DictReader(content.splitlines(keepends=True))
+        yield from csv.DictReader(lines_of(content))
     elif path.suffix == ".tsv":  # as GLUE writes it: quotes are text
-        yield from csv.DictReader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        yield from csv.DictReader(lines_of(content), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         raise ValueError(f"{path} is neither .csv, .tsv nor .jsonl: convert it to one of them")
+
+
+def lines_of(content: str) -> io.StringIO:
+    """Split a text at line ends only; `str.splitlines` splits at characters that texts hold, too (U+2028, U+0085)."""
+    return io.StringIO(content, newline="")
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
@@ -76,7 +82,8 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
         ValueError: for another encoding; FileNotFoundError for a missing file.
     """
     try:
-        return path.read_text(encoding=encoding)
+        with path.open(encoding=encoding, newline="") as file:  # line ends within quotes stay
+            return file.read()
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is missing: put the file there, or set data_dir (or DPOPT_DATA_DIR) to the folder that holds it"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpopt.data.datasets import DataSpec
-from dpopt.data.records import Records, check_column, read_columns, read_text, sentences_of
+from dpopt.data.records import Records, check_column, lines_of, read_columns, read_text, sentences_of
 from dpopt.data.sources import TensorSource
 from dpopt.models.transformer import load_tokenizer, unavailable
 
@@ -164,7 +164,7 @@ def trec(max_length: int = 32, train_size: int = 5_452, tokenizer: str | None = 
     """
 
     def part(path: Path) -> Records:
-        lines = [line.split(" ", 1) for line in read_text(path, "latin-1").splitlines()]
+        lines = [line.split(" ", 1) for line in lines_of(read_text(path, "latin-1"))]
         return Records([line[1].strip() for line in lines], [line[0].split(":")[0] for line in lines], str(path))
 
     def read(data_dir: Path) -> tuple[Records, Records]:
@@ -187,7 +187,7 @@ def agnews(max_length: int = 96, train_size: int = 120_000, tokenizer: str | Non
     """
 
     def part(path: Path) -> Records:
-        rows = list(csv.reader(read_text(path).splitlines()))
+        rows = list(csv.reader(lines_of(read_text(path))))
         return Records([f"{row[1]} {row[2]}" for row in rows], [row[0] for row in rows], str(path))
 
     def read(data_dir: Path) -> tuple[Records, Records]:

@@ -9,7 +9,7 @@ from text_models import WORDS, make_tokenizer
 from dpopt import data
 from dpopt.data.holdout import check_holdout
 from dpopt.data.pretraining import check_pretraining
-from dpopt.data.records import sentences_of
+from dpopt.data.records import read_columns, sentences_of
 from dpopt.data.sources import TensorSource
 from dpopt.data.text import IGNORED, PAD
 from dpopt.rng import RandomKey
@@ -208,3 +208,19 @@ def test_a_private_holdout_by_what_others_hold_is_refused():
         check_holdout(data.sst2(), "content")
     check_holdout(data.sst2(), "position")
     check_holdout(data.trec(), "content")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_a_text_may_hold_what_python_takes_for_a_line_end(tmp_path, tokenizer, mark):
+    text = f"the film{mark}is good"
+    for suffix, content in (
+        ("csv", f'text,label\n"{text}",good\na film,bad\n'),
+        ("tsv", f"text\tlabel\n{text}\tgood\na film\tbad\n"),
+        (
+            "jsonl",
+            json.dumps({"text": text, "label": "good"}, ensure_ascii=False) + '\n{"text": "a film", "label": "bad"}\n',
+        ),
+    ):
+        (tmp_path / f"marks.{suffix}").write_text(content, encoding="utf-8")
+        read = read_columns(tmp_path / f"marks.{suffix}", "text", "label")
+        assert read.texts == [text, "a film"] and read.targets == ["good", "bad"], suffix
