@@ -157,6 +157,12 @@ def serve(make: Callable[[], Callable[[], None]], where: torch.device, before: i
         print(f"time {time.perf_counter() - start}", flush=True)
 
 
+def warn_if_busy() -> None:
+    """Print a warning if other processes would disturb the times."""
+    if (load := os.getloadavg()[0]) > 0.5:
+        print(f"warning: the load of this machine is {load:.1f}; wait until it is quiet")
+
+
 def resident() -> int:
     """Bytes of memory that the process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -297,8 +303,7 @@ def main() -> None:
         model, variant, views, total = arguments.worker
         work(model, variant, int(views), int(total), arguments.device)
         return
-    if (load := os.getloadavg()[0]) > 0.5:
-        print(f"warning: the load of this machine is {load:.1f}; wait until it is quiet")
+    warn_if_busy()
     variants = [PLAIN, *(v for v in arguments.variants if v != PLAIN)]
     kind = torch.device(arguments.device).type
     rows = []

@@ -8,7 +8,6 @@ take turns as in bench_engine.py. Opacus and Opake classify only: their losses k
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import bench_engine
 import torch
 import torch.nn.functional as F
-from bench_engine import PLAIN, bench, markdown, serve, short
+from bench_engine import PLAIN, bench, markdown, serve, short, warn_if_busy
 from bench_optim import hardware, versions
 from bench_others import opacus_step, opake_step
 from torch import nn
@@ -88,12 +87,9 @@ def work(name: str, variant: str, device: str) -> None:
     x = torch.randint(0, 20_000, (examples, 1, length), device=device)
     for row, end in zip(x, torch.linspace(8, length, examples).long().tolist(), strict=True):
         row[:, end:] = -1
-    y = (
-        torch.arange(examples, device=device) % classes
-        if classes
-        else x[:, 0].roll(-1, 1).masked_fill(x[:, 0] < 0, -100)
-    )
-    y = y.masked_fill(y < 0, -100) if y.ndim > 1 else y
+    following = x[:, 0].roll(-1, 1)
+    absent = (x[:, 0] < 0) | (following < 0)
+    y = torch.arange(examples, device=device) % classes if classes else following.masked_fill(absent, -100)
     where = torch.device(device)
     before = torch.cuda.memory_allocated() if where.type == "cuda" else bench_engine.resident()
     serve(lambda: make_step(variant, model, x, y), where, before)
@@ -116,8 +112,7 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker[0], arguments.worker[1], arguments.device)
         return
-    if (load := os.getloadavg()[0]) > 0.5:
-        print(f"warning: the load of this machine is {load:.1f}; wait until it is quiet")
+    warn_if_busy()
     rows = []
     for name in arguments.models:
         variants = [PLAIN, *(v for v in arguments.variants if v != PLAIN)]

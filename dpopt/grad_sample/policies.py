@@ -44,9 +44,8 @@ def choose_policies(
         call.alone = times[tracked] == 1 and not tracked.tied
         narrow = call.structure is not None and next(tracked.module.parameters()).element_size() < 4
         if not call.alone or narrow:
-            call.policy = (
-                "store"  # in 16 bits norm and sum would differ; several calls make one gradient, but see below
-            )
+            # In 16 bits norm and sum would differ; several calls make one gradient (but see `_share`).
+            call.policy = "store"
         elif policy == "ghost":
             call.policy = "ghost" if _has_ghost(tracked) else "recompute" if size > _SMALL else "store"
         elif policy != "auto":
