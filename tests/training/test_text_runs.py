@@ -107,6 +107,11 @@ def test_a_language_model(command, tmp_path, llama, optimizer):
     first, last = (dict(zip(lines[0], line, strict=True)) for line in (lines[1], lines[-1]))
     assert float(last["test/loss"]) < float(first["test/loss"]) < 2.8
     assert float(last["test/perplexity"]) == pytest.approx(torch.tensor(float(last["test/loss"])).exp().item())
+    done = command("evaluate", str(run_of(tmp_path)), "--write", "8")
+    assert re.match(r"BLEU [\d.]+, ROUGE-L [01]\.\d+ over 3 prompts\n\nprompt  name film\nmodel ", done.stdout), (
+        done.stderr
+    )
+    assert "people  a good film is good" in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
