@@ -84,7 +84,7 @@ def closeness(written: Sequence[Written]) -> dict[str, float]:
     from sacrebleu import corpus_bleu
 
     most = max(len(w.references) for w in written)
-    columns = [[w.references[i] if i < len(w.references) else None for w in written] for i in range(most)]
+    columns: list[Any] = [[w.references[i] if i < len(w.references) else None for w in written] for i in range(most)]
     scorer = RougeScorer(["rougeL"])
     nearest = [max(scorer.score(r, w.text)["rougeL"].fmeasure for r in w.references) for w in written]
     return {
