@@ -19,24 +19,28 @@ import torch
 import torch.nn.functional as F
 from bench_engine import PLAIN, bench, markdown, resident, serve, short
 from bench_optim import hardware, versions
+from bench_text import SMOLLM2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import dpopt
 from dpopt import models
-from dpopt.training.cost import keep_freed_memory
+from dpopt.tasks.language_modeling import mean_losses
+from dpopt.training.cost import keep_freed_memory, optimizer_state_bytes
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     PLAIN: torch.optim.Adam,
+    "MicroAdam, not private": dpopt.optim.MicroAdam,
     "DP-Adam": torch.optim.Adam,
     "DP-MicroAdam": dpopt.optim.MicroAdam,
     "DP-SGD": torch.optim.SGD,
 }
-# Model, image size, views in a batch on a CPU and on a GPU, policy of the engine.
+# Model, image size (tokens of a text), examples in a batch on a CPU and on a GPU, policy of the engine.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, int, str]] = {
     "wrn_16_4": (models.wrn_16_4, 32, 32, 2048, "auto"),
     "deit_base": (lambda: models.deit_base(pretrained=False, zero_head=False), 224, 4, 256, "auto"),
     "vit_150m": (lambda: VisionTransformer(112, 16, embed_dim=1024, depth=12, num_heads=16), 112, 2, 128, "ghost"),
+    "smollm2": (lambda: models.transformer(config=SMOLLM2), 64, 2, 64, "ghost"),
 }
 
 
@@ -46,20 +50,24 @@ def work(name: str, variant: str, total: int, device: str) -> None:
     torch.manual_seed(0)
     make, size, _, _, policy = MODELS[name]
     where = torch.device(device)
-    inputs = torch.randn(total, 1, 3, size, size, device=where)
+    inputs = torch.randn(total, 3, size, size, device=where)
     targets = torch.randint(0, 10, (total,), device=where)
+    loss_fn: Callable[..., torch.Tensor] = F.cross_entropy
+    if name == "smollm2":
+        inputs = torch.randint(0, 20_000, (total, size), device=where)
+        targets, loss_fn = inputs.roll(-1, 1), lambda outputs, next_ones: mean_losses(outputs, next_ones).mean()
     before = torch.cuda.memory_allocated() if where.type == "cuda" else resident()
 
     def step() -> Callable[[], None]:
         model = make().to(where)
         optimizer = OPTIMIZERS[variant](model.parameters(), lr=1e-3)
-        return plain(model, optimizer) if variant == PLAIN else private(model, optimizer)
+        return private(model, optimizer) if variant.startswith("DP") else plain(model, optimizer)
 
     def plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         def call() -> None:
             optimizer.zero_grad()
             with autocast(where):
-                loss = F.cross_entropy(model(inputs[:, 0]), targets)
+                loss = loss_fn(model(inputs), targets)
             loss.backward()
             optimizer.step()
 
@@ -71,8 +79,8 @@ def work(name: str, variant: str, total: int, device: str) -> None:
             delta=1e-5, noise_multiplier=1.0, accountant="rdp", seed=0, dataset_size=total, batch_size=total, steps=1000
         )
         clip = dpopt.clipping.Flat(1.0)
-        gradient = dpopt.PrivateGradient(model, F.cross_entropy, plan, clip, precision=precision(where), engine=policy)
-        batches = dpopt.poisson_batches((inputs[:, 0], targets), plan, micro_batch=total)
+        gradient = dpopt.PrivateGradient(model, loss_fn, plan, clip, precision=precision(where), engine=policy)
+        batches = dpopt.poisson_batches((inputs, targets), plan, micro_batch=total)
 
         def call() -> None:
             gradient.backward(next(batches))
@@ -81,6 +89,19 @@ def work(name: str, variant: str, total: int, device: str) -> None:
         return call
 
     serve(step, where, before)
+
+
+def state_per_parameter(name: str) -> str:
+    """Say how many bytes of state each optimizer keeps per parameter, after a step."""
+    model = MODELS[name][0]()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    found = []
+    for label in ("DP-Adam", "DP-MicroAdam"):
+        optimizer = OPTIMIZERS[label](model.parameters(), lr=0.0)
+        optimizer.step()
+        found.append(f"{optimizer_state_bytes(optimizer) / sum(p.numel() for p in model.parameters()):.2f}")
+    return f"{name} {found[0]} and {found[1]}"
 
 
 def precision(where: torch.device) -> str:
@@ -111,24 +132,28 @@ def main() -> None:
         return
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"warning: the load of this machine is {load:.1f}; wait until it is quiet")
-    rows, sizes = [], []
+    rows, sizes, states = [], [], []
     for name in arguments.models:
         _, _, on_cpu, on_gpu, _ = MODELS[name]
         total = on_gpu if arguments.device.startswith("cuda") else on_cpu
         rows += bench(name, 1, total, arguments.device, arguments.rounds, list(OPTIMIZERS), __file__)
         with torch.device("meta"):
             sizes.append(f"{name} {sum(p.numel() for p in MODELS[name][0]().parameters()) / 1e6:,.1f} M")
+        states.append(state_per_parameter(name))
         print(markdown([row for row in rows if row["model"] == name], ""), flush=True)
     machine = hardware(arguments.device)
     header = (
         f"# The whole training step\n\n{machine}, {precision(torch.device(arguments.device))}; {versions()}. "
         f"`python scripts/bench_training.py {shlex.join(sys.argv[1:])}`: {arguments.rounds} rounds, all variants in "
-        f"turn. Parameters: {', '.join(sizes)}; vit_150m by ghost norms.\nNot private is Adam; ratios to it are "
+        f"turn. Parameters: {', '.join(sizes)}; vit_150m and smollm2 "
+        "by ghost norms.\nState in bytes per parameter, Adam and MicroAdam: "
+        f"{'; '.join(states)}.\nNot private is Adam; ratios to it are "
         "medians within a round. The peak holds weights, gradients, sums and optimizer state."
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
+    part = "" if set(arguments.models) == set(MODELS) else "_".join(["", *arguments.models])
     kind = torch.device(arguments.device).type
-    (arguments.output / f"bench_training_{kind}_{short(machine)}.md").write_text(markdown(rows, header))
+    (arguments.output / f"bench_training_{kind}_{short(machine)}{part}.md").write_text(markdown(rows, header))
 
 
 if __name__ == "__main__":
