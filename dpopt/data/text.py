@@ -44,7 +44,7 @@ def text_file(
         columns: of the text (or of the prompt; null for none), and of the class (or of the completion).
         classes: names of the classes in their order; None to write the second column instead.
         max_length: tokens of a record; what is longer is cut.
-        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
+        tokenizer: name on the Hugging Face hub, a folder, a .gguf file or `bytes`; the model's by default.
         unit: what a record is, for the privacy card.
         collection: public collection of the texts, on which initial weights must not have been trained.
     """
@@ -84,7 +84,7 @@ def hub_text(
         classes: names of the classes in their order; None to write the second column instead.
         splits: of training and of test records.
         max_length: tokens of a record; what is longer is cut.
-        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
+        tokenizer: name on the Hugging Face hub, a folder, a .gguf file or `bytes`; the model's by default.
         collection: names of the public collection of the texts, separated by commas, on which initial weights must not
             have been trained; None for the parts of `path`.
     """
@@ -139,7 +139,7 @@ def sst2(max_length: int = 64, train_size: int = 67_349, tokenizer: str | None =
     Args:
         max_length: tokens of a record.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
-        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
+        tokenizer: name on the Hugging Face hub, a folder, a .gguf file or `bytes`; the model's by default.
     """
 
     def read(data_dir: Path) -> tuple[Records, Records]:
@@ -160,7 +160,7 @@ def trec(max_length: int = 32, train_size: int = 5_452, tokenizer: str | None = 
     Args:
         max_length: tokens of a record.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
-        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
+        tokenizer: name on the Hugging Face hub, a folder, a .gguf file or `bytes`; the model's by default.
     """
 
     def part(path: Path) -> Records:
@@ -183,7 +183,7 @@ def agnews(max_length: int = 96, train_size: int = 120_000, tokenizer: str | Non
     Args:
         max_length: tokens of a record.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
-        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
+        tokenizer: name on the Hugging Face hub, a folder, a .gguf file or `bytes`; the model's by default.
     """
 
     def part(path: Path) -> Records:
@@ -213,7 +213,7 @@ def e2e(
         max_length: tokens of a record; a prompt is cut at its start, so that the completion fits.
         train_size: number of training records; fewer than all are a random part, the same for everybody.
         test_size: number of test records, chosen likewise; None for all.
-        tokenizer: name on the Hugging Face hub, a folder or a .gguf file; the model's by default.
+        tokenizer: name on the Hugging Face hub, a folder, a .gguf file or `bytes`; the model's by default.
     """
 
     def read(data_dir: Path) -> tuple[Records, Records]:
@@ -231,7 +231,7 @@ class Tokens:
     """How texts become token ids of one length.
 
     Attributes:
-        tokenizer: name on the Hugging Face hub, a folder or a .gguf file.
+        tokenizer: name on the Hugging Face hub, a folder, a .gguf file or `bytes`, one token per byte.
         max_length: T.
     """
 

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpopt.grad_sample.backward import backpropagate
 from dpopt.grad_sample.choices import Choices
@@ -111,8 +112,7 @@ class GradSampler:
         self._layouts: dict[Any, list[Layout | None]] = {}  # by the shapes of a batch and of its layers' calls
         self._unsure: dict[Any, set[str]] = {}  # parameters whose copies had no gradient in a batch of these shapes
         self._branching = False  # whether branches depend on the data, and nothing else about layouts does
-        self._news = False  # whether the last batch had layouts that were not known
-        self._checked = False  # whether the last batch left nothing open about its layouts
+        self._news = self._checked = False  # whether the last batch had new layouts, and left nothing open about them
         self.split_up()
 
     def split_up(self) -> None:
@@ -164,7 +164,7 @@ class GradSampler:
         def loss(views: Tensor, target: Tensor) -> Tensor:
             return self.loss_fn(self.forward({}, views), target.expand(len(views), *target.shape))
 
-        with self.autocast():
+        with self.autocast(), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule under vmap
             if self.policy == "loop":
                 return torch.stack([loss(views, target) for views, target in zip(inputs, targets, strict=True)])
             found: Tensor = vmap(loss)(inputs, targets)

@@ -219,11 +219,13 @@ def _architecture(path: str | None, config: Mapping[str, Any] | None, pretrained
 
 
 def load_tokenizer(path: str) -> Any:
-    """Load the tokenizer of a name, a folder or a .gguf file.
+    """Load the tokenizer of a name, a folder or a .gguf file; `bytes` needs none (Xue et al., 2105.13626).
 
     Raises:
         FileNotFoundError: when it cannot be read or downloaded.
     """
+    if path == "bytes":
+        return import_transformers().ByT5Tokenizer(extra_ids=0)
     with unavailable(f"dataset.tokenizer={path}"):
         return import_transformers().AutoTokenizer.from_pretrained(**where(path))
 
