@@ -117,6 +117,8 @@ class Trainer:
         found = evaluate(self.evaluated, self.task, self.data.test, self.config.precision, "test/")
         if self.config.diagnostics and self.data.held_out is not None:
             found |= evaluate(self.evaluated, self.task, self.data.held_out, self.config.precision, "private/holdout_")
+        if self.config.diagnostics and getattr(self.data.train, "trimmed", False):  # texts that were cut, or just fit
+            found["private/full_length"] = float((self.data.train.inputs[:, -1] >= 0).double().mean())
         return found
 
     def save(self, metrics: Metrics | None) -> None:

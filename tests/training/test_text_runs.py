@@ -101,12 +101,13 @@ def test_a_network_with_its_own_head_is_plain_transformers(command, tmp_path, be
 @pytest.mark.parametrize("optimizer", ["dp_adam", "dp_microadam"])
 def test_a_language_model(command, tmp_path, llama, optimizer):
     """Its loss falls on what it has seen, and the perplexity of a record is exp of its mean loss."""
-    model = ("model=hf", f"model.path={llama}", "model.pretrained_on=unknown", "dataset.max_length=16")
-    trained(command, *write_pairs(tmp_path), *model, f"optimizer={optimizer}", "optimizer.lr=0.03")
+    model = ("model=hf", f"model.path={llama}", "model.pretrained_on=unknown", "dataset.max_length=9")
+    trained(command, *write_pairs(tmp_path), *model, f"optimizer={optimizer}", "optimizer.lr=0.03", "diagnostics=true")
     lines = [line.split(",") for line in (run_of(tmp_path) / "metrics.csv").read_text().splitlines()]
     first, last = (dict(zip(lines[0], line, strict=True)) for line in (lines[1], lines[-1]))
     assert float(last["test/loss"]) < float(first["test/loss"]) < 2.8
     assert float(last["test/perplexity"]) == pytest.approx(torch.tensor(float(last["test/loss"])).exp().item())
+    assert float(last["private/full_length"]) == pytest.approx(2 / 3)  # of 8, 9 and 10 tokens
     done = command("evaluate", str(run_of(tmp_path)), "--write", "8")
     assert re.match(r"BLEU [\d.]+, ROUGE-L [01]\.\d+ over 3 prompts\n\nprompt  name film\nmodel ", done.stdout), (
         done.stderr
