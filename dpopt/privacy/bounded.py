@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dpopt.privacy.adaptive import Adaptive
+from dpopt.privacy.adaptive import Adaptive, Slack
 from dpopt.privacy.clipping import PSAC, PSASC, Automatic, ClipRule, Flat, PerLayer
 from dpopt.privacy.plan import PrivacyPlan
 
-_OURS = (Flat, Automatic, PSAC, PSASC, PerLayer, Adaptive)
+_OURS = (Flat, Automatic, PSAC, PSASC, PerLayer, Adaptive, Slack)
 
 
 def check_clip(plan: PrivacyPlan, clip: ClipRule | None, audited: bool) -> None:
@@ -36,15 +36,42 @@ def check_clip(plan: PrivacyPlan, clip: ClipRule | None, audited: bool) -> None:
         raise ValueError("without a clip there is nothing to audit: pass a clip rule, or no canaries")
     if clip is None and plan.noise_multiplier > 0:
         raise ValueError("noise without a clip protects nothing: pass a clip rule, for example clip=Flat(1.0)")
-    if clip is not None and plan.noise_multiplier > 0 and isinstance(clip, Adaptive) != (plan.count_noise > 0):
+    if isinstance(clip, Slack) and not _is_ours(clip):
+        raise ValueError(
+            f"{type(clip).__name__} changes dpopt.clipping.Slack, and what it fills is not checked example by example: "
+            "use Slack itself, or subclass dpopt.clipping.Adaptive"
+        )
+    counts = isinstance(clip, Adaptive) and not isinstance(clip, Slack)
+    if clip is not None and plan.noise_multiplier > 0 and counts != (plan.count_noise > 0):
         raise ValueError(
             "an adaptive clip rule releases a count, and the plan must pay for it, and for no other: calibrate the "
-            f"plan with count_noise={plan.batch_size / 20 if isinstance(clip, Adaptive) else 0:g}"
+            f"plan with count_noise={plan.batch_size / 20 if counts else 0:g}"
         )
     if isinstance(clip, Adaptive) and plan.count_noise and clip.count_noise not in (None, plan.count_noise):
         raise ValueError(f"count_noise={clip.count_noise} of the clip rule is {plan.count_noise:g} in the plan")
     if clip is not None and not hasattr(clip, "sensitivity"):
         raise TypeError(f"clip={clip!r} is no clip rule: pass one of dpopt.clipping, for example Flat(1.0)")
+
+
+def join_scales(
+    pre_clip_scale: Callable[[Tensor], Tensor | None], parameters: dict[str, nn.Parameter], total: Tensor
+) -> Tensor:
+    """Join an optimizer's scales to the length of the sum; 1 where it has none, and behind the gradients.
+
+    Raises:
+        ValueError: for a scale of another shape, or one that is not positive and finite.
+    """
+    parts = []
+    for name, p in parameters.items():
+        part = pre_clip_scale(p)
+        part = torch.ones_like(p) if part is None else part
+        if part.shape != p.shape:
+            raise ValueError(f"the scale of {name} must have its shape {tuple(p.shape)}")
+        part = part.detach().flatten().to(total)
+        if not bool(((part > 0) & part.isfinite()).all()):
+            raise ValueError(f"the scale of {name} must be positive and finite")
+        parts.append(part)
+    return torch.cat([*parts, total.new_ones(len(total) - sum(map(len, parts)))])
 
 
 def clip_weights(clip: ClipRule, norms: Tensor, present: Tensor, bound: float) -> Tensor:
@@ -78,7 +105,7 @@ def clip_weights(clip: ClipRule, norms: Tensor, present: Tensor, bound: float) -
 
 def _is_ours(clip: ClipRule) -> bool:
     """Whether a rule is the library's, with no method replaced on the object."""
-    return type(clip) in _OURS and not vars(clip).keys() & {"weight", "count"}
+    return type(clip) in _OURS and not vars(clip).keys() & {"weight", "count", "fill"}
 
 
 def unclipped_count(clip: Adaptive, norms: Tensor, present: Tensor) -> Tensor:

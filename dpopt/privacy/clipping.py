@@ -11,6 +11,7 @@ reads S from the rule, and nothing else states it.
 | PSASC       | C/(s·‖g‖ + r/(‖g‖ + r))      | C/s | DP-PSASC, 2411.03059                    |
 | PerLayer    | min(1, C/(√L·‖g_l‖)) of g_l  | C   | a flat clip of each of L layers         |
 | Adaptive    | min(1, C_t/‖g‖)              | C_t | Andrew et al., 1905.03871 (`adaptive`)  |
+| Slack       | min(1, C_t/‖g‖)              | C_t | SlaClip (`adaptive`)                    |
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from dpopt.privacy.adaptive import Adaptive, check_positive
+from dpopt.privacy.adaptive import Adaptive, Slack, check_positive
 
-__all__ = ["PSAC", "PSASC", "Adaptive", "Automatic", "ClipRule", "Flat", "PerLayer"]
+__all__ = ["PSAC", "PSASC", "Adaptive", "Automatic", "ClipRule", "Flat", "PerLayer", "Slack"]
 
 
 class ClipRule(Protocol):

@@ -7,11 +7,12 @@ g_i is the gradient of example i's loss, averaged over its K augmented views *be
 not finite contributes zero, as a pad does: it is selected away before any reduction, because 0·NaN is NaN. Everything
 to the right of `p.grad` is post-processing.
 
-Some algorithms reach to the left of it, through three seams:
+Some algorithms reach to the left of it, through four seams:
 
     pre_clip_scale  s of the optimizer: s∘g_i is clipped, summed, noised, and divided by s again (scale-then-privatize)
     query_points    from a filter: g_i = Σ_j c_j·∇f_i(θ + d_j), clipped as one gradient (DiSK)
     count           of unclipped examples, noised: the clip rule moves the clip norm by it, the plan pays (adaptive)
+    slack           what an example leaves of S, in coordinates of its own behind the gradient: nothing to pay (slack)
 
 and what they need to know of the step flows right, as `step_info`, all of it public or privatized.
 """
@@ -32,9 +33,9 @@ from dpopt.grad_sample.snapshot import displaced
 from dpopt.grad_sample.validate import covered, validate
 from dpopt.machine import sent
 from dpopt.privacy.agreement import check_agreement
-from dpopt.privacy.bounded import check_clip, clip_weights, unclipped_count
+from dpopt.privacy.bounded import check_clip, clip_weights, join_scales, unclipped_count
 from dpopt.privacy.canaries import Canaries
-from dpopt.privacy.clipping import Adaptive, ClipRule
+from dpopt.privacy.clipping import Adaptive, ClipRule, Slack
 from dpopt.privacy.noise import add_count_noise, add_noise
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.raw_statistics import RawStatistics
@@ -198,12 +199,14 @@ class PrivateGradient:
         parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         reference = next(iter(parameters.values()))
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
-        size = sum(p.numel() for p in parameters.values()) + (self.canaries.count if self.canaries else 0)
+        ours, slack = sum(p.numel() for p in parameters.values()), getattr(self.clip, "coordinates", 0)
+        size = ours + slack + (self.canaries.count if self.canaries else 0)
         self.model.zero_grad()
         row = self._vectors(size + RawStatistics.ROOM, dtype, reference.device)[0].zero_()
         total = row[:size]
         sums = _split_up(total, parameters)
-        scale = self._scale(parameters, total) if self.pre_clip_scale is not None and self.clip is not None else None
+        scaled = self.pre_clip_scale if self.clip is not None else None
+        scale = None if scaled is None else join_scales(scaled, parameters, total)
         by_name = None if scale is None else _split_up(scale, parameters)
         points: list[Point] = self.query_points() if self.query_points is not None else [(1.0, None)]
         raw = RawStatistics()
@@ -220,6 +223,7 @@ class PrivateGradient:
                     per_sample = self._per_sample_gradients(x, y, by_name, points)
                     self._add_clipped(sums, per_sample, present, sensitivity, raw)
         self.step_info = self._constants()
+        total[ours : ours + slack] += raw.slack
         self._add_up_ranks(row, raw)
         if scale is not None:
             total.mul_(scale)
@@ -228,7 +232,7 @@ class PrivateGradient:
         self._release(total, sensitivity)
         if scale is not None:
             total.div_(scale)
-        self._observe(raw)
+        self._observe(raw, total[ours : ours + slack])
         gradients = _split_up(self._kept[1, :size].copy_(total), parameters)
         for name, parameter in parameters.items():
             grad = gradients[name].to(parameter.dtype)
@@ -255,32 +259,20 @@ class PrivateGradient:
         memory = 1 << 30 if self.engine.memory is None else self.engine.memory
         return max(1, memory // (3 * total.element_size() * len(total)))
 
-    def _scale(self, parameters: dict[str, nn.Parameter], total: Tensor) -> Tensor:
-        """Join the optimizer's scales to the sum's length; 1 where none."""
-        assert self.pre_clip_scale is not None
-        parts = []
-        for name, p in parameters.items():
-            part = self.pre_clip_scale(p)
-            part = torch.ones_like(p) if part is None else part
-            if part.shape != p.shape:
-                raise ValueError(f"the scale of {name} must have its shape {tuple(p.shape)}")
-            parts.append(part.detach().flatten().to(total))
-        scale = torch.cat([*parts, total.new_ones(len(total) - sum(map(len, parts)))])  # canaries are not scaled
-        if not bool((fine := (scale > 0) & scale.isfinite()).all()):
-            name = next(name for name, good in _split_up(fine, parameters).items() if not bool(good.all()))
-            raise ValueError(f"the scale of {name} must be positive and finite")
-        return scale
-
-    def _observe(self, raw: RawStatistics) -> None:
-        """Noise the count of an adaptive clip rule, and let it move the clip norm."""
+    def _observe(self, raw: RawStatistics, slack: Tensor | None = None) -> None:
+        """Let an adaptive clip rule move the clip norm: by its slack, as released, or by its count, noised here."""
         if self.clip is None:
             return
         self.step_info["clip_norm"] = self.clip.sensitivity
         if not isinstance(self.clip, Adaptive):
             return
-        std = self.plan.count_noise if self.plan.noise_multiplier > 0 else 0.0
-        count = add_count_noise(float(raw.unclipped), std, self.plan.key, self.step)
-        self.clip.observe(count, self.plan.batch_size)
+        if isinstance(self.clip, Slack):
+            assert slack is not None  # estimators without it refuse the rule
+            self.clip.observe_shares(slack)
+        else:
+            std = self.plan.count_noise if self.plan.noise_multiplier > 0 else 0.0
+            count = add_count_noise(float(raw.unclipped), std, self.plan.key, self.step)
+            self.clip.observe(count, self.plan.batch_size)
         self.step_info["clip_rate"] = self.clip.clip_rate
 
     def _validate(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> None:
@@ -313,7 +305,9 @@ class PrivateGradient:
         norms = per_sample.layer_norms if getattr(self.clip, "by_layer", False) else per_sample.norms
         weights = clip_weights(self.clip, norms, valid, sensitivity)
         per_sample.add_weighted_sum(sums, weights)
-        if isinstance(self.clip, Adaptive):
+        if isinstance(self.clip, Slack):
+            raw.slack = raw.slack + self.clip.fill(weights * per_sample.norms, valid)
+        elif isinstance(self.clip, Adaptive):
             raw.unclipped += unclipped_count(self.clip, per_sample.norms, mask)
         if self.diagnostics:
             clipped = weights.view(len(weights), -1).amin(1)[valid] < 1 - 1e-6

@@ -13,6 +13,7 @@ class RawStatistics:
     def __init__(self) -> None:
         self.loss, self.clipped, self.count, self.valid = 0.0, 0.0, 0, 0
         self.unclipped: float | Tensor = 0.0  # the centered count of an adaptive clip rule
+        self.slack: float | Tensor = 0.0  # the coordinates of `Slack`, which go where gradients are summed
 
     def add(self, losses: Tensor, clipped: Tensor, count: int) -> None:
         self.loss += float(losses.double().sum())

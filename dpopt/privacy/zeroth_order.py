@@ -41,10 +41,11 @@ class ZerothOrder(PrivateGradient):
         super().__init__(*arguments, **options)
         if not smoothing > 0:
             raise ValueError(f"smoothing={smoothing} must be positive")
-        if self.pre_clip_scale is not None or self.query_points is not None or getattr(self.clip, "by_layer", False):
+        more = getattr(self.clip, "by_layer", False) or getattr(self.clip, "coordinates", 0)
+        if self.pre_clip_scale is not None or self.query_points is not None or more:
             raise ValueError(
-                "a zeroth-order estimate is one number per example, which has no layers, scale or filter: choose "
-                "clipping=flat, filter=none and an optimizer without a scale"
+                "a zeroth-order estimate is one number per example, which has no layers, slack, scale or filter: "
+                "choose clipping=flat, filter=none and an optimizer without a scale"
             )
         self.smoothing = smoothing
 

@@ -297,7 +297,6 @@ def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyP
     """Make the privacy plan of a configuration.
 
     Without privacy, it is the same plan with σ = 0.
-    An adaptive clip rule that leaves the noise of its count open gets a twentieth of the batch size.
     """
     size = spec.train_size - round(config.holdout * spec.train_size)
     budget = {"epsilon": config.epsilon, "noise_multiplier": config.noise_multiplier}
@@ -310,7 +309,7 @@ def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyP
         batch_size=config.batch_size,
         accountant=config.accountant,
         allow_large_delta=config.allow_large_delta,
-        count_noise=(clip.count_noise or config.batch_size / 20) if isinstance(clip, Adaptive) else 0.0,
+        count_noise=clip.count_std(config.batch_size) if isinstance(clip, Adaptive) else 0.0,
     )
 
 
@@ -328,7 +327,7 @@ def make_schedule(
     if isinstance(schedule, ClipRate) and clip is not None:
         if not isinstance(clip, Adaptive):
             raise ValueError(
-                "schedule=clip_rate follows a privatized clip rate: choose clipping=adaptive, which has one"
+                "schedule=clip_rate follows a privatized clip rate: choose clipping=slack or adaptive, which have one"
             )
         if abs(1 - clip.quantile - schedule.target) > 1e-6:
             raise ValueError(

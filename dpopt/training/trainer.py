@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpopt import files, ranks
 from dpopt.data.fingerprint import FingerprintKey, home
-from dpopt.data.sources import Source
+from dpopt.data.sources import Source, TensorSource
 from dpopt.grad_sample.modes import eval_mode
 from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.agreement import check_weights
@@ -117,8 +117,9 @@ class Trainer:
         found = evaluate(self.evaluated, self.task, self.data.test, self.config.precision, "test/")
         if self.config.diagnostics and self.data.held_out is not None:
             found |= evaluate(self.evaluated, self.task, self.data.held_out, self.config.precision, "private/holdout_")
-        if self.config.diagnostics and getattr(self.data.train, "trimmed", False):  # texts that were cut, or just fit
-            found["private/full_length"] = float((self.data.train.inputs[:, -1] >= 0).double().mean())
+        train = self.data.train
+        if self.config.diagnostics and isinstance(train, TensorSource) and train.trimmed:  # texts cut, or just fitting
+            found["private/full_length"] = float((train.inputs[:, -1] >= 0).double().mean())
         return found
 
     def save(self, metrics: Metrics | None) -> None:

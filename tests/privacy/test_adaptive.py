@@ -11,7 +11,7 @@ from torch import nn
 
 import dpopt
 from dpopt.privacy.accounting import compute_epsilon
-from dpopt.privacy.clipping import Adaptive, Flat
+from dpopt.privacy.clipping import Adaptive, Flat, Slack
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 
@@ -40,10 +40,10 @@ def count_forgotten(patch):
 def count_without_noise(patch):
     real = PrivateGradient._observe
 
-    def observe(self, raw):
+    def observe(self, raw, slack):
         key, self.plan = self.plan, type("Silent", (), {**vars(self.plan), "count_noise": 0.0})()
         self.plan.noise_multiplier = key.noise_multiplier
-        real(self, raw)
+        real(self, raw, slack)
         self.plan = key
 
     patch.setattr(PrivateGradient, "_observe", observe)
@@ -72,6 +72,40 @@ def test_an_adaptive_clip_follows_its_quantile():
         assert step_info["clip_rate"] == pytest.approx(1 - fraction, abs=1e-9)
         c *= math.exp(-0.2 * (fraction - 0.5))
     assert np.sort(norms)[2] * 0.8 < c < np.sort(norms)[3] * 1.25
+
+
+def test_slack_tells_the_distribution_of_norms():
+    """Without noise: shares against a literal loop, and C in the end a little above the quantile of the norms."""
+    plan = PrivacyPlan(0.0, 6, 6, 400, 1e-3)
+    clip = Slack(0.1, quantile=0.5, lr=0.2, coordinates=4)
+    trace = []
+    _, x, _, _ = bowl(plan, clip, 400, after=lambda private: trace.append((dict(private.step_info), clip.shares)))
+    norms = np.linalg.norm(np.array([1.0, -2.0, 0.5, 3.0]) - x, axis=1)
+    c = 0.1
+    for step_info, shares in trace:
+        assert step_info["clip_norm"] == pytest.approx(c, rel=1e-6)
+        expected = [np.mean(np.clip(4 * (1 - norms / c) - j, 0, 1)) for j in range(4)]
+        np.testing.assert_allclose(shares, expected, atol=1e-6)
+        assert step_info["clip_rate"] == pytest.approx(1 - expected[0], abs=1e-6)
+        c *= math.exp(-0.2 * (expected[0] - 0.5))
+    assert np.sort(norms)[2] < c < np.sort(norms)[3] * 4 / 3 * 1.1
+
+
+def test_slack_costs_nothing_and_is_not_changed():
+    """Its plan has no count, its noise is the plan's, and a subclass that could fill otherwise is refused."""
+    plan = make_plan()
+    noise = released_noise(plan, Slack(0.5, lr=1e-9))
+    assert float(noise.std()) == pytest.approx(0.5 * plan.noise_multiplier, rel=0.01)
+    with pytest.raises(ValueError, match=r"count_noise=0$"):
+        paid = PrivacyPlan(1.0, 64, 16, 20, 1e-3, count_noise=0.8)
+        PrivateGradient(small_model(), F.cross_entropy, paid, Slack(1.0))
+    changed = Slack(1.0)
+    changed.fill = lambda norm, present: torch.full((16,), 100.0)
+    for clip in (type("Mine", (Slack,), {})(1.0), changed):
+        with pytest.raises(ValueError, match=r"changes dpopt\.clipping\.Slack"):
+            PrivateGradient(small_model(), F.cross_entropy, plan, clip)
+    with pytest.raises(ValueError, match="coordinates=0"):
+        Slack(1.0, coordinates=0)
 
 
 def test_counts_and_plans_belong_together():

@@ -10,12 +10,12 @@ from torch import nn
 
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.privacy.bounded import clip_weights
-from dpopt.privacy.clipping import PSAC, PSASC, Adaptive, Automatic, Flat, PerLayer
+from dpopt.privacy.clipping import PSAC, PSASC, Adaptive, Automatic, Flat, PerLayer, Slack
 from dpopt.privacy.private_gradient import PrivateGradient
 
 RULES = [
     *(Flat(1.0), Flat(0.37), Automatic(1.0), Automatic(2.5, gamma=0.1), PSAC(1.0), PSAC(0.3, r=0.01)),
-    *(PSASC(1.0), PSASC(0.7, s=0.1, r=1e-3), PSASC(2.0, s=1.0), PerLayer(0.8), Adaptive(0.6)),
+    *(PSASC(1.0), PSASC(0.7, s=0.1, r=1e-3), PSASC(2.0, s=1.0), PerLayer(0.8), Adaptive(0.6), Slack(0.6)),
 ]
 
 
@@ -81,7 +81,7 @@ def test_weights_by_hand():
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
 def test_bad_clip_norms(value):
-    for rule in (Flat, Automatic, PSAC, PSASC, PerLayer, Adaptive):
+    for rule in (Flat, Automatic, PSAC, PSASC, PerLayer, Adaptive, Slack):
         with pytest.raises(ValueError, match="positive number"):
             rule(value)
     with pytest.raises(ValueError, match="s=0 must be a positive number"):
