@@ -44,7 +44,6 @@ STYLES = {
 OTHER = ("#661100", ">")  # an optimizer of one's own
 LINES = ["-", "--", ":", "-."]
 INTERVAL = "mean and 95% interval over seeds"
-EPSILON = {"eps1": 1, "eps3": 3, "eps8": 8}
 
 
 def scores(jobs: list[Job], measure: str) -> list[float]:
@@ -74,11 +73,12 @@ def accuracy_label(halves: Sequence[float]) -> str:
 def by_epsilon(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
     """Plot accuracy against ε, a line per row."""
     rows, columns, cells = arrange(jobs)
-    known = [column for column in columns if column in EPSILON]
+    budgets = {job.column: float(job.config.epsilon or math.inf) for job in jobs if job.config.private}
+    known = [column for column in columns if math.isfinite(budgets.get(column, math.inf))]
     drawn: Counter[str] = Counter()
     halves: list[float] = []
     for number, row in enumerate(rows):
-        points = [(EPSILON[c], *interval(found)) for c in known if (found := scores(cells[row, c], "test_accuracy"))]
+        points = [(budgets[c], *interval(found)) for c in known if (found := scores(cells[row, c], "test_accuracy"))]
         if len(points) > 1:
             x, y, half = zip(*points, strict=True)
             shifted = [value * 1.012 ** (number - 3) for value in x]  # so that bars do not hide each other
@@ -86,7 +86,7 @@ def by_epsilon(axis: Any, jobs: list[Job], about: dict[str, Any]) -> bool:
             axis.errorbar(shifted, y, half, markersize=5, capsize=2, **look)
             halves += half
     axis.set_xscale("log")
-    axis.set_xticks([EPSILON[c] for c in known], [str(EPSILON[c]) for c in known])
+    axis.set_xticks([budgets[c] for c in known], [f"{budgets[c]:g}" for c in known])
     axis.minorticks_off()
     axis.set(xlabel="privacy budget ε", ylabel=accuracy_label(halves))
     return bool(drawn)

@@ -78,7 +78,7 @@ def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
 def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
     """Sort runs into rows, columns and cells.
 
-    Rows that are all numbers are in their order, columns in that of `COLUMNS`.
+    Rows that are all numbers are in their order, columns in that of `COLUMNS`, others as they are given.
 
     Raises:
         ValueError: when two runs claim one place.
@@ -86,7 +86,8 @@ def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
     rows = list(dict.fromkeys(job.row for job in jobs))
     with suppress(ValueError):
         rows = sorted(rows, key=float)
-    columns = sorted({job.column for job in jobs}, key=lambda c: list(COLUMNS).index(c) if c in COLUMNS else 99)
+    columns = list(dict.fromkeys(job.column for job in jobs))
+    columns.sort(key=lambda c: list(COLUMNS).index(c) if c in COLUMNS else len(COLUMNS))
     cells: Cells = {(row, column): [] for row in rows for column in columns}
     for job in jobs:
         if job.config.seed in [other.config.seed for other in cells[job.row, job.column]]:
