@@ -1,8 +1,9 @@
 """Pages of tables: Markdown, LaTeX and CSV from the results on disk; nothing is trained.
 
 A cell is mean ± standard deviation over seeds, with the number of seeds. Missing and failed runs are named. Differences
-to a table's baseline are paired by seed and have a 95% confidence interval (Student's t). A published number has its
-source and protocol, and its difference to ours is given only where dataset, model, N, ε and δ agree.
+to a table's baseline are paired by seed and have a 95% confidence interval (Student's t); a star marks those that hold
+when corrected for their number. A published number has its source and protocol, and its difference to ours is given
+only where dataset, model, N, ε and δ agree.
 """
 
 import csv
@@ -11,6 +12,8 @@ import statistics
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import ttest_1samp
 
 from dpopt.config.components import component_name
 from dpopt.runs import provenance
@@ -60,19 +63,50 @@ def cell(jobs: list[Job], measure: str) -> str:
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
-def difference(jobs: list[Job], base: list[Job], measure: str) -> str:
-    """Average the differences of equal seeds, with a 95% confidence interval."""
+def pairs(jobs: list[Job], base: list[Job], measure: str) -> list[float]:
+    """Subtract the baseline, seed by seed; only finished and finite pairs count."""
     of_base = {job.config.seed: job.score(measure) for job in base}
-    pairs = [(job.score(measure), of_base.get(job.config.seed)) for job in jobs]
-    found = [show(measure, one) - show(measure, other) for one, other in pairs if None not in (one, other)]  # type: ignore[arg-type]
+    both = [(job.score(measure), of_base.get(job.config.seed)) for job in jobs]
+    return [show(measure, one) - show(measure, other) for one, other in both if None not in (one, other)]  # type: ignore[arg-type]
+
+
+def difference(found: list[float], wanted: int, measure: str, holds: bool = False) -> str:
+    """Average differences, with a 95% confidence interval; `holds` marks those that stay when corrected."""
     if not found or not all(map(math.isfinite, found)):
         return ""
     places = digits(measure)
     mean, half = interval(found)
     if math.isnan(half):
         return f"{mean:+.{places}f} (n = {len(found)}: no interval)"
-    few = f" (n = {len(found)})" if len(found) < len(jobs) else ""
-    return f"{mean:+.{places}f} [{bound(mean - half, places)}, {bound(mean + half, places)}]{few}"
+    few = f" (n = {len(found)})" if len(found) < wanted else ""
+    return f"{mean:+.{places}f} [{bound(mean - half, places)}, {bound(mean + half, places)}]{'*' * holds}{few}"
+
+
+def differences(base: str, heads: dict[str, str], cells: Cells, measure: str) -> str:
+    """Write the table of differences to a baseline, and say how many of them there are.
+
+    An interval leaves out 0 by chance in one of twenty cells without any difference. A star marks those that differ
+    from 0 when all cells of the table may err once in twenty tables, by the method of Holm (1979).
+    """
+    others = [row for row in dict.fromkeys(row for row, _ in cells) if row != base]
+    found = {(row, c): pairs(cells[row, c], cells[base, c], measure) for row in others for c in heads}
+    tested = {
+        at: float(ttest_1samp(values, 0.0).pvalue)
+        for at, values in found.items()
+        if len(values) > 2 and all(map(math.isfinite, values)) and len(set(values)) > 1
+    }
+    marked = set()
+    for rank, at in enumerate(sorted(tested, key=lambda at: tested[at])):
+        if tested[at] > 0.05 / (len(tested) - rank):
+            break
+        marked.add(at)
+    lines = [
+        [f"`{row}`", *(difference(found[row, c], len(cells[row, c]), measure, (row, c) in marked) for c in heads)]
+        for row in others
+    ]
+    told = f"Difference to `{base}`, paired by seed, with 95% intervals"
+    told += f"; of these {len(tested)}, * holds for all together (Holm)" if len(tested) > 1 else ""
+    return f"{told}.\n\n{markdown(['', *heads.values()], lines)}\n"
 
 
 def arrange(jobs: list[Job]) -> tuple[list[str], list[str], Cells]:
@@ -184,13 +218,7 @@ def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, l
             parts.append(f"{told}.\n\n{markdown(['', *heads], lines)}\n")
             tex.append(latex(f"{about['title']}: {entry['title']}. {told}.", ["", *heads], lines))
             if (base := entry.get("baseline")) in rows:
-                compared = [
-                    [f"`{row}`", *(difference(cells[row, c], cells[base, c], measure) for c in columns)]
-                    for row in rows
-                    if row != base
-                ]
-                parts.append(f"Difference to `{base}`, paired by seed, with 95% intervals.\n")
-                parts.append(markdown(["", *heads], compared) + "\n")
+                parts.append(differences(base, dict(zip(columns, heads, strict=True)), cells, measure))
         if about.get("choose"):
             parts.append(f"{chosen(rows, columns, cells, about['measure'], about['choose'])}\n")
         if entry.get("published"):

@@ -67,7 +67,24 @@ def test_a_loss_that_is_not_finite_is_a_cell_like_any_other(tmp_path):
     for job in found:
         finish_run(job, test_loss=float("nan") if job.config.seed else 1.0)
     assert render.cell(found, "test_loss") == "diverged (2 of 3)"
-    assert render.difference(found, found, "test_loss") == "" and render.cell(found, "no such") == "not run"
+    assert difference(found, found, "test_loss") == "" and render.cell(found, "no such") == "not run"
+
+
+def difference(jobs, base, measure):
+    return render.difference(render.pairs(jobs, base, measure), len(jobs), measure)
+
+
+def test_a_star_holds_for_all_differences_together(tmp_path):
+    """By hand: t = 3.46 and 34.6 with 2 degrees of freedom are p = .074 and .00083, of which the smaller is < .05/2."""
+    found = fake_jobs(tmp_path)
+    for job in found:
+        step = 0.01 if job.column == "eps1" else 0.001
+        gain = 0.02 + step * (job.config.seed - 1) if job.row == "dp_psasc_momentum" else 0.0
+        finish_run(job, test_accuracy=0.5 + gain)
+    _, _, cells = render.arrange(found)
+    text = render.differences("dp_sgd", {"eps1": "ε = 1", "eps8": "ε = 8"}, cells, "test_accuracy")
+    assert "with 95% intervals; of these 2, * holds for all together (Holm)." in text
+    assert "| `dp_psasc_momentum` | +2.0 [-0.5, +4.5] | +2.0 [+1.8, +2.2]* |" in text
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -78,12 +95,12 @@ def test_differences_are_paired_by_seed(tmp_path):
         finish_run(job, test_accuracy=0.5 + 0.1 * job.config.seed + gain)
     _, _, cells = render.arrange(found)
     one, other = cells["dp_psasc_momentum", "eps8"], cells["dp_sgd", "eps8"]
-    assert render.difference(one, other, "test_accuracy") == "+2.0 [-0.5, +4.5]"
+    assert difference(one, other, "test_accuracy") == "+2.0 [-0.5, +4.5]"
     assert 4.3027 / math.sqrt(3) == pytest.approx(2.484, abs=1e-3)
-    assert render.difference(one[:2], other, "test_accuracy") == "+1.5 (n = 2: no interval)"
-    assert render.difference(one, other[2:], "test_accuracy") == "+3.0 (n = 1: no interval)"
+    assert difference(one[:2], other, "test_accuracy") == "+1.5 (n = 2: no interval)"
+    assert difference(one, other[2:], "test_accuracy") == "+3.0 (n = 1: no interval)"
     fourth = replace(one[0], config=replace(one[0].config, seed=3))  # without a partner
-    assert render.difference([*one, fourth], other, "test_accuracy") == "+2.0 [-0.5, +4.5] (n = 3)"
+    assert difference([*one, fourth], other, "test_accuracy") == "+2.0 [-0.5, +4.5] (n = 3)"
     assert [bound(value, 1) for value in (-0.009, 0.04, 0.0, -1.25)] == ["-0.01", "+0.04", "+0.0", "-1.2"]
 
 
