@@ -44,7 +44,7 @@ audit: $(READY)  ## audit the code and wrong versions of it with canaries, in mi
 	$(PY) scripts/audit_mutants.py
 
 KILLS ?= 200
-soak: $(READY)  ## kill runs at random moments, KILLS=200 times over one and two ranks, and compare bits: an hour
+soak: $(READY)  ## kill runs at random moments, KILLS=200 times over one and two ranks, and compare bits: an hour or two
 	$(PY) scripts/soak.py $(KILLS)
 
 SIZE ?= cpu

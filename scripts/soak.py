@@ -1,6 +1,6 @@
 """Kill runs at random moments, over one and two ranks, and compare what comes out with a run that nobody disturbed.
 
-    python scripts/soak.py                      # 200 kills, about 50 minutes on two cores
+    python scripts/soak.py                      # 200 kills, one to two hours on two cores
     python scripts/soak.py 20 --seed 3
 
 A rank or torchrun is killed by SIGKILL. Within 30 seconds every process of the run must be gone; where a rank was
@@ -43,7 +43,7 @@ OF_USER = ("data_mac", "fingerprint_key", "config", "git_commit")  # each run ha
 
 
 class Run:
-    """A run in a folder of its own, with a key that is the same for all.
+    """A run in its folder, with a key that is the same for all.
 
     Args:
         folder: for the run's directory and the user's files.

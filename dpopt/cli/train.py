@@ -9,6 +9,7 @@ In a checkout `python run.py ...` is `dpopt train ...`.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -68,6 +69,15 @@ def _refuse_sweep(sweep: bool) -> None:
         )
 
 
+def _refuse_absent_cluster(overrides: Sequence[str]) -> None:
+    """Refuse a job array where SLURM is not installed."""
+    if {"hydra/launcher=slurm", "hydra/launcher=submitit_slurm"} & set(overrides) and not shutil.which("srun"):
+        raise ValueError(
+            "hydra/launcher=slurm needs SLURM's srun, which is not on this machine: start the sweep where jobs are "
+            "submitted, or try it with hydra/launcher=submitit_local"
+        )
+
+
 def _another_says_it() -> bool:
     """Tell whether another process of this machine was given the same words, and says what is wrong with them."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
@@ -86,6 +96,7 @@ def train(words: Sequence[str]) -> int:
             words = complete_typed_line(words)
         else:
             check_overrides(arguments.overrides, own_folders(arguments))
+            _refuse_absent_cluster(arguments.overrides)
             words = flags_first(words, arguments.overrides)
         sys.argv[1:] = words
         with one_sentence_each():

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -121,6 +122,13 @@ def test_a_job_array_with_a_gpu_per_run_is_one_override():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
     assert launcher._target_.endswith(".SlurmLauncher") and launcher.gpus_per_node == 1
+
+
+def test_a_job_array_without_slurm_is_refused(command, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    done = command("train", "-m", "experiment=quickstart", "hydra/launcher=slurm", "seed=0,1")
+    assert done.returncode == 1 and done.stderr.startswith("hydra/launcher=slurm needs SLURM's srun, which is not on")
+    assert done.stderr.count("\n") == 1
 
 
 # A cluster of one machine: the jobs of an array run one after the other.
