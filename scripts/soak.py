@@ -179,7 +179,7 @@ class Soak:
 
     def attempt(self, run: Run, kill: bool) -> bool:
         """Run the command once, and kill it on the way; True when the run is over."""
-        ranks = self.draws.choice((1, 2))
+        ranks = self.draws.choice((1, 2, 2))
         wanted = self.draws.choices(MOMENTS, (2, 4, 2, 2))[0]
         launched = run.start(ranks)
         if not (kill and wait_for_moment(run, launched, wanted, self.draws, self.lasts[wanted])):
