@@ -11,6 +11,7 @@ In a checkout `python run.py ...` is `dpopt train ...`.
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from dpopt.config.overrides import check_overrides, from_hydra
 from dpopt.config.schema import CONF
 from dpopt.runs.search import Score, check_search, is_search
 from dpopt.runs.sweep import failed, report
+
+_TURN = 30.0  # seconds for another process to speak; torchrun ends this one as soon as that one has ended
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -79,8 +82,11 @@ def _refuse_absent_cluster(overrides: Sequence[str]) -> None:
 
 
 def _another_says_it() -> bool:
-    """Tell whether another process of this machine was given the same words, and says what is wrong with them."""
-    return os.environ.get("LOCAL_RANK", "0") != "0"
+    """Leave it to the first process of this machine, which has the same words, to say what is wrong with them."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    time.sleep(_TURN)
+    return True
 
 
 def train(words: Sequence[str]) -> int:

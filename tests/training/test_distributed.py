@@ -205,6 +205,32 @@ def test_torchrun_as_typed(tmp_path):
     assert sweep.returncode != 0 and sweep.stderr.count("-m sweeps over several runs: drop one of the two") == 1
 
 
+SLOW = """
+import os, sys, time
+import dpopt.cli.train as cli
+if os.environ["RANK"] == "0":
+    real = cli.{slow}
+    cli.{slow} = lambda *a, **o: (time.sleep({seconds}), real(*a, **o))[1]
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "slow, seconds, words, sentence",
+    [
+        ("check_overrides", 4.0, "epsilon=-3", "epsilon=-3.0 must be a positive number"),
+        ("failed", 1.5, "dataset=cifar10 data_dir=nowhere delta=1e-5", "CIFAR10 is not in"),
+    ],
+)
+def test_rank_0_is_heard_though_it_is_slow(slow, seconds, words, sentence, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW.format(slow=slow, seconds=seconds))
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "slow.py")
+    words = ("experiment=quickstart", "logger=csv", *words.split())
+    done = subprocess.run((*command, *words), cwd=tmp_path, capture_output=True, text=True, env=environment())
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and told.count(sentence) == 1, told
+
+
 def is_free(path: Path) -> bool:
     try:
         with directory.lock(path):
