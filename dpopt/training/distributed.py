@@ -69,7 +69,6 @@ def process_group(device: str) -> Iterator["Watch | None"]:
     except BaseException as error:
         watch.close(f"rank {rank} on {socket.gethostname()} has stopped: {error or type(error).__name__}")
         if isinstance(error, ValueError | OSError) and watch.says_the_same(error):
-            time.sleep(_GRACE / 4)  # rank 0 speaks first: torchrun ends all as soon as one has ended
             raise SystemExit(1) from error
         raise
     finally:

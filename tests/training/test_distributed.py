@@ -209,26 +209,17 @@ SLOW = """
 import os, sys, time
 import dpopt.cli.train as cli
 if os.environ["RANK"] == "0":
-    real = cli.{slow}
-    cli.{slow} = lambda *a, **o: (time.sleep({seconds}), real(*a, **o))[1]
+    time.sleep(4)
 sys.exit(cli.train(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(
-    "slow, seconds, words, sentence",
-    [
-        ("check_overrides", 4.0, "epslon=3", "epslon is no key"),
-        ("failed", 1.5, "dataset=cifar10 data_dir=nowhere delta=1e-5", "CIFAR10 is not in"),
-    ],
-)
-def test_rank_0_is_heard_though_it_is_slow(slow, seconds, words, sentence, tmp_path):
-    (tmp_path / "slow.py").write_text(SLOW.format(slow=slow, seconds=seconds))
+def test_rank_0_is_heard_though_it_is_slow(tmp_path):
+    """It says what is wrong with the words before torchrun ends it because another rank has ended."""
+    (tmp_path / "slow.py").write_text(SLOW)
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "slow.py")
-    words = ("experiment=quickstart", "logger=csv", *words.split())
-    done = subprocess.run((*command, *words), cwd=tmp_path, capture_output=True, text=True, env=environment())
-    told = done.stdout + done.stderr
-    assert done.returncode != 0 and sentence in told, told
+    done = subprocess.run((*command, "epslon=3"), cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode != 0 and done.stderr.count("epslon is no key") == 1, done.stderr
 
 
 def is_free(path: Path) -> bool:
