@@ -43,6 +43,10 @@ bench: $(READY)  ## time and memory of optimizers and gradients, side by side (w
 audit: $(READY)  ## audit the code and wrong versions of it with canaries, in minutes: experiments/results/audit
 	$(PY) scripts/audit_mutants.py
 
+KILLS ?= 200
+soak: $(READY)  ## kill runs at random moments, KILLS=200 times over one and two ranks, and compare bits: an hour or two
+	$(PY) scripts/soak.py $(KILLS)
+
 SIZE ?= cpu
 ifneq ($(and $(SCALE),$(filter tables table-% plan-%,$(MAKECMDGOALS))),)
 $(error SCALE is now SIZE: make $(MAKECMDGOALS) SIZE=$(SCALE))
@@ -64,5 +68,5 @@ plan-%: $(READY)  ## estimate a table on this machine: runs, time, memory
 rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
 	$(DPOPT) rerun $(RUN)
 
-.PHONY: help setup demo test test-fast test-floors lint bench audit tables rerun
+.PHONY: help setup demo test test-fast test-floors lint bench audit soak tables rerun
 .DEFAULT_GOAL := help

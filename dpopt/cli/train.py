@@ -9,7 +9,9 @@ In a checkout `python run.py ...` is `dpopt train ...`.
 """
 
 import os
+import shutil
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +27,8 @@ from dpopt.config.overrides import check_overrides, from_hydra
 from dpopt.config.schema import CONF
 from dpopt.runs.search import Score, check_search, is_search
 from dpopt.runs.sweep import failed, report
+
+_TURN = 30.0  # seconds for another process to speak; torchrun ends this one as soon as that one has ended
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -68,9 +72,21 @@ def _refuse_sweep(sweep: bool) -> None:
         )
 
 
+def _refuse_absent_cluster(overrides: Sequence[str]) -> None:
+    """Refuse a job array where SLURM is not installed."""
+    if {"hydra/launcher=slurm", "hydra/launcher=submitit_slurm"} & set(overrides) and not shutil.which("srun"):
+        raise ValueError(
+            "hydra/launcher=slurm needs SLURM's srun, which is not on this machine: start the sweep where jobs are "
+            "submitted, or try it with hydra/launcher=submitit_local"
+        )
+
+
 def _another_says_it() -> bool:
-    """Tell whether another process of this machine was given the same words, and says what is wrong with them."""
-    return os.environ.get("LOCAL_RANK", "0") != "0"
+    """Leave it to the first process of this machine, which has the same words, to say what is wrong with them."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    time.sleep(_TURN)
+    return True
 
 
 def train(words: Sequence[str]) -> int:
@@ -86,6 +102,7 @@ def train(words: Sequence[str]) -> int:
             words = complete_typed_line(words)
         else:
             check_overrides(arguments.overrides, own_folders(arguments))
+            _refuse_absent_cluster(arguments.overrides)
             words = flags_first(words, arguments.overrides)
         sys.argv[1:] = words
         with one_sentence_each():

@@ -3,6 +3,7 @@
 Each rank holds a TCP connection to rank 0. The system closes it when a process ends, however it ends, so that a killed
 rank is noticed at once, where a collective operation could wait for hours. A machine that vanishes is noticed by TCP's
 keepalive within half a minute. The connections carry one message, when a rank ends: that it is done, or why it is not.
+A rank also ends when torchrun, which started it, is killed: it would go on alone, and hold the run directory.
 """
 
 import contextlib
@@ -16,13 +17,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
 
 _DONE = b"done"
 _START, _PATIENCE = timedelta(minutes=5), timedelta(hours=2)  # for all to come; for rank 0 to evaluate, say
+_ANSWER = timedelta(seconds=15)  # for torchrun's store, which is there before the ranks
 _GRACE = 10.0  # seconds for an orderly end after another rank has stopped
+_ADVICE = "the same command continues from the last checkpoint"
 _KEY = "dpopt/watch"
 
 
@@ -46,13 +50,15 @@ def process_group(device: str) -> Iterator["Watch | None"]:
 
     Raises:
         ValueError: for a device that ranks cannot share.
-        RankLost: when another rank has stopped.
+        OSError: when torchrun's store does not answer; RankLost when another rank has stopped.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_launcher()
     if world_size() == 1 or dist.is_initialized():
         yield None
         return
     backend = _backend(device)
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=_START)))
+    store, rank, world = _meet()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     watch = Watch(store, rank, world)
     left = False
@@ -68,6 +74,37 @@ def process_group(device: str) -> Iterator["Watch | None"]:
     finally:
         if left or backend == "gloo":  # NCCL might wait for the ranks that have stopped
             dist.destroy_process_group()
+
+
+@cache
+def _end_with_launcher() -> None:
+    """End this process as soon as the one that started it has ended, however that ended."""
+    launcher = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        rank = os.environ.get("RANK", "0")
+        _say(f"torchrun, which started rank {rank} on {socket.gethostname()}, was killed")
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """Find the group's store, this process's rank and the number of ranks.
+
+    Raises:
+        OSError: when torchrun was killed before this process has found its store.
+    """
+    started_before = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=_ANSWER if started_before else _START)))
+    except dist.DistNetworkError as error:
+        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OSError(f"the other ranks cannot be found at {at}, torchrun may have been killed: {_ADVICE}") from error
+    store.set_timeout(_START)
+    return store, rank, world
 
 
 def _backend(device: str) -> str:
@@ -188,8 +225,13 @@ class Watch:
     def _tell(self) -> None:
         """Print, once, which rank has stopped."""
         if self._told.acquire(blocking=False):
-            advice = "the same command continues from the last checkpoint"
-            print(f"dpopt: {self.lost}; {advice}", file=sys.stderr, flush=True)
+            _say(self.lost)
+
+
+def _say(reason: str) -> None:
+    """Print why this process ends; nobody may be left to read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"dpopt: {reason}; {_ADVICE}", file=sys.stderr, flush=True)
 
 
 def _send(peer: socket.socket, message: bytes) -> None:

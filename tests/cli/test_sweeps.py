@@ -1,6 +1,9 @@
 """Sweeps: what is finished stays, what fails is told, jobs run side by side; and a run is made again."""
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -119,3 +122,51 @@ def test_a_job_array_with_a_gpu_per_run_is_one_override():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         launcher = compose("config", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
     assert launcher._target_.endswith(".SlurmLauncher") and launcher.gpus_per_node == 1
+
+
+def test_a_job_array_without_slurm_is_refused(command, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    done = command("train", "-m", "experiment=quickstart", "hydra/launcher=slurm", "seed=0,1")
+    assert done.returncode == 1 and done.stderr.startswith("hydra/launcher=slurm needs SLURM's srun, which is not on")
+    assert done.stderr.count("\n") == 1
+
+
+# A cluster of one machine: the jobs of an array run one after the other.
+SLURM = {
+    "sbatch": r"""
+        for file; do true; done
+        cp "$file" "$PLAYED/submitted"
+        export SLURM_ARRAY_JOB_ID=7 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=localhost
+        export SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_PROCID=0
+        last=$(sed -n 's/^#SBATCH --array=0-\([0-9]*\).*/\1/p' "$file")
+        for i in $(seq 0 "$last"); do
+            SLURM_JOB_ID=$((100 + i)) SLURM_ARRAY_TASK_ID=$i sh "$file"
+        done >"$PLAYED/log" 2>&1 &
+        echo Submitted batch job 7""",
+    "srun": """
+        while true; do case "$1" in --output | --error) shift 2 ;; -*) shift ;; *) break ;; esac; done
+        exec "$@" """,
+    "sacct": r"printf 'JobID|State|NodeList\n7_0|RUNNING|localhost\n7_1|RUNNING|localhost\n'",
+}
+
+
+def test_the_guides_command_makes_a_job_array(tmp_path, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    for name, script in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PLAYED", str(tmp_path))
+    guide = (ROOT / "docs/several_devices.md").read_text().splitlines()
+    (line,) = [line for line in guide if line.startswith("python run.py -m") and "hydra/launcher=slurm" in line]
+    python, *words = shlex.split(line)
+    words = ["seed=0,1" if w.startswith("seed=") else "optimizer=dp_sgd" if "glob" in w else w for w in words]
+    assert python == "python" and words[:2] == ["run.py", "-m"] and "hydra.launcher.partition=NAME" in words
+    smaller = ["size=smoke", "dataset=digits", "hydra.launcher.timeout_min=600", f"output_dir={tmp_path}/runs"]
+    done = subprocess.run([sys.executable, *words, *smaller], cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["seed=0", "seed=1"]
+    assert len(list(tmp_path.glob("runs/*/result.json"))) == 2
+    submitted = (tmp_path / "submitted").read_text()
+    for option in ("--array=0-1%", "--gpus-per-node=1", "--partition=NAME", "--time=600"):
+        assert f"#SBATCH {option}" in submitted

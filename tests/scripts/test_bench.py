@@ -7,7 +7,6 @@ import torch
 from helpers import ROOT
 from torch import nn
 
-from dpopt.models import wrn_16_4
 from dpopt.optim import MicroAdam
 from dpopt.privacy.raw_statistics import RawStatistics
 
@@ -89,14 +88,24 @@ def test_the_whole_step(monkeypatch):
     assert all(row["ratio"] > 0 and row["peak"] > 20e6 for row in rows)
 
 
-def test_the_benchmark_of_ranks(monkeypatch):
+def test_the_benchmark_of_ranks(monkeypatch, tmp_path):
     """One flat all-reduce per step, of all gradients and what rides behind them."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import bench_distributed
 
-    monkeypatch.setattr(bench_distributed, "VARIANTS", {bench_distributed.PRIVATE: None})  # ranks have all of them
-    (row,) = bench_distributed.bench([2], 4, 2)
-    parameters = sum(p.numel() for p in wrn_16_4().parameters())
-    assert row["calls"] == 1 and row["bytes"] == 4 * (parameters + RawStatistics.ROOM)
-    assert row["state"] == 8 * parameters
-    assert "| dpopt, DP-Adam | 2 | " in bench_distributed.markdown([row], 4)
+    monkeypatch.setattr(sys, "argv", ["", "--model", "cnn", "--batch", "4", "--rounds", "3", "--output", str(tmp_path)])
+    bench_distributed.main()
+    (page,) = tmp_path.glob("bench_distributed_*.md")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
+    found = {(step, ranks): cells for step, ranks, *cells in rows}
+    parameters = sum(p.numel() for p in bench_distributed.MODELS["cnn"]().parameters())
+    assert len(found) == 2 + 3 * 2
+    for step in ("dpopt, DP-Adam", "dpopt, DP-MicroAdam"):
+        assert found[step, "1"][3:5] == ["0", "0"]
+        assert found[step, "2"][3:5] == ["1", f"{4 * (parameters + RawStatistics.ROOM):,}"]
+    assert found[bench_distributed.PLAIN, "2"][4] == f"{4 * parameters:,}"
+    for step in ("dpopt, DP-Adam", bench_distributed.PLAIN):
+        assert found[step, "1"][1] == "1.00" and float(found[step, "2"][1]) > 0 and float(found[step, "2"][2]) > 0
+        state = int(found[step, "2"][5].replace(",", ""))
+        assert 8 * parameters <= state <= 8 * parameters + 200  # torch counts steps in tensors
+    assert int(found["dpopt, DP-MicroAdam", "2"][5].replace(",", "")) < 2 * parameters

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from spawned import run_at_ranks
 from dpopt import files
 from dpopt.runs import directory
 from dpopt.runs.identity import locate
+from dpopt.training import distributed
 from dpopt.training.run import run
 from dpopt.training.trainer import Trainer
 
@@ -183,9 +186,12 @@ def another_batch_size(rank: int) -> None:
 def torchrun(folder: Path, line: str, *more: str) -> subprocess.CompletedProcess[str]:
     launcher, ranks, script, *words = line.split()
     assert (launcher, script) == ("torchrun", "run.py")
-    command = [sys.executable, "-m", "torch.distributed.run", ranks, str(ROOT / script), *words, *more]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=env)
+    command = (sys.executable, "-m", "torch.distributed.run", ranks, str(ROOT / script), *words, *more)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_torchrun_as_typed(tmp_path):
@@ -197,3 +203,68 @@ def test_torchrun_as_typed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs"]
     sweep = torchrun(tmp_path, line, "-m", "epsilon=1,8")
     assert sweep.returncode != 0 and sweep.stderr.count("-m sweeps over several runs: drop one of the two") == 1
+
+
+SLOW = """
+import os, sys, time
+import dpopt.cli.train as cli
+if os.environ["RANK"] == "0":
+    time.sleep(4)
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+def test_rank_0_is_heard_though_it_is_slow(tmp_path):
+    """It says what is wrong with the words before torchrun ends it because another rank has ended."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "slow.py")
+    done = subprocess.run((*command, "epslon=3"), cwd=tmp_path, capture_output=True, text=True, env=environment())
+    assert done.returncode != 0 and done.stderr.count("epslon is no key") == 1, done.stderr
+
+
+def is_free(path: Path) -> bool:
+    try:
+        with directory.lock(path):
+            return True
+    except ValueError:
+        return False
+
+
+def test_ranks_end_with_torchrun(tmp_path):
+    words = (*SMALL, "steps=3000", "checkpoint_every=1", f"output_dir={tmp_path}/runs")
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    with open(tmp_path / "told", "w") as told:
+        launcher = subprocess.Popen(
+            (*command, str(ROOT / "run.py"), *words), env=environment(), stderr=told, stdout=told
+        )
+    while launcher.poll() is None and not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        time.sleep(0.1)
+    assert launcher.poll() is None, (tmp_path / "told").read_text()
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + 30
+    (path,) = tmp_path.glob("runs/*")
+    while (text := (tmp_path / "told").read_text()).count("was killed") < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    for rank in (0, 1):
+        assert f"dpopt: torchrun, which started rank {rank} on " in text
+    while not is_free(path) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert is_free(path) and checkpoint(tmp_path / "runs")["step"] < 3000
+
+
+def test_a_rank_without_torchrun_does_not_wait_for_it(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name, value in (group | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_ANSWER", timedelta(seconds=1))
+    with (
+        pytest.raises(
+            OSError, match=r"^the other ranks cannot be found at localhost:\d+, torchrun may have been killed"
+        ),
+        distributed.process_group("cpu"),
+    ):
+        pass

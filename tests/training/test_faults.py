@@ -4,12 +4,15 @@ import builtins
 import errno
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import configure
 from safetensors import SafetensorError
+from spawned import run_at_ranks
 from training.test_distributed import assert_same_state, checkpoint
 
 from dpopt.runs import directory
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.slow
 WORDS = (
     *("experiment=quickstart", "optimizer=dp_adam", "steps=4", "checkpoint_every=2", "eval_every=2", "logger=csv"),
     *("micro_batch=64", "engine=store"),
+    *("accountant=rdp", "epsilon=null", "noise_multiplier=1"),  # σ is given: runs start sooner
 )
 
 
@@ -99,14 +103,19 @@ class Faults:
         return save
 
 
-def train(patch, folder: Path, failing=None) -> Faults:
-    """Run, under a key that is the same each time; count steps in `faults.steps`."""
+def prepare(patch, folder: Path, failing=None) -> Faults:
+    """Let a write of this process fail; its runs have a key that is the same each time."""
     patch.setattr("dpopt.training.cost._PROBE_SECONDS", 0.0)  # nobody reads the estimate
     patch.setenv("DPOPT_HOME", str(folder / "home"))
-    patch.setattr(directory.secrets, "token_bytes", lambda size: bytes(range(size)))
+    patch.setattr(directory, "secrets", SimpleNamespace(token_bytes=lambda size: bytes(range(size))))
+    return Faults(patch, [folder / "runs", folder / "home"], failing)
+
+
+def train(patch, folder: Path, failing=None) -> Faults:
+    """Run; count steps in `faults.steps`."""
     patch.setattr(Trainer, "train_step", lambda *a, real=Trainer.train_step: (steps.append(1), real(*a))[1])
     steps: list[int] = []
-    faults = Faults(patch, [folder / "runs", folder / "home"], failing)
+    faults = prepare(patch, folder, failing)
     faults.steps, faults.error = steps, None
     try:
         faults.status = run(configure(*WORDS, f"output_dir={folder}/runs"))["status"]
@@ -143,3 +152,39 @@ def test_every_write_fails_once(tmp_path, monkeypatch):
         assert again.error is None and again.status == "finished", (fault, again.error)
         assert_same_state(tmp_path / "clean/runs", folder / "runs")
         assert not list(folder.glob("runs/*/secret.key")), fault
+
+
+def hurt(folder: Path, failing, rank: int) -> None:
+    """Let a write of a rank fail; all files are those of rank 0."""
+    prepare(pytest.MonkeyPatch(), folder, failing if rank == 0 else None)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The run over two ranks, without a fault."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    words = (*WORDS, f"output_dir={folder}/runs")
+    assert run_at_ranks(2, *words, hurt=partial(hurt, folder, None)) == ["finished"] * 2
+    return folder
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        *(("write", "secret.key", 1), ("write", "checkpoint.pt", 2), ("fsync", "checkpoint.pt", 2)),
+        *(("write", "metrics.csv", 2), ("replace", "model.safetensors", 1), ("open", "result.json", 1)),
+    ],
+    ids=lambda failing: " ".join(map(str, failing)),
+)
+def test_a_write_fails_and_the_other_rank_stops(failing, two_ranks, tmp_path):
+    words = (*WORDS, f"output_dir={tmp_path}/runs")
+    first, second = run_at_ranks(2, *words, hurt=partial(hurt, tmp_path, failing))
+    assert first.startswith("OSError: ") and "cannot be written" in first and "\n" not in first
+    sentence = first.removeprefix("OSError: ")
+    assert second.startswith("RankLost: rank 0 on ") and second.endswith(f"has stopped: {sentence}")
+    kept = checkpoint(tmp_path / "runs")["step"] if list(tmp_path.glob("runs/*/checkpoint.pt")) else 0
+    late = failing[1] in ("model.safetensors", "result.json")
+    assert kept == (4 if late else 2 if failing[1] == "checkpoint.pt" else kept)
+    assert run_at_ranks(2, *words, hurt=partial(hurt, tmp_path, None)) == ["finished"] * 2
+    assert_same_state(two_ranks / "runs", tmp_path / "runs")
+    assert not list(tmp_path.glob("runs/*/secret.key")) and not list(tmp_path.glob("runs/*/.*.tmp"))
