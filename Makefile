@@ -36,6 +36,10 @@ lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+docs: $(READY)  ## build the documentation into site/, and say how to look at it
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "site/ is ready: $(PY) -m http.server --directory site 8000, then http://localhost:8000"
+
 bench: $(READY)  ## time and memory of optimizers and gradients, side by side (wants a quiet machine)
 	$(PY) scripts/bench_optim.py
 	$(PY) scripts/bench_engine.py
@@ -64,5 +68,5 @@ plan-%: $(READY)  ## estimate a table on this machine: runs, time, memory
 rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
 	$(DPOPT) rerun $(RUN)
 
-.PHONY: help setup demo test test-fast test-floors lint bench audit tables rerun
+.PHONY: help setup demo test test-fast test-floors lint docs bench audit tables rerun
 .DEFAULT_GOAL := help
