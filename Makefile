@@ -37,7 +37,7 @@ lint: $(READY)  ## ruff and mypy
 	$(PY) -m mypy
 
 docs: $(READY)  ## build the documentation into site/, and say how to look at it
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "site/ is ready: $(PY) -m http.server --directory site 8000, then http://localhost:8000"
 
 bench: $(READY)  ## time and memory of optimizers and gradients, side by side (wants a quiet machine)

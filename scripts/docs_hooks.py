@@ -17,17 +17,17 @@ _LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?\)")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add what pages link to outside docs/."""
-    seen = {f"docs/{file.src_uri}" for file in files}
-    todo = [path for path in seen if path.endswith(".md")]
+    todo = {f"docs/{file.src_uri}": Path(str(file.abs_src_path)) for file in files}
+    seen = set(todo)
     while todo:
-        path = todo.pop()
-        for target in _LINK.findall((ROOT / path).read_text()):
-            linked = _resolve(path, target[1])
+        path, source = todo.popitem()
+        for _, target, _ in _LINK.findall(source.read_text()) if path.endswith(".md") else ():
+            linked = _resolve(path, target)
             if linked in seen or linked.startswith("docs/") or not (ROOT / linked).is_file():
                 continue
             seen.add(linked)
+            todo[linked] = ROOT / linked
             files.append(File.generated(config, linked, abs_src_path=str(ROOT / linked)))
-            todo += [linked] if linked.endswith(".md") else []
     return files
 
 
