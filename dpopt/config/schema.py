@@ -36,12 +36,8 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)  # the network
     optimizer: dict[str, Any] = field(default_factory=dict)  # applied to the privatized gradient
     clipping: dict[str, Any] = field(default_factory=dict)  # the clip rule of per-sample gradients
-    estimator: dict[str, Any] = field(
-        default_factory=lambda: {"_target_": "dpopt.PrivateGradient"}
-    )  # how gradients are estimated
-    filter: dict[str, Any] = field(
-        default_factory=dict
-    )  # of privatized gradients, in front of the optimizer; empty for none
+    estimator: dict[str, Any] = field(default_factory=lambda: {"_target_": "dpopt.PrivateGradient"})  # of gradients
+    filter: dict[str, Any] = field(default_factory=dict)  # between the private gradient and the optimizer
     schedule: dict[str, Any] = field(default_factory=dict)  # of the learning rate
     logger: dict[str, Any] = field(default_factory=dict)  # wandb, tensorboard, or csv for metrics.csv alone
     # The budget. Exactly two of epsilon, noise_multiplier, and steps or epochs; the third follows.
