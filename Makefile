@@ -36,9 +36,8 @@ lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-docs: $(READY)  ## build the documentation into site/, and say how to look at it
+docs: $(READY)  ## build the documentation: site/index.html, which needs no server and no network
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
-	@echo "site/ is ready: $(PY) -m http.server --directory site 8000, then http://localhost:8000"
 
 bench: $(READY)  ## time and memory of optimizers and gradients, side by side (wants a quiet machine)
 	$(PY) scripts/bench_optim.py

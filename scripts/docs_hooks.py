@@ -1,4 +1,4 @@
-"""What mkdocs lacks: pages of docs/ link to results, and these belong to the site.
+"""What mkdocs lacks: pages of docs/ link to results, and these belong to the site; search without a server.
 
 Files outside docs/ that a page links to, or that such a file links to, join the site under their path in the
 repository. Links are written to where the files lie in the site. mkdocs.yml names this file.
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{found[1]}{posixpath.relpath(_in_site(linked), posixpath.dirname(inside) or '.')}{found[3] or ''})"
 
     return _LINK.sub(rewritten, markdown)
+
+
+@event_priority(-100)  # after the index is there
+def on_post_build(config: Any) -> None:
+    """Write the search index as a script, too, which a browser may read from the file system."""
+    folder = Path(config["site_dir"]) / "search"
+    index = (folder / "search_index.json").read_text()
+    (folder / "search_index.js").write_text(f"var __index = {index}")
 
 
 def _resolve(path: str, target: str) -> str:

@@ -50,6 +50,9 @@ def test_four_shelves_and_a_search(site):
     assert [re.sub(r"<[^>]+>", "", tab).strip() for tab in tabs] == ["Start", "Guides", "Concepts", "Reference"]
     index = json.loads((site / "search/search_index.json").read_text())
     assert any("MicroAdam" in page["title"] for page in index["docs"])
+    script = (site / "search/search_index.js").read_text()  # the same where there is no server
+    assert json.loads(script.removeprefix("var __index = ")) == index
+    assert "file_search.js" in pages(site)["index.html"] and (site / "file_search.js").exists()
 
 
 def test_lists_are_lists(site):
