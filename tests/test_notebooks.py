@@ -17,7 +17,7 @@ SHORTER = {"first_private_model": ("", ""), "ablation": ('steps, seeds = 300, "0
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder of its own, where `!dpopt` is this checkout's."""
+    """An empty folder, where `!dpopt` is this checkout's."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
