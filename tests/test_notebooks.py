@@ -37,7 +37,7 @@ def test_notebooks_run(path, workplace):
     assert sum(whole in cell.source for cell in notebook.cells) >= 1
     for cell in notebook.cells:
         cell.source = cell.source.replace(whole, shorter)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(workplace)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(workplace)}}).execute()
     figures = [o for cell in notebook.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
     if path.stem == "first_private_model":
         found = [float(line.split(": ")[1].split("%")[0]) for line in printed(notebook).splitlines() if "% of" in line]

@@ -58,7 +58,7 @@ def test_a_company_gets_from_its_pictures_to_a_privacy_card(tmp_path, terminal):
     assert 1 <= len(commands) <= 5
     make_pictures(tmp_path / "parts")
     done = subprocess.run(
-        ["bash", "-ec", block], cwd=tmp_path, env=terminal, capture_output=True, text=True, timeout=300
+        ["bash", "-ec", block], cwd=tmp_path, env=terminal, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert "N = 180 (public)" in done.stdout and "(ε = 8, δ = 0.001)" in done.stdout
