@@ -36,6 +36,9 @@ lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+docs: $(READY)  ## build the documentation: site/index.html, which needs no server and no network
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 bench: $(READY)  ## time and memory of optimizers and gradients, side by side (wants a quiet machine)
 	$(PY) scripts/bench_optim.py
 	$(PY) scripts/bench_engine.py
@@ -68,5 +71,5 @@ plan-%: $(READY)  ## estimate a table on this machine: runs, time, memory
 rerun: $(READY)  ## train a run again, RUN=runs/NAME, and say whether the result agrees
 	$(DPOPT) rerun $(RUN)
 
-.PHONY: help setup demo test test-fast test-floors lint bench audit soak tables rerun
+.PHONY: help setup demo test test-fast test-floors lint docs bench audit soak tables rerun
 .DEFAULT_GOAL := help

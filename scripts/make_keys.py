@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 INTRODUCTION = """\
 # Keys
 
-Every key is set on the command line, `python run.py batch_size=1024 optimizer.lr=1e-3`, or in a preset of
-conf/experiment/. Defaults are those of the code; conf/config.yaml, presets and groups change some of them, and
-`python run.py … --cfg job` prints what a command comes to. A key marked ○ makes no other run: a run that was begun with
-one value goes on with another. This page is made by `python scripts/make_keys.py`.
+Set keys on the command line, `dpopt train batch_size=1024 optimizer.lr=1e-3`, or in a preset of conf/experiment/.
+Defaults are those of the code; conf/config.yaml, presets and groups change some of them, and `dpopt train … --cfg job`
+prints the configuration of a command. Keys marked ○ do not identify a run: you can resume it with a different value.
+`python scripts/make_keys.py` writes this page.
 """
 
 

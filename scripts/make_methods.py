@@ -19,11 +19,10 @@ SIZE = 1_000_000
 INTRODUCTION = """\
 # Methods
 
-Every line is one file of Python and one of YAML, and any clip rule, optimizer and filter go together unless a sentence
-says why not. What is left of `p.grad` is accounted for; what is right of it is post-processing. This page is made by
-`python scripts/make_methods.py`: rules, papers and advice are the heads of the YAML files, the other columns are
-measured. Published methods that differ from their public code say so at the top of their Python file, and so do those
-that were read from an abstract.
+Any clip rule, optimizer and filter go together, except as [said below](#what-goes-with-what). Clip rules and estimators
+act before `p.grad` and are accounted for; filters and optimizers are post-processing. A method that differs from its
+published code says so at the top of its Python file, and so does one that was read from an abstract.
+`python scripts/make_methods.py` writes this page from the heads of the YAML files; the memory is measured.
 """
 
 NOTES = """\

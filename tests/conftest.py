@@ -1,4 +1,4 @@
-"""Shared fixtures: the command line in this process and in one of its own, and where CIFAR-10 lies."""
+"""Shared fixtures: the command line in this process and in another, and where CIFAR-10 lies."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ def _below(folder: Path, arguments: tuple[str, ...]) -> list[str]:
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python run.py ARGUMENTS` in a process of its own, where the process is the point."""
+    """Run `python run.py ARGUMENTS` in another process, where the process is the point."""
 
     def run(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "run.py"), *arguments, *_below(tmp_path, arguments)]

@@ -10,6 +10,7 @@ import tokenize
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from string import Template
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from helpers import ROOT
 from torch import nn
 
 import dpopt
+from dpopt.cli import VERBS
 from dpopt.config.schema import Config
 from dpopt.grad_sample import rules
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.runs.identity import NOT_IDENTITY
+from dpopt.tables import spec
 
 pytestmark = pytest.mark.slow
 NAME = r"`(dpopt(?:\.\w+)+|[A-Z]\w+\.\w+)"  # in backticks
@@ -205,9 +208,19 @@ def test_plain_words():
     files = [
         ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "run.py")
     ]
-    for folder, kinds in (("docs", "md"), ("dpopt", "py c"), ("scripts", "py"), ("conf", "yaml")):
+    for folder, kinds in (
+        ("docs", "md ipynb"),
+        ("dpopt", "py c"),
+        ("scripts", "py"),
+        ("conf", "yaml"),
+        ("tests", "py"),
+    ):
         files += [path for kind in kinds.split() for path in (ROOT / folder).rglob(f"*.{kind}")]
     files += (ROOT / "experiments").glob("*.yaml")
+    # A privacy card there is what a run wrote, and models.md quotes refusals.
+    results = (ROOT / "experiments/results").rglob("*.md")
+    files += [path for path in results if "card" not in path.name and path.name != "models.md"]
+    files.remove(Path(__file__))
     found = {str(path.relative_to(ROOT)): words for path in files if (words := banned(prose(path)))}
     assert len(files) > 100 and not found, found
 
@@ -217,3 +230,43 @@ def test_a_banned_word_is_found(tmp_path):
     path.write_text('for word in words:\n    x = f"it is\\n told {word} anew"  # nobody\n')
     assert banned(prose(path)) == ["anew"]
     assert banned("It lies\nbeside what Is\n  Told, for words") == ["beside", "Is Told"]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """The words of every command in README and docs/ that calls dpopt, with its page; comments and pipes cut off."""
+    found = []
+    for page in (path for path in PAGES if "results" not in path.parts):
+        for block in blocks(str(page.relative_to(ROOT)), "bash"):
+            variables: dict[str, str] = {}
+            for line in block.replace("\\\n", " ").splitlines():
+                if assigned := re.match(r'([A-Z]+)="(.*)"$', line):
+                    variables[assigned[1]] = Template(assigned[2]).safe_substitute(variables)
+                    continue
+                words = shlex.split(Template(line).safe_substitute(variables), comments=True)
+                if (words[:2] == ["python", "run.py"]) or words[:1] == ["torchrun"]:
+                    words = ["dpopt", "train", *words[words.index("run.py") + 1 :]]
+                if words[:1] == ["dpopt"]:
+                    found.append((str(page.relative_to(ROOT)), words[1:]))
+    return found
+
+
+def composed(words: list[str]) -> list[spec.Job]:
+    """The runs of a command; an error where a key or a group is unknown."""
+    return spec.expand((*words, "tag=docs"), column="tag", label="docs")
+
+
+def test_commands_in_docs_name_verbs_groups_and_keys_that_exist():
+    trained = 0
+    for page, (verb, *words) in commands():
+        assert verb in VERBS or verb == "--help", (page, verb)
+        words = [word for word in words if word not in ("-m", "...") and not word.startswith("hydra")]
+        own = any("_target_" in word or "mine" in word or word.startswith("-") for word in words)
+        if verb in ("train", "estimate") and not own:
+            trained += len(composed(words))
+    assert trained > 60
+
+
+@pytest.mark.parametrize("word", ["optimzer=dp_adam", "optimizer=dp_adamx", "epslon=8", "model=cnn model.width=3"])
+def test_a_wrong_word_in_a_command_is_found(word):
+    with pytest.raises(Exception, match=r"optimzer|dp_adamx|epslon|width"):
+        composed(["experiment=quickstart", *word.split()])

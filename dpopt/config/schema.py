@@ -32,12 +32,12 @@ class Config:
     """The root of the configuration. Component groups are Python calls: `_target_` plus arguments."""
 
     # Components. Each is a group: `optimizer=dp_adam` is conf/optimizer/dp_adam.yaml, `optimizer.lr=1e-3` its argument.
-    dataset: dict[str, Any] = field(default_factory=dict)  # what is trained on
-    model: dict[str, Any] = field(default_factory=dict)  # what is trained
-    optimizer: dict[str, Any] = field(default_factory=dict)  # what makes a step of a private gradient
-    clipping: dict[str, Any] = field(default_factory=dict)  # the clip rule of per-example gradients
+    dataset: dict[str, Any] = field(default_factory=dict)  # the training and test data
+    model: dict[str, Any] = field(default_factory=dict)  # the network
+    optimizer: dict[str, Any] = field(default_factory=dict)  # applied to the privatized gradient
+    clipping: dict[str, Any] = field(default_factory=dict)  # the clip rule of per-sample gradients
     estimator: dict[str, Any] = field(default_factory=lambda: {"_target_": "dpopt.PrivateGradient"})  # of gradients
-    filter: dict[str, Any] = field(default_factory=dict)  # between private gradient and optimizer; empty for none
+    filter: dict[str, Any] = field(default_factory=dict)  # between the private gradient and the optimizer
     schedule: dict[str, Any] = field(default_factory=dict)  # of the learning rate
     logger: dict[str, Any] = field(default_factory=dict)  # wandb, tensorboard, or csv for metrics.csv alone
     # The budget. Exactly two of epsilon, noise_multiplier, and steps or epochs; the third follows.
@@ -45,9 +45,9 @@ class Config:
     epsilon: Optional[float] = None  # noqa: UP045 (ε of the whole run; inf clips without noise)
     noise_multiplier: Optional[float] = None  # noqa: UP045 (σ, the noise over the clip rule's sensitivity)
     steps: Optional[int] = None  # noqa: UP045 (optimizer steps)
-    epochs: Optional[float] = None  # noqa: UP045 (the same in passes over the data)
+    epochs: Optional[float] = None  # noqa: UP045 (optimizer steps, in passes over the data)
     delta: float = 1e-5  # δ; below 1/N to mean anything
-    accountant: str = "pld"  # what computes ε: pld (tightest), rdp or prv
+    accountant: str = "pld"  # computes ε: pld (tightest), rdp or prv
     clip_norm: float = 1.0  # C, what every example's gradient is clipped to
     randomness: str = "secret"  # key of all draws: secret, of the operating system; research, of the seed: no claim
     ledger: str = "on"  # on: add what a private run spends to the user's ledger (dpopt ledger); off
@@ -60,7 +60,7 @@ class Config:
     ema: Optional[float] = None  # noqa: UP045 (decay of the weight average that is evaluated and exported)
     precision: str = "fp32"  # fp32, bf16 (autocast) or fp64
     seed: int = 0  # of splits, weights, sampling and noise
-    tag: str = ""  # makes an otherwise equal run another run
+    tag: str = ""  # label that separates otherwise identical runs
     # Running. None of these changes a result, and none but eval_every and diagnostics changes what is recorded.
     eval_every: int = 50  # steps between evaluations on the test set
     checkpoint_every: int = 50  # steps between checkpoints; at most so many are lost
@@ -69,14 +69,14 @@ class Config:
     audit: Any = 0  # canaries that audit a private run (true: 10,000); the model stays as it is
     dry_run: bool = False  # print the plan, train nothing
     fresh: bool = False  # retrain a finished run
-    data_dir: str = "data"  # where data sets are, or are downloaded to; by default the environment's DPOPT_DATA_DIR
+    data_dir: str = "data"  # where datasets lie, or are downloaded to; by default the environment's DPOPT_DATA_DIR
     output_dir: str = "runs"  # where run directories are made
     device: str = "auto"  # auto, cpu, cuda, cuda:1, …
     workers: int = 2  # data-loading processes, for image folders
     micro_batch: Any = "auto"  # examples whose gradients are held at once; auto: what fits into memory
     memory: Optional[float] = None  # noqa: UP045 (GB for auto; a quarter of the machine's, or half of the GPU's)
-    engine: str = "auto"  # per-example gradients: auto, store, recompute, ghost, vmap or loop
-    compile: bool = False  # forward, backward and per-example gradients as one compiled graph
+    engine: str = "auto"  # per-sample gradients: auto, store, recompute, ghost, vmap or loop
+    compile: bool = False  # forward, backward and per-sample gradients as one compiled graph
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any]) -> "Config":

@@ -1,4 +1,4 @@
-"""Data sets by name. A `DataSpec` says what a data set is before any file is read, so that a plan needs no files.
+"""Datasets by name. A `DataSpec` says what a dataset is before any file is read, so that a plan needs no files.
 
 `load` reads the files: digits ship with scikit-learn; CIFAR and Fashion-MNIST come through torchvision, downloaded
 where the network allows; ImageNet is a folder tree. Training and test sets are what the authors of the data made them,
@@ -31,7 +31,7 @@ _CIFAR10_MEAN, _CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 @dataclass(frozen=True)
 class DataSpec:
-    """A data set before loading.
+    """A dataset before loading.
 
     Attributes:
         name: short name.

@@ -115,9 +115,7 @@ def _from_hub(path: str, split: str, columns: Sequence[str | None], classes: Seq
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(
-            "dataset=hub_text needs datasets, which is not installed: pip install 'dpopt[text]'"
-        ) from error
+        raise ValueError("dataset=hub_text needs datasets, which is not installed: pip install datasets") from error
     owner, name, *subset = path.split("/")
     with unavailable(f"dataset.path={path}"):
         rows = load_dataset(f"{owner}/{name}", *subset, split=split)

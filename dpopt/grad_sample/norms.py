@@ -46,7 +46,7 @@ def kernels(x: Tensor) -> Any:
 def square_norms(rows: Tensor) -> Tensor:
     """‖·‖² of each row of (R, n), in float64.
 
-    On a CPU, torch adds the squares of a long row one by one in fp32, and 25 million equal entries lose 1 % of their
+    On a CPU, torch adds the squares of a long row one by one in fp32, and 25 million equal entries lose 1% of their
     norm: rows are taken in blocks of 256, which loses at most 2e-7, and the blocks are added in float64.
     """
     if (found := kernels(rows)) is not None:

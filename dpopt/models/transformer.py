@@ -239,7 +239,7 @@ def import_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError("text needs transformers, which is not installed: pip install 'dpopt[text]'") from error
+        raise ValueError("text needs transformers, which is not installed: pip install transformers") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
@@ -320,7 +320,7 @@ def _with_adapters(network: Any, lora: Mapping[str, Any], own: list[str]) -> Any
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("model.train=lora needs peft, which is not installed: pip install 'dpopt[text]'") from error
+        raise ValueError("model.train=lora needs peft, which is not installed: pip install peft") from error
     wanted = "all-linear" if targets is None else list(targets)
     try:
         settings = LoraConfig(

@@ -1,7 +1,7 @@
 """The privacy plan: the one frozen record from which sampler, noise and accountant all read.
 
 A plan fixes the noise multiplier σ, the expected batch size qN, the number of steps T, N and δ before training starts.
-Two of (ε, σ, T) give the third. Neighboring data sets differ by one example added or removed, batches are Poisson
+Two of (ε, σ, T) give the third. Neighboring datasets differ by one example added or removed, batches are Poisson
 samples, and N is taken to be public.
 """
 

@@ -12,7 +12,7 @@ Some algorithms reach to the left of it, through four seams:
     pre_clip_scale  s of the optimizer: s∘g_i is clipped, summed, noised, and divided by s again (scale-then-privatize)
     query_points    from a filter: g_i = Σ_j c_j·∇f_i(θ + d_j), clipped as one gradient (DiSK)
     count           of unclipped examples, noised: the clip rule moves the clip norm by it, the plan pays (adaptive)
-    slack           what an example leaves of S, in coordinates of its own behind the gradient: nothing to pay (slack)
+    slack           what an example leaves of S, in further coordinates behind the gradient: nothing to pay (slack)
 
 and what they need to know of the step flows right, as `step_info`, all of it public or privatized.
 """

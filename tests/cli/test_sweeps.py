@@ -1,4 +1,4 @@
-"""Sweeps: what is finished stays, what fails is told, jobs run side by side; and a run is made again."""
+"""Sweeps: what is finished stays, what fails is named, jobs run side by side; and a run is made again."""
 
 import json
 import os

@@ -2,7 +2,7 @@
 
 It refuses what mixes devices, as CUDA does, and counts what a GPU would wait for: copies between host and device, and
 operations whose result the host must know (`Watch`). Whoever imports this becomes a process with one GPU, hence
-`prepare` starts a process of its own: torch asks for the number of devices deep in its autograd engine, so that a small
+`prepare` starts another process: torch asks for the number of devices deep in its autograd engine, so that a small
 library must answer in its place.
 """
 

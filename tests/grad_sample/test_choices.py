@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
-    """A clock that only `takes` moves, and a cache folder of its own."""
+    """A clock that only `takes` moves, and an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     module._read.cache_clear()
     now = [0.0]
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_measured_again(clock, tmp_path, content):
 
 
 def test_hooks_measure_in_the_thread_that_runs_them(clock, monkeypatch):
-    """With a GPU, autograd calls hooks in a thread of its own."""
+    """With a GPU, autograd calls hooks in another thread."""
     pool, grad = ThreadPoolExecutor(1), torch.autograd.grad
     model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Flatten(), nn.Linear(40 * 16, 2))
     inputs, targets = torch.randn(4, 1, 3, 6, 6), torch.tensor([0, 1, 0, 1])

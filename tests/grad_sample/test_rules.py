@@ -128,7 +128,7 @@ def test_layers_used_twice_and_tied_weights(views, standardized):
 
 
 class Bare(nn.Module):
-    """Parameters beside submodules: a class token, a position embedding, gains of all shapes; one layer is frozen."""
+    """Parameters next to submodules: a class token, a position embedding, gains of all shapes; one layer is frozen."""
 
     def __init__(self):
         super().__init__()

@@ -233,7 +233,7 @@ def test_a_layer_called_twice():
     assert used["ghost"] == {"table": "ghost", "layer": "ghost"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "bitnet"])  # which has no head of its own
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "bitnet"])  # which has no head
 def test_a_decoder_classifies_the_last_token_not_a_pad(kind):
     """Its own head finds the last token by the network's padding, whatever that is."""
     torch.manual_seed(0)

@@ -138,7 +138,7 @@ def check_an_example_and_its_slack_add_the_sensitivity_at_most():
 
 
 def check_slack_has_the_noise_of_the_gradient():
-    """σ√K/(qN) in what the rule is told, where σ is the plan's: nothing is paid, and nothing is free of noise."""
+    """σ√K/(qN) in what the rule is given, where σ is the plan's: nothing is paid, and nothing is free of noise."""
     plan = make_plan(sigma=2.0, size=6400, batch=32, steps=400, delta=1e-5)
     seen, clip = [], Slack(0.5, coordinates=4, lr=1e-9)
     clip.observe_shares = lambda released, real=clip.observe_shares: (real(released), seen.append(clip.shares))

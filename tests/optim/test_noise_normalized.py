@@ -29,7 +29,7 @@ def test_four_bits_are_a_sixteenth_of_adam():
 
 @pytest.mark.parametrize("bits, far", [(8, 0.02), (4, 0.4)])
 def test_few_bits_add_little_noise_and_no_bias(bits, far):
-    """Beside the path in 32 bits, whose spread at the end is 1.
+    """Compared with the path in 32 bits, whose spread at the end is 1.
 
     Of 256 values the range is about 5.6 of their deviations. In 4 bits a step of it is .37, stochastic rounding adds
     .15 (the root of a sixth of a step), and the momentum of .9 makes .35 of that.

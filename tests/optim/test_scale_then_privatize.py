@@ -87,7 +87,7 @@ def test_scaling_mistakes_are_noticed(mutant, monkeypatch):
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_norms_of_scaled_gradients_under_every_policy(policy, views):
-    """Layers whose norms have a closed form are scaled, too, and one with a closed form of its own for one view."""
+    """Layers whose norms have a closed form are scaled, too, and one with another closed form for one view."""
     torch.manual_seed(0)
     model = nn.Sequential(
         dpopt.models.layers.StandardizedConv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3)

@@ -57,7 +57,7 @@ def test_without_noise_it_is_weighted_least_squares(clip):
 
 
 def check_noise():
-    """What is solved: A with noise s on its diagonal and s/√2 beside it, symmetric; B with noise s."""
+    """What is solved: A with noise s on its diagonal and s/√2 next to it, symmetric; B with noise s."""
     x, y = data(40)
     seen = []
     kept = LeastSquares._solve

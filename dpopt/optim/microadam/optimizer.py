@@ -11,7 +11,7 @@ With g the gradient, e the error feedback, and a window of the last m sparse gra
 
 A coordinate outside the window has m̂ = 0 and does not move. TopK takes k = ⌈density·4096⌉ of every block of 4,096
 values, Q stores 4 bits per value with a range per bucket of 256 values (`quantize.py`), and the window holds 16-bit
-positions and bfloat16 values: at density 1 % and m = 10 that is .5 + .016 + .4 = .916 bytes per parameter, where
+positions and bfloat16 values: at density 1% and m = 10 that is 0.5 + 0.016 + 0.4 = 0.916 bytes per parameter, where
 Adam has 8. What bfloat16 cuts off a selected value goes back into e, where there is one.
 
 `bits=32, scope="tensor"` is the algorithm as 2511.20509 runs it (TopK over each tensor, nothing rounded), and with

@@ -109,7 +109,7 @@ def topk_positions(values: Tensor, k: int) -> Tensor:
 
 
 def _kth_largest(x: Tensor, k: int) -> Tensor:
-    """Of each row (n,): on a CPU by NumPy, whose partition is vectorised and five times as fast as torch.topk."""
+    """Of each row (n,): on a CPU by NumPy, whose partition is vectorized and five times as fast as torch.topk."""
     if x.device.type != "cpu":
         return x.topk(k).values[:, -1]
     return torch.from_numpy(np.partition(x.numpy(), x.shape[1] - k, axis=1)[:, x.shape[1] - k].copy())

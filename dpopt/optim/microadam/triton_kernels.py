@@ -7,8 +7,8 @@ window's positions only; of a position that occurs in several rows one entry own
 window are not touched unless they decay. Multiplications and additions are not fused, division and root are rounded
 correctly, and a barrier stands between rows: the result is the reference's, and the same on every run.
 
-Bytes moved per fp32 parameter at 1 % density, window 10, 4 bits: gradient 4, feedback and ranges 1.03, window .44, and
-of the parameters the 32-byte sectors that hold a tenth of the values, 57 % read and written, 4.6: about 10.
+Bytes moved per fp32 parameter at 1% density, window 10, 4 bits: gradient 4, feedback and ranges 1.03, window .44, and
+of the parameters the 32-byte sectors that hold a tenth of the values, 57% read and written, 4.6: about 10.
 """
 
 from typing import Any
