@@ -39,11 +39,11 @@ WORDS = (
 MOMENTS = ("setup", "step", "checkpoint write", "export")
 GRACE, LIMIT = 30.0, 300.0  # seconds for the others to end after a kill; for a command that is left alone
 MEASURED = ("time/", "memory/peak", "wall_seconds", "examples_per_second", "peak_memory_bytes")  # differ each time
-OF_USER = ("data_mac", "fingerprint_key", "config", "git_commit")  # each run has a user; `config` names its folder
+OF_USER = ("config", "git_commit")  # `config` names the folder
 
 
 class Run:
-    """A run in its folder, with a key that is the same for all.
+    """A run in its folder, with keys that are the same for all.
 
     Args:
         folder: for the run's directory and the user's files.
@@ -54,7 +54,10 @@ class Run:
         (job,) = spec.expand((*WORDS, f"output_dir={folder}/runs"), "experiment", "soak")
         self.directory = locate(job.config)
         self.directory.mkdir(parents=True)
-        (self.directory / directory.KEY).write_bytes(bytes(range(32)))
+        self.home.mkdir()
+        for key in (self.directory / directory.KEY, self.home / "fingerprint.key"):
+            key.touch(mode=0o600)
+            key.write_bytes(bytes(range(32)))
         self.began = 0.0
 
     def start(self, ranks: int) -> subprocess.Popen[bytes]:
