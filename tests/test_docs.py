@@ -57,7 +57,11 @@ def test_own_data(command, tmp_path, monkeypatch):
 
 def test_own_model(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_model.py").write_text(blocks("docs/own_model.md", "python")[0])
+    repair, module = blocks("docs/own_model.md", "python")
+    scope = {"dpopt": dpopt, "model": nn.Sequential(nn.Conv2d(1, 48, 3), nn.BatchNorm2d(48))}
+    exec(repair, scope)
+    assert scope["model"][1].num_groups == 24 and scope["fixed"].remaining == []
+    (tmp_path / "my_model.py").write_text(module)
     follow(command, blocks("docs/own_model.md", "bash")[0])
     assert list(tmp_path.glob("runs/digits-digit_mlp-*/result.json"))
 
