@@ -93,6 +93,7 @@ def _pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta:
     return float(one_step.self_compose(steps).get_epsilon_for_delta(delta))
 
 
+@lru_cache(maxsize=64)
 def distinguishing_advantage(noise_multiplier: float, sample_rate: float, steps: int) -> float:
     """Bound T − F of whoever guesses whether a record was there, by the whole loss distribution: δ at ε = 0."""
     if not steps or not noise_multiplier:

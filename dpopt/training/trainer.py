@@ -30,8 +30,9 @@ from dpopt.runs import directory as run_files
 from dpopt.runs.audit_report import write_audit
 from dpopt.runs.console import Progress
 from dpopt.runs.identity import describe, identity, identity_hash, is_secret
-from dpopt.runs.ledger import Ledger, spending
-from dpopt.runs.privacy_card import guarantee, privacy_card
+from dpopt.runs.ledger import Ledger, Spending, describe_total, spending
+from dpopt.runs.origin import code_rows, data_row, initial_file, weights_row
+from dpopt.runs.privacy_card import CardFacts, guarantee, privacy_card, write_card
 from dpopt.runs.provenance import device_name, git_commit, versions
 from dpopt.runs.result import HOLDOUT, Result
 from dpopt.runs.tracking import Metrics, warn
@@ -225,8 +226,8 @@ class Trainer:
         """Write card, weights and result; erase the key of a finished run."""
         result = self._result(status, values)
         self._record_spending(self.step, status)
-        self._write_card(self.step, self._audit() if status == "finished" else None)
         checkpoint.export(self.directory / run_files.WEIGHTS, self.evaluated)  # also of a run that was stopped
+        self._write_card(self.step, self._audit() if status == "finished" else None)  # with the hash of the weights
         files.write_json(self.directory / run_files.RESULT, result.to_json())
         if status == "finished":
             run_files.erase_key(self.directory)  # not before: without a result the run needs it to continue
@@ -267,12 +268,18 @@ class Trainer:
 
     def _record_spending(self, steps: int, status: str) -> None:
         """Add what this run spends to the user's ledger, if it makes a claim."""
-        if self.config.ledger == "off" or not is_secret(self.config) or not self.plan.noise_multiplier:
-            return
+        if self._counted():
+            Ledger(home()).add(self._spending(steps, status))
+
+    def _counted(self) -> bool:
+        """Tell whether the ledger counts this run."""
+        return self.config.ledger != "off" and is_secret(self.config) and self.plan.noise_multiplier > 0
+
+    def _spending(self, steps: int, status: str) -> Spending:
         about = {"name": self.directory.name, "dataset": self.about.dataset}
         about |= {"data": self._data_mac, "key_id": self._key_id}
         run = self.plan.key.for_workers("ledger").material.hex()[:16]  # the same when the run is resumed
-        Ledger(home()).add(spending(self.plan, steps, status, run=run, **about))
+        return spending(self.plan, steps, status, run=run, **about)
 
     def _audit(self) -> AuditResult | None:
         """Audit a finished run that has canaries."""
@@ -283,10 +290,17 @@ class Trainer:
         return result
 
     def _write_card(self, steps: int | None, audit: AuditResult | None = None) -> None:
-        known, facts = self.progress["diagnostics"], self.components.public_facts()
-        unit = self.task.spec.unit
-        text = privacy_card(self.about, self.plan, self._sensitivity, steps, known, facts, audit, unit)
-        files.write_atomic(self.directory / run_files.CARD, text)
+        origin = code_rows(self.commit) | data_row(self._data_mac, self._key_id)
+        origin |= weights_row("initial weights file", initial_file(self.components.model_arguments))
+        if steps is not None:
+            origin |= weights_row("weights", self.directory / run_files.WEIGHTS)
+            if self.plan.noise_multiplier > 0:
+                run = self._spending(steps, "finished")
+                origin |= {"ledger of who trained": describe_total(home(), run, self._counted())}
+        facts = CardFacts(self.task.spec.unit, self.components.public_facts(), origin)
+        known = self.progress["diagnostics"]
+        text = privacy_card(self.about, self.plan, self._sensitivity, steps, known, facts, audit)
+        write_card(self.directory, text, self.directory.name)
 
     def _wall_seconds(self) -> float:
         """Seconds since the run began, those of earlier processes included."""

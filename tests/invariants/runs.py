@@ -18,7 +18,7 @@ from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
 from dpopt.runs.identity import describe
-from dpopt.runs.privacy_card import guarantee, privacy_card
+from dpopt.runs.privacy_card import CardFacts, guarantee, privacy_card
 
 REAL_SAMPLE = sampling.sample_indices
 
@@ -154,7 +154,7 @@ def check_the_card_says_it_all():
     above = privacy_card(describe(config), replace(plan, delta=0.5, allow_large_delta=True), 0.5, 20, False)
     assert "not below 1/N" in above and "not below 1/N" not in card
     config = replace(config, randomness="secret")
-    secret = privacy_card(describe(config), plan, 0.5, 20, False, {"initial weights": "random"})
+    secret = privacy_card(describe(config), plan, 0.5, 20, False, CardFacts(public={"initial weights": "random"}))
     assert (
         "operating system" in secret and "No claim" not in secret and "| initial weights (public) | random |" in secret
     )
