@@ -21,7 +21,7 @@ from dpopt.rng import RandomKey
 RESULT, CHECKPOINT, METRICS, CONFIG = "result.json", "checkpoint.pt", "metrics.csv", "config.yaml"
 CARD, WEIGHTS, KEY, ERROR, LOCK = "privacy_card.md", "model.safetensors", "secret.key", "error.txt", ".lock"
 AUDIT, ROC = "audit.json", "audit.png"  # of an audited run
-CARD_PAGE = "privacy_card.html"
+CARD_PAGE, PREPROCESSING = "privacy_card.html", "preprocessing.json"  # the latter of an export
 
 
 def finished(directory: Path) -> dict[str, Any] | None:

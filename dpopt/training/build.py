@@ -5,7 +5,7 @@ Each function refuses, in one sentence, what could not be trained as asked, befo
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,14 @@ class Data:
         test: what is evaluated on.
         held_out: the examples split off from the training set; None for none.
         fingerprint: of the training set before the split, and of the split; never written down but as a MAC.
+        classes: their names, of the DataSpec or of class folders; empty for none.
     """
 
     train: Source
     test: Source
     held_out: Source | None
     fingerprint: str
+    classes: Sequence[str]
 
 
 def build_components(config: Config) -> Components:
@@ -232,8 +234,8 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     if not isinstance(loaded, tuple | list) or len(loaded) != 2:
         raise ValueError(f"the load function of {spec.name} must return a pair (train, test)")
     train, test = (as_source(part, device, config.workers) for part in loaded)
+    classes = getattr(getattr(train, "dataset", None), "classes", ())
     if config.private:
-        classes = getattr(getattr(train, "dataset", None), "classes", ())
         check_pretraining(spec, component_defaults(config.model) | config.model, classes)
     for part, source in (("training", train), ("test", test)):
         if not len(source):
@@ -249,7 +251,7 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     train, held_out = split_holdout(train, config.holdout, config.seed, config.holdout_by)
     # Without a secret key only the content keeps the noise of two runs on neighboring datasets apart.
     kind: Kind = "quick" if is_secret(config) else "content"
-    return Data(train, test, held_out, train.fingerprint(kind))
+    return Data(train, test, held_out, train.fingerprint(kind), spec.class_names or classes)
 
 
 def make_device(name: str) -> torch.device:

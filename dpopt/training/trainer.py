@@ -4,20 +4,18 @@ The directory of a run always holds a state from which the same command continue
 """
 
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpopt import files, ranks
 from dpopt.data.fingerprint import FingerprintKey, home
-from dpopt.data.sources import Source, TensorSource
-from dpopt.grad_sample.modes import eval_mode
+from dpopt.data.inputs import class_names
+from dpopt.data.sources import TensorSource
 from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.agreement import check_weights
 from dpopt.privacy.audit import AuditResult
@@ -39,6 +37,7 @@ from dpopt.runs.tracking import Metrics, warn
 from dpopt.training import checkpoint
 from dpopt.training.build import Components, Data
 from dpopt.training.cost import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
+from dpopt.training.evaluation import evaluate
 from dpopt.training.signals import stop_signals
 
 
@@ -264,6 +263,7 @@ class Trainer:
             versions=versions(),
             device=device_name(self.device),
             config=asdict(self.config),
+            classes=class_names(self.data.classes, self.task.spec.classes),
         )
 
     def _record_spending(self, steps: int, status: str) -> None:
@@ -318,34 +318,3 @@ def _two_digits(value: float) -> float:
 
 def _weight_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Any, source: Source, precision: str = "fp32", prefix: str = ""
-) -> dict[str, float]:
-    """Average the task's metrics over all examples, in eval mode.
-
-    Args:
-        model: what is evaluated.
-        task: with `metric_sums`.
-        source: the examples.
-        precision: `bf16` for autocast.
-        prefix: of the names of the metrics.
-
-    Returns:
-        `{prefix}accuracy` in [0, 1] and `{prefix}loss` in nats, for classification.
-    """
-    reference = next(model.parameters())
-    autocast = torch.autocast(reference.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-    sums: dict[str, float] = {}
-    count = 0
-    with eval_mode(model):
-        for inputs, targets in source.plain(task.at_once):
-            with autocast:
-                outputs = model(inputs.to(reference.dtype) if inputs.is_floating_point() else inputs)
-            for name, value in task.metric_sums(outputs, targets).items():
-                sums[name] = sums.get(name, 0.0) + value
-            count += len(targets)
-    means = {name: value / max(count, 1) for name, value in sums.items()}
-    return {f"{prefix}{name}": value for name, value in (means | task.summary(means)).items()}
