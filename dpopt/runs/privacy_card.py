@@ -203,7 +203,7 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
         "neighboring datasets": "one example added or removed",
         "N": f"{plan.dataset_size:,}, taken as public",
         "δ against 1/N": f"{plan.delta:g} = {against:.2g} · 1/N{warning}",
-        "steps T": f"{taken:,}, each a release of its own batch",
+        "steps T": f"{taken:,} noisy releases, each of a new batch",
         "sampler": f"Poisson, q = {plan.sample_rate:.6g} (expected batch {plan.batch_size:,})",
         "mechanism": f"Gaussian, released on a grid of about σS/4096 (noise version {NOISE_VERSION})",
         "clip rule": f"{plain(about.clip_target)}, sensitivity {sensitivity:g}{_moving(about, plan)}",

@@ -61,7 +61,7 @@ def test_a_card_of_a_run_stands_alone(config):
         f"| weights | `model.safetensors`, SHA-256 `{weights}` |",
         "training `cnn` on `digits`",
         "losses on a grid of 0.0001",
-        "| steps T | 3,",
+        "| steps T | 3 noisy releases",
         "| initial weights (public) | drawn at random by the seed |",
         "| ledger of who trained | 1 private run on this dataset, together (0.9",
     ):
