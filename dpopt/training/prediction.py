@@ -94,6 +94,8 @@ class Predictor:
             return self._from_image(raw)
         except ValueError as error:
             return f"{name} {error}"
+        except (TypeError, LookupError) as error:  # of a short row, in code of the user
+            return f"{name} cannot be read ({type(error).__name__}: {error})"
 
     def _from_image(self, path: Path) -> Tensor:
         from PIL import Image, UnidentifiedImageError

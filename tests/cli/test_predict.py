@@ -167,3 +167,63 @@ def test_names_of_class_folders_are_kept(command, tmp_path):
     assert command("export", str(run), str(tmp_path / "out")).returncode == 0
     (tmp_path / "pets/train").rename(tmp_path / "gone")
     assert table(command("predict", str(tmp_path / "out"), str(test)).stdout) == rows
+
+
+MODULE = """
+import torch
+from torch import nn
+from dpopt.data.datasets import DataSpec
+
+
+class Row:
+    reads, columns = "row", ("age", "height")
+
+    def __call__(self, row):
+        return torch.tensor([float(row["age"]) / 100, float(row["height"]) / 200])
+
+    def to_json(self):
+        return {"reads": "row", "columns": self.columns}
+
+
+def people(size=240):
+    def load(data_dir, device, workers):
+        inputs = torch.rand(size, 2, generator=torch.Generator().manual_seed(0))
+        targets = (inputs[:, 0] > 0.5).long()
+        return (inputs[40:], targets[40:]), (inputs[:40], targets[:40])
+
+    return DataSpec("people", size - 40, 2, (2,), load, inputs=Row(), class_names=("young", "old"))
+
+
+def net(num_classes):
+    return nn.Linear(2, num_classes)
+"""
+
+
+def test_rows_of_an_own_table(command, tmp_path, monkeypatch):
+    (tmp_path / "my_table.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = command(
+        "train",
+        *("dataset._target_=my_table.people", "~dataset.augment", "~dataset.image_size", "model._target_=my_table.net"),
+        *("~model.depth", "~model.width", "batch_size=50", "steps=60", "delta=1e-3", "logger=csv", "ledger=off"),
+        *("optimizer=dp_adam", "optimizer.lr=0.3", "eval_every=60", "epsilon=8"),
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = [path.parent for path in (tmp_path / "runs").glob("*/result.json")]
+    (tmp_path / "new.csv").write_text("height,age\n180,2\n170,x\n160,98\n150\n")
+    done = command("predict", str(run), str(tmp_path / "new.csv"))
+    assert [(row["path"][-1], row["class"]) for row in table(done.stdout)] == [("1", "young"), ("3", "old")]
+    first, second = done.stderr.splitlines()
+    assert first == f"{tmp_path}/new.csv:2 could not convert string to float: 'x'"
+    assert second.startswith(f"{tmp_path}/new.csv:4 cannot be read (TypeError: ") and done.returncode == 1
+    assert command("export", str(run), str(tmp_path / "out")).returncode == 0
+    described = json.loads((tmp_path / "out/preprocessing.json").read_text())
+    assert described == {
+        "classes": ["young", "old"],
+        "inputs": {"shape": [2], "reads": "row", "columns": ["age", "height"]},
+    }
+    front = yaml.safe_load((tmp_path / "out/README.md").read_text()[4:].partition("\n---\n")[0])
+    assert "pipeline_tag" not in front
+    monkeypatch.setattr("my_table.Row", lambda: None)
+    done = command("predict", str(run), str(tmp_path / "new.csv"))
+    assert done.returncode == 1 and "people does not say how a file becomes an input" in done.stderr
