@@ -205,7 +205,7 @@ def test_rows_of_an_own_table(command, tmp_path, monkeypatch):
     done = command(
         "train",
         *("dataset._target_=my_table.people", "~dataset.augment", "~dataset.image_size", "model._target_=my_table.net"),
-        *("~model.depth", "~model.width", "batch_size=50", "steps=60", "delta=1e-3", "logger=csv", "ledger=off"),
+        *("batch_size=50", "steps=60", "delta=1e-3", "logger=csv", "ledger=off"),
         *("optimizer=dp_adam", "optimizer.lr=0.3", "eval_every=60", "epsilon=8"),
     )
     assert done.returncode == 0, done.stderr
