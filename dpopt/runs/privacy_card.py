@@ -106,7 +106,7 @@ def _outside(about: RunDescription, diagnostics: bool) -> list[str]:
     if about.own_loop:
         lines += [
             "- whatever the training loop does with the data past `PrivateGradient`: constants computed from them, a "
-            "printed loss, a choice of records. dpopt did not see it;"
+            "printed loss, a choice of records. dpopt did not see it."
         ]
     if diagnostics:
         named = "named `private/…`** in metrics.csv, result.json and the tracker"
@@ -156,7 +156,7 @@ def _plain_words(plan: PrivacyPlan, taken: int) -> list[str]:
         "coin decided it, so without the model they are right 50 times in 100.",
         "",
         f"- With the model they are right at most **{guesses} times in 100**, whatever they do: (e^ε + δ)/(1 + e^ε). "
-        f"The losses of this mechanism as a whole allow at most {tighter}.",
+        f"By its whole loss distribution, of which (ε, δ) is one point, it is at most {tighter}.",
         f"- If they accuse 1 of 100 absent records, they find at most {found} of 100 present ones: e^ε · 1% + δ, or "
         "1 − e^(−ε) · (99% − δ) where that is less.",
         f"- What they see multiplies the odds that the record was there by 2e^ε = {factor:.4g} or more with a chance "
