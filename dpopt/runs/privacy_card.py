@@ -221,7 +221,14 @@ def _method(about: RunDescription) -> str:
 
 def _moving(about: RunDescription, plan: PrivacyPlan) -> str:
     when = " at the end, moved" if about.own_loop else " at first, then moved"
-    return f"{when} at every step by a count" if plan.count_noise else ""
+    by = (
+        "a count"
+        if plan.count_noise
+        else "what it releases with the gradients"
+        if about.clip.lower() == "slack"
+        else ""
+    )
+    return f"{when} at every step by {by}" if by else ""
 
 
 def _shares(plan: PrivacyPlan) -> str:

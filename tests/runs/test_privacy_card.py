@@ -161,6 +161,16 @@ def test_a_card_of_an_own_loop(tmp_path):
     assert "No claim" not in card and "secret.key" not in card and "statistics" not in card
 
 
+@pytest.mark.parametrize("clip", [dpopt.clipping.Slack(0.7), dpopt.clipping.Adaptive(0.7, count_noise=4.0), None])
+def test_a_clip_norm_that_moves_is_said_to(clip):
+    plan = replace(make_plan(), count_noise=4.0 if type(clip) is dpopt.clipping.Adaptive else 0.0)
+    card = dpopt.card(*trained(clip, plan=plan)[:2])
+    if clip is None:
+        assert "sensitivity 0.7 |" in card
+    else:
+        assert f"sensitivity {clip.sensitivity:g} at the end, moved at every step by" in card
+
+
 def test_what_an_own_loop_does_not_state_is_named():
     plan, private, _ = trained(plan=make_plan(), diagnostics=True)
     card = dpopt.card(plan, private)
