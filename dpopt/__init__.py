@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dpopt import data, filters, models, optim
+    from dpopt.grad_sample.repair import fix
     from dpopt.optim import schedules
     from dpopt.privacy import clipping
     from dpopt.privacy.audit import audit
@@ -22,19 +23,22 @@ if TYPE_CHECKING:
     from dpopt.privacy.plan import PrivacyPlan
     from dpopt.privacy.private_gradient import PrivateGradient
     from dpopt.privacy.sampling import poisson_batches
-    from dpopt.training.build import load
+    from dpopt.runs.own_card import card
+    from dpopt.training.finished import load
 
 __version__ = "0.1.0"
 __all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "filters", "load", "models", "optim"]
-__all__ += ["Canaries", "audit", "poisson_batches", "schedules"]
+__all__ += ["Canaries", "audit", "card", "fix", "poisson_batches", "schedules"]
 
 _HOME = {
     "PrivacyPlan": "dpopt.privacy.plan:PrivacyPlan",
     "PrivateGradient": "dpopt.privacy.private_gradient:PrivateGradient",
     "Canaries": "dpopt.privacy.canaries:Canaries",
     "audit": "dpopt.privacy.audit:audit",
+    "card": "dpopt.runs.own_card:card",
+    "fix": "dpopt.grad_sample.repair:fix",
     "poisson_batches": "dpopt.privacy.sampling:poisson_batches",
-    "load": "dpopt.training.build:load",
+    "load": "dpopt.training.finished:load",
     "clipping": "dpopt.privacy.clipping",
     "data": "dpopt.data",
     "filters": "dpopt.filters",

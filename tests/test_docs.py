@@ -45,7 +45,7 @@ def follow(command, text: str):
 
 def test_own_data(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    library, keyed, module = blocks("docs/own_data.md", "python")
+    library, keyed, module, _ = blocks("docs/own_data.md", "python")
     scope = {"dpopt": dpopt, "inputs": torch.randn(500, 3), "targets": torch.zeros(500)}
     exec(library.replace("...", "assert len(list(batch)) >= 1"), scope)
     assert scope["plan"].dataset_size == 500
@@ -58,9 +58,37 @@ def test_own_data(command, tmp_path, monkeypatch):
     assert list(tmp_path.glob("runs/blobs-cnn-*/result.json"))
 
 
+def test_tables_on_the_page_of_own_data(tmp_path, monkeypatch):
+    """Regression, several labels and class weights learn what the columns say, under ε = 1 each."""
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    scaled = torch.rand(4000, 3, generator=generator)
+    price = (scaled[:, 0] + scaled[:, 1]) / 2
+    rows = ["rooms,area,age,price,garden,garage,sold"]
+    for x, y in zip(scaled, price, strict=True):
+        rooms, area, age = (x * torch.tensor([10, 400, 100])).tolist()
+        labels = f"{int(x[0] > 0.5)},{int(x[2] > 0.5)},{int(x[1] > 0.7)}"
+        rows.append(f"{rooms:.3f},{area:.3f},{age:.3f},{1e6 * y:.1f},{labels}")
+    (tmp_path / "houses.csv").write_text("\n".join(rows) + "\n")
+    torch.manual_seed(0)
+    scope = {}
+    exec(blocks("docs/own_data.md", "python")[3], scope)
+    with torch.no_grad():
+        error = F.mse_loss(scope["price"](scaled)[:, 0], price)
+        tags = (scope["tags"](scaled) > 0) == (scaled[:, [0, 2]] > 0.5)
+        sold = scope["sold"](scaled).argmax(1) == (scaled[:, 1] > 0.7).long()
+    assert error < 0.5 * price.var() and tags.float().mean(0).min() > 0.8 and sold.float().mean() > 0.8
+    card = (tmp_path / "card/privacy_card.md").read_text()
+    assert "| privacy unit | one house |" in card and "(ε = 0.9999, δ = 1e-05)" in card
+
+
 def test_own_model(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_model.py").write_text(blocks("docs/own_model.md", "python")[0])
+    repair, module = blocks("docs/own_model.md", "python")
+    scope = {"dpopt": dpopt, "model": nn.Sequential(nn.Conv2d(1, 48, 3), nn.BatchNorm2d(48))}
+    exec(repair, scope)
+    assert scope["model"][1].num_groups == 24 and scope["fixed"].remaining == []
+    (tmp_path / "my_model.py").write_text(module)
     follow(command, blocks("docs/own_model.md", "bash")[0])
     assert list(tmp_path.glob("runs/digits-digit_mlp-*/result.json"))
 
@@ -103,7 +131,8 @@ def test_the_keys_outside_of_a_runs_identity_are_listed():
     assert set(listed) == NOT_IDENTITY
 
 
-def test_readme_library_example():
+def test_readme_library_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     example = next(b for b in blocks("README.md", "python") if "PrivateGradient" in b)
     inputs = torch.randn(1000, 4)
     scope = {
@@ -113,6 +142,7 @@ def test_readme_library_example():
     }
     exec(example, scope)
     assert scope["private"].step == scope["plan"].steps
+    assert "| privacy unit | one photo |" in (tmp_path / "card/privacy_card.md").read_text()
 
 
 def test_layer_rule():

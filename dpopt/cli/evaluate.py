@@ -39,7 +39,8 @@ def _measure(run: Path, data_dir: str | None, count: int | None, beams: int) -> 
     import dpopt
     from dpopt.runs.directory import read_config
     from dpopt.training import trainer
-    from dpopt.training.build import load_test_set, make_task
+    from dpopt.training.build import make_task
+    from dpopt.training.finished import load_test_set
 
     model = dpopt.load(run)
     config = read_config(run)

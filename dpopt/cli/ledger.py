@@ -29,6 +29,7 @@ def overview(delta: float | None, list_runs: bool) -> str:
     """Write a line per dataset: its runs, and the ε of all of them together."""
     from dpopt.data.fingerprint import home
     from dpopt.runs.ledger import Ledger, by_data, total_epsilon
+    from dpopt.runs.search import CHOICE
 
     book = Ledger(home())
     runs = book.runs()
@@ -45,5 +46,5 @@ def overview(delta: float | None, list_runs: bool) -> str:
             lines += [
                 f"  {run.name}  {run.status}, {run.steps:,} steps, ε = {total_epsilon([run], at):.4g}" for run in group
             ]
-    lines.append("training only: a choice by the accuracy on a hold-out or test set spends more, which is not counted")
+    lines.append(CHOICE)
     return "\n".join(lines)

@@ -45,7 +45,8 @@ def _compare(directory: Path, output: Path | None) -> tuple[bool, str]:
     from dpopt.runs.directory import finished
     from dpopt.runs.identity import is_secret, locate
     from dpopt.runs.provenance import short_commit
-    from dpopt.training.build import load_test_set, make_task
+    from dpopt.training.build import make_task
+    from dpopt.training.finished import load_test_set
     from dpopt.training.run import run
 
     before = finished(directory)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dpopt.data.image_files import open_folder
+from dpopt.data.inputs import CIFAR10, CIFAR100, FASHION_MNIST, CroppedImages, FixedImages
 from dpopt.data.items import Expected
 from dpopt.data.scattering import VERSION, scatter, scattering_channels
 from dpopt.data.sources import MapSource, TensorSource
@@ -45,6 +47,8 @@ class DataSpec:
         task: what is learned: `classification`, `sequence_classification` or `language_modeling`.
         unit: what a record is, for the privacy card.
         related: whether records are grouped by what other records hold, so that a hold-out by content depends on them.
+        inputs: makes the model's inputs of raw ones (`dpopt.data.inputs`); None where that is not known.
+        class_names: of the classes in their order, public; empty to number them, or for the names of class folders.
     """
 
     name: str
@@ -57,6 +61,8 @@ class DataSpec:
     task: str = "classification"
     unit: str = UNIT
     related: bool = False
+    inputs: Any = None
+    class_names: Sequence[str] = ()
 
     @property
     def expected(self) -> Expected:
@@ -78,6 +84,8 @@ def normalization(mean: Sequence[float], std: Sequence[float], origin: str) -> s
 def digits() -> DataSpec:
     """scikit-learn's 8×8 digits: 1,437 for training and a fixed fifth, 360, for testing; no file needed."""
 
+    inputs = FixedImages((8, 8), (0.29,), (0.35,))
+
     def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
         from sklearn.datasets import load_digits
 
@@ -86,12 +94,12 @@ def digits() -> DataSpec:
         order = torch.argsort(RandomKey.from_seed(0, "digits").uniform(len(images), "split"))
 
         def part(at: torch.Tensor) -> TensorSource:
-            return TensorSource(images[at].to(device), targets[at].long().to(device), (0.29,), (0.35,))
+            return TensorSource(images[at].to(device), targets[at].long().to(device), inputs.mean, inputs.std)
 
         return part(order[360:]), part(order[:360])
 
-    constants = normalization((0.29,), (0.35,), "rounded, of these public digits")
-    return DataSpec("digits", 1437, 10, (1, 8, 8), load, constants)
+    constants = normalization(inputs.mean, inputs.std, "rounded, of these public digits")
+    return DataSpec("digits", 1437, 10, (1, 8, 8), load, constants, inputs=inputs)
 
 
 def fashion_mnist(augment: bool = False) -> DataSpec:
@@ -101,9 +109,10 @@ def fashion_mnist(augment: bool = False) -> DataSpec:
         augment: shift by up to two pixels and mirror.
     """
     crop = 2 if augment else 0
-    load = _torchvision("FashionMNIST", (0.2860,), (0.3530,), crop, augment, None)
-    constants = normalization((0.2860,), (0.3530,), "published for Fashion-MNIST")
-    return DataSpec("fashion_mnist", 60_000, 10, (1, 28, 28), load, constants)
+    inputs = FixedImages((28, 28), (0.2860,), (0.3530,))
+    load = _torchvision("FashionMNIST", inputs, crop, augment)
+    constants = normalization(inputs.mean, inputs.std, "published for Fashion-MNIST")
+    return DataSpec("fashion_mnist", 60_000, 10, (1, 28, 28), load, constants, inputs=inputs, class_names=FASHION_MNIST)
 
 
 def cifar10(augment: bool = True, image_size: int = 32) -> DataSpec:
@@ -113,12 +122,12 @@ def cifar10(augment: bool = True, image_size: int = 32) -> DataSpec:
         augment: shift by up to four pixels (reflected) and mirror.
         image_size: resize to this many pixels (224 for a pretrained DeiT).
     """
-    return _cifar("CIFAR10", 10, _CIFAR10_MEAN, _CIFAR10_STD, augment, image_size)
+    return _cifar("CIFAR10", CIFAR10, _CIFAR10_MEAN, _CIFAR10_STD, augment, image_size)
 
 
 def cifar100(augment: bool = True, image_size: int = 32) -> DataSpec:
     """CIFAR-100 (Krizhevsky, 2009): as CIFAR-10, with 100 classes."""
-    return _cifar("CIFAR100", 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), augment, image_size)
+    return _cifar("CIFAR100", CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), augment, image_size)
 
 
 def cifar10_scattering(groups: int = 27) -> DataSpec:
@@ -183,12 +192,13 @@ def imagenet(
             the names of the folders and the number of images.
     """
 
+    inputs = CroppedImages(image_size, _IMAGENET_MEAN, _IMAGENET_STD)
+
     def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
         from torchvision.transforms import v2
 
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_IMAGENET_MEAN, _IMAGENET_STD)]
         views = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), *finish])
-        plain = v2.Compose([v2.Resize(round(image_size / 0.875)), v2.CenterCrop(image_size), *finish])
         root = data_dir / folder
         for part in ("train", "val"):
             if not (root / part).is_dir():
@@ -196,7 +206,7 @@ def imagenet(
                     f"{root / part} is missing: put the images at {root}/{{train,val}}/CLASS/IMAGE, or set data_dir "
                     "(or DPOPT_DATA_DIR)"
                 )
-        train, test = _image_folder(root / "train", views), _image_folder(root / "val", plain)
+        train, test = open_folder(root / "train", views), open_folder(root / "val", inputs)
         found = (len(train), len(train.classes))
         if found != (train_size, classes):
             raise ValueError(
@@ -208,7 +218,8 @@ def imagenet(
             raise ValueError(
                 f"{root}/train and {root}/val differ in their class folders ({', '.join(only[:4])}): give both the same"
             )
-        return MapSource(train, device, workers, _image_folder(root / "train", plain)), MapSource(test, device, workers)
+        plain = open_folder(root / "train", inputs)
+        return MapSource(train, device, workers, plain), MapSource(test, device, workers)
 
     if is_imagenet is None and not (looks_like_imagenet(folder) or train_size == _IMAGENET_SIZE):
         collection = None
@@ -216,28 +227,7 @@ def imagenet(
         collection = "" if is_imagenet is False else "imagenet"
     constants = normalization(_IMAGENET_MEAN, _IMAGENET_STD, "published for ImageNet")
     shape = (3, image_size, image_size)
-    return DataSpec(Path(folder).name, train_size, classes, shape, load, constants, collection)
-
-
-def _image_folder(root: Path, transform: Any) -> Any:
-    """Open a folder of class folders of images.
-
-    Raises:
-        FileNotFoundError: for a folder without class folders, or a class folder without images.
-    """
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(root, transform)
-    except FileNotFoundError as error:
-        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        if not names:
-            raise FileNotFoundError(f"{root} has no class folders: put the images at {root}/CLASS/IMAGE") from error
-        without = str(error).partition("classes ")[2].partition(". Supported")[0]
-        raise FileNotFoundError(
-            f"{root} has class folders without images ({without or 'all'}): give each at least one .jpg, .jpeg, .png, "
-            ".ppm, .bmp, .pgm, .tif, .tiff or .webp file, or remove the folder"
-        ) from error
+    return DataSpec(Path(folder).name, train_size, classes, shape, load, constants, collection, inputs=inputs)
 
 
 def _features(
@@ -286,16 +276,21 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _cifar(
-    name: str, classes: int, mean: tuple[float, ...], std: tuple[float, ...], augment: bool, image_size: int
+    name: str,
+    classes: Sequence[str],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augment: bool,
+    image_size: int,
 ) -> DataSpec:
-    load = _torchvision(name, mean, std, 4 if augment else 0, augment, image_size if image_size != 32 else None)
-    constants = normalization(mean, std, f"published for {name[:5]}-{classes}")
-    return DataSpec(name.lower(), 50_000, classes, (3, image_size, image_size), load, constants)
+    inputs = FixedImages((32, 32), mean, std, image_size if image_size != 32 else None)
+    load = _torchvision(name, inputs, 4 if augment else 0, augment)
+    constants = normalization(mean, std, f"published for {name[:5]}-{len(classes)}")
+    shape = (3, image_size, image_size)
+    return DataSpec(name.lower(), 50_000, len(classes), shape, load, constants, inputs=inputs, class_names=classes)
 
 
-def _torchvision(
-    name: str, mean: tuple[float, ...], std: tuple[float, ...], crop: int, flip: bool, image_size: int | None
-) -> Callable[[Path, torch.device, int], Loaded]:
+def _torchvision(name: str, inputs: FixedImages, crop: int, flip: bool) -> Callable[[Path, torch.device, int], Loaded]:
     def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
         import torchvision.datasets
 
@@ -305,9 +300,8 @@ def _torchvision(
             images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
             targets = torch.as_tensor(dataset.targets).long()
             shift, mirror = (crop, flip) if train else (0, False)
-            return TensorSource(
-                images.contiguous().to(device), targets.to(device), mean, std, shift, mirror, image_size
-            )
+            images = images.contiguous().to(device)
+            return TensorSource(images, targets.to(device), inputs.mean, inputs.std, shift, mirror, inputs.image_size)
 
         return part(True), part(False)
 

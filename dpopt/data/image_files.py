@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dpopt.data.fingerprint import FingerprintKey, home, progress
 from dpopt.files import replace_durably
@@ -87,6 +88,27 @@ def _inspect(path: str) -> bytes | str:
     except Exception as error:  # every format has its own
         return (str(error) or type(error).__name__).splitlines()[0]
     return hashlib.sha256(content).digest()
+
+
+def open_folder(root: Path, transform: Any) -> Any:
+    """Open a folder of class folders of images.
+
+    Raises:
+        FileNotFoundError: for a folder without class folders, or a class folder without images.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(root, transform)
+    except FileNotFoundError as error:
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        if not names:
+            raise FileNotFoundError(f"{root} has no class folders: put the images at {root}/CLASS/IMAGE") from error
+        without = str(error).partition("classes ")[2].partition(". Supported")[0]
+        raise FileNotFoundError(
+            f"{root} has class folders without images ({without or 'all'}): give each at least one .jpg, .jpeg, .png, "
+            ".ppm, .bmp, .pgm, .tif, .tiff or .webp file, or remove the folder"
+        ) from error
 
 
 class _Cache:

@@ -42,7 +42,7 @@ def read_columns(path: Path, text: str | None, target: str) -> Records:
     Raises:
         ValueError: for a missing column or a file of another kind; FileNotFoundError for a missing file.
     """
-    rows = list(_rows(path))
+    rows = list(read_rows(path))
     if not rows:
         raise ValueError(f"{path} holds no records: give it at least one")
     for column in filter(None, (text, target)):
@@ -51,7 +51,12 @@ def read_columns(path: Path, text: str | None, target: str) -> Records:
     return Records(texts, [str("" if row.get(target) is None else row[target]) for row in rows], str(path))
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a .csv or .tsv with a header, or of a .jsonl.
+
+    Raises:
+        ValueError: for a file of another kind; FileNotFoundError for a missing file.
+    """
     content = read_text(path)
     if path.suffix == ".jsonl":
         for i, line in enumerate(lines_of(content)):

@@ -5,20 +5,18 @@ the tokens of the completion and the end of text, each at the position before it
 """
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpopt.data.datasets import DataSpec
 from dpopt.data.records import Records, check_column, lines_of, read_columns, read_text, sentences_of
 from dpopt.data.sources import TensorSource
-from dpopt.models.transformer import load_tokenizer, unavailable
+from dpopt.data.tokens import TextRows, Tokens
+from dpopt.models.transformer import unavailable
 
-PAD, IGNORED = -1, -100  # a token that is none, a target that is none
 _PHRASE = "one phrase with its label; SST-2's phrases are parts of about 6,900 sentences, which are protected less"
 _REFERENCE = (
     "one reference text with its meaning representation; E2E has about nine references of each meaning representation, "
@@ -59,7 +57,8 @@ def text_file(
         train, test = (read_columns(data_dir / name, text, str(target)) for name in files)
         return train, test
 
-    return _spec(Path(files[0]).stem, train_size, classes, Tokens(tokenizer, max_length), read, unit, collection)
+    tokens = Tokens(tokenizer, max_length)
+    return _spec(Path(files[0]).stem, train_size, classes, tokens, read, unit, collection, str(text))
 
 
 def hub_text(
@@ -107,6 +106,7 @@ def hub_text(
         read,
         "one record",
         path.replace("/", ",") if collection is None else collection,
+        str(columns[0]),
     )
 
 
@@ -147,7 +147,9 @@ def sst2(max_length: int = 64, train_size: int = 67_349, tokenizer: str | None =
         train.groups = sentences_of(train.texts)
         return train.part_of(67_349, train_size), test
 
-    return _spec("sst2", train_size, ("0", "1"), Tokens(tokenizer, max_length), read, _PHRASE, "sst2, sst, glue")
+    return _spec(
+        "sst2", train_size, ("0", "1"), Tokens(tokenizer, max_length), read, _PHRASE, "sst2, sst, glue", "sentence"
+    )
 
 
 def trec(max_length: int = 32, train_size: int = 5_452, tokenizer: str | None = None) -> DataSpec:
@@ -224,66 +226,6 @@ def e2e(
     return _spec("e2e", train_size, None, Tokens(tokenizer, max_length), read, _REFERENCE, "e2e, e2e_nlg")
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """How texts become token ids of one length.
-
-    Attributes:
-        tokenizer: name on the Hugging Face hub, a folder, a .gguf file or `bytes`, one token per byte.
-        max_length: T.
-    """
-
-    tokenizer: str | None
-    max_length: int
-
-    def load(self) -> Any:
-        """Load the tokenizer.
-
-        Raises:
-            ValueError: when none is named; FileNotFoundError when it cannot be read or downloaded.
-        """
-        if self.tokenizer is None:
-            raise ValueError(
-                "text needs a tokenizer and this model names none: choose a transformer (model=minilm) or set "
-                "dataset.tokenizer to a name or a folder"
-            )
-        return load_tokenizer(self.tokenizer)
-
-    def encode(self, records: Records, classes: Sequence[str] | None) -> tuple[Tensor, Tensor]:
-        """Tokenize records; return tokens (N, T) and classes (N,), or next tokens (N, T) of a language model.
-
-        Raises:
-            ValueError: naming the first record without text or with a class that there is not.
-        """
-        if self.max_length < 2:
-            raise ValueError(f"dataset.max_length={self.max_length} leaves no room for a text: set at least 2")
-        tokenizer = self.load()
-        if classes is not None:
-            labels = _labels(records, classes)
-            for i, text in enumerate(records.texts):
-                _check_text(text, i, records.origin, "text")
-            return self._padded(tokenizer(records.texts)["input_ids"], PAD), labels
-        for i, text in enumerate(records.targets):
-            _check_text(text, i, records.origin, "completion")
-        end = tokenizer.eos_token_id
-        prompts = tokenizer([f"{text}\n" if text else "" for text in records.texts])["input_ids"]
-        completions = tokenizer([text.strip() for text in records.targets], add_special_tokens=False)["input_ids"]
-        rows, targets = [], []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            written = (completion + ([] if end is None else [end]))[: self.max_length - 1]
-            prompt = (prompt or [written[0] if end is None else end])[len(written) - self.max_length :]
-            rows.append(prompt + written)
-            targets.append([IGNORED] * (len(prompt) - 1) + written)
-        return self._padded(rows, PAD), self._padded(targets, IGNORED)
-
-    def _padded(self, rows: Iterable[Sequence[int]], value: int) -> Tensor:
-        rows = [row[: self.max_length] for row in rows]
-        padded = torch.full((len(rows), self.max_length), value)
-        for i, row in enumerate(rows):
-            padded[i, : len(row)] = torch.tensor(row)
-        return padded
-
-
 def _spec(
     name: str,
     train_size: int,
@@ -292,6 +234,7 @@ def _spec(
     read: Callable[[Path], tuple[Records, Records]],
     unit: str,
     collection: str,
+    column: str = "text",
 ) -> DataSpec:
     def load(data_dir: Path, device: torch.device, workers: int) -> tuple[TensorSource, TensorSource]:
         parts = []
@@ -304,22 +247,7 @@ def _spec(
     constants = f"tokens of {tokens.tokenizer}, the first {tokens.max_length} of a record"
     task = "language_modeling" if classes is None else "sequence_classification"
     count = 0 if classes is None else len(classes)
-    return DataSpec(
+    spec = DataSpec(
         name, train_size, count, (tokens.max_length,), load, constants, collection, task, unit, unit == _PHRASE
     )
-
-
-def _check_text(text: Any, index: int, origin: str, kind: str) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"record {index + 1} of {origin} has an empty {kind}: remove it, or fill it in")
-
-
-def _labels(records: Records, classes: Sequence[str]) -> Tensor:
-    number = {str(name): i for i, name in enumerate(classes)}
-    for i, name in enumerate(records.targets):
-        if name not in number:
-            raise ValueError(
-                f"record {i + 1} of {records.origin} has the label {name!r}, which is none of the classes "
-                f"({', '.join(list(number)[:8])}): correct it, or dataset.classes"
-            )
-    return torch.tensor([number[name] for name in records.targets])
+    return spec if classes is None else replace(spec, inputs=TextRows(tokens, column), class_names=classes)

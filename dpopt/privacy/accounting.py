@@ -93,6 +93,41 @@ def _pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta:
     return float(one_step.self_compose(steps).get_epsilon_for_delta(delta))
 
 
+@lru_cache(maxsize=64)
+def distinguishing_advantage(noise_multiplier: float, sample_rate: float, steps: int) -> float:
+    """Bound T − F of whoever guesses whether a record was there, by the whole loss distribution: δ at ε = 0."""
+    if not steps or not noise_multiplier:
+        return float(bool(steps))
+    composed = _one_step_pld(noise_multiplier, sample_rate, _PLD_GRID).self_compose(steps)
+    return min(1.0, float(composed.get_delta_for_epsilon(0.0)))
+
+
+def recipe(
+    noise_multiplier: float, batch_size: int, dataset_size: int, steps: int, delta: float, accountant: str
+) -> str:
+    """Write Python that computes ε by the accountant's library alone."""
+    rate, noise = f"{batch_size} / {dataset_size}", repr(noise_multiplier)
+    if accountant == "pld":
+        grid = _interval(noise_multiplier, _PLD_GRID)
+        return (
+            "from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism\n"
+            f"step = from_gaussian_mechanism({noise}, value_discretization_interval={grid!r}, sampling_prob={rate})\n"
+            f"print(step.self_compose({steps}).get_epsilon_for_delta({delta!r}))"
+        )
+    if accountant == "rdp":
+        return (
+            "from opacus.accountants.analysis import rdp\n"
+            "orders = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**k for k in range(6, 13)]\n"
+            f"spent = rdp.compute_rdp(q={rate}, noise_multiplier={noise}, steps={steps}, orders=orders)\n"
+            f"print(rdp.get_privacy_spent(orders=orders, rdp=spent, delta={delta!r})[0])"
+        )
+    return (
+        "from opacus.accountants import PRVAccountant\n"
+        f"accountant = PRVAccountant()\naccountant.history = [({noise}, {rate}, {steps})]\n"
+        f"print(accountant.get_epsilon(delta={delta!r}))"
+    )
+
+
 def compose_epsilon(mechanisms: Sequence[tuple[float, float, int]], delta: float) -> float:
     """Return the ε of several trainings on one dataset together, by privacy loss distributions.
 

@@ -26,9 +26,10 @@ class RunDescription:
         diagnostics: whether raw statistics of private data are recorded, those on the hold-out among them.
         precision: `fp32`, `bf16` or `fp64`.
         compiled: whether gradients are compiled.
-        seed: of the configuration.
+        seed: of the configuration; None for one that is not known.
         secret: whether draws are keyed by the operating system.
         dry_run: whether only the plan is printed.
+        own_loop: whether somebody's own loop trained, not `dpopt train`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class RunDescription:
     diagnostics: bool
     precision: str
     compiled: bool
-    seed: int
+    seed: int | None
     secret: bool
     dry_run: bool
+    own_loop: bool = False

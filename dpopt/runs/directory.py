@@ -1,7 +1,7 @@
 """Run directories: their files, the lock that one process holds, and the secret key of an unfinished run.
 
-A run directory holds config.yaml, metrics.csv, checkpoint.pt, result.json, privacy_card.md and model.safetensors, and
-while a run with secure randomness is unfinished its key. Files appear whole or not at all.
+A run directory holds config.yaml, metrics.csv, checkpoint.pt, result.json, model.safetensors, the privacy card as
+Markdown and as HTML, and while a run with secure randomness is unfinished its key. Files appear whole or not at all.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from dpopt.rng import RandomKey
 RESULT, CHECKPOINT, METRICS, CONFIG = "result.json", "checkpoint.pt", "metrics.csv", "config.yaml"
 CARD, WEIGHTS, KEY, ERROR, LOCK = "privacy_card.md", "model.safetensors", "secret.key", "error.txt", ".lock"
 AUDIT, ROC = "audit.json", "audit.png"  # of an audited run
+CARD_PAGE, PREPROCESSING = "privacy_card.html", "preprocessing.json"  # the latter of an export
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
@@ -65,7 +66,7 @@ def lock(directory: Path) -> Iterator[None]:
 def clear(directory: Path) -> None:
     """Delete a run's files, except its lock and tracker files."""
     erase_key(directory)
-    for name in (RESULT, CHECKPOINT, METRICS, CONFIG, CARD, WEIGHTS, ERROR, AUDIT, ROC):
+    for name in (RESULT, CHECKPOINT, METRICS, CONFIG, CARD, CARD_PAGE, WEIGHTS, ERROR, AUDIT, ROC):
         (directory / name).unlink(missing_ok=True)
 
 

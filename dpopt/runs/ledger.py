@@ -136,3 +136,22 @@ def by_data(runs: Iterable[Spending]) -> dict[tuple[str, str], list[Spending]]:
 def total_epsilon(runs: Iterable[Spending], delta: float) -> float:
     """Compose runs on one dataset: the ε at δ of everything that they released."""
     return compose_epsilon([(run.noise_multiplier, run.sample_rate, run.steps) for run in runs], delta)
+
+
+def describe_total(folder: Path, run: Spending, counted: bool) -> str:
+    """Say, for the privacy card, what all runs on a run's dataset spend together.
+
+    Args:
+        folder: of the ledger.
+        run: what the run has spent.
+        counted: whether the ledger holds it; else it is added here.
+    """
+    try:
+        listed = [other for other in Ledger(folder).runs() if (other.key_id, other.data) == (run.key_id, run.data)]
+        together = listed if counted else [*listed, run]
+        delta = max(other.delta for other in together)
+        total = f"({total_epsilon(together, delta):.4g}, {delta:g})"
+    except (ValueError, OSError):
+        return "not known, because the ledger cannot be read or composed: `dpopt ledger` says why"
+    others = "" if counted else "; this run is not in the ledger, and is counted here"
+    return f"{len(together)} private run{'s' * (len(together) > 1)} on this dataset, together {total}{others}"

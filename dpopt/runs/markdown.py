@@ -1,16 +1,34 @@
-"""The Markdown of privacy cards as HTML: headings, paragraphs, lists, tables, bold and code; all else is text."""
+"""The Markdown of privacy cards: names escaped for it, and its HTML.
+
+HTML is written of headings, paragraphs, lists, tables, blocks of code, bold and code; all else is text.
+"""
 
 import re
 from collections.abc import Iterator
 from html import escape
 from itertools import groupby
 
+_SPECIAL = re.compile(r"[\\`*|<>\[\]#~]|(?<!\w)_|_(?!\w)")  # an underscore within a word is plain
+_FENCE = re.compile(r"^```.*\n?", re.MULTILINE)
 _KINDS = (("heading", re.compile(r"#{1,4} ")), ("row", re.compile(r"\|.*\|$")), ("item", re.compile(r"(- |  \S)")))
+
+
+def plain(text: str) -> str:
+    """Escape text, so that Markdown shows it as it is, on one line."""
+    return _SPECIAL.sub(lambda found: f"\\{found[0]}", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """Mark a name as code, or escape it where code cannot hold it."""
+    return f"`{text}`" if text and not re.search(r"[`|\s]", text) else plain(text)
 
 
 def to_html(text: str, level: int = 3) -> str:
     """Write Markdown as HTML that is well-formed whatever the text; `# ` becomes a heading of the level."""
-    return "\n".join(_blocks(text.splitlines(), level))
+    found: list[str] = []
+    for number, part in enumerate(_FENCE.split(text)):
+        found += [f"<pre>{escape(part.rstrip())}</pre>"] if number % 2 else _blocks(part.splitlines(), level)
+    return "\n".join(found)
 
 
 def _blocks(lines: list[str], level: int) -> Iterator[str]:
@@ -37,7 +55,7 @@ def _kind(line: str) -> str:
 
 def _table(lines: list[str]) -> str:
     """Write rows; their first cells are heads, and rows without words are left out."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line[1:-1])] for line in lines]
     told = [row for row in rows if any(cell.strip("-: ") for cell in row)]
     body = "\n".join(
         f'<tr><th scope="row">{_inline(first)}</th>{"".join(f"<td>{_inline(cell)}</td>" for cell in rest)}</tr>'
@@ -59,12 +77,12 @@ def _list(lines: list[str]) -> str:
 def _inline(text: str) -> str:
     """Escape text, and mark `code` and **bold**."""
     parts, bold = [], False
-    for token in re.split(r"(`[^`]+`|\*\*)", text):
+    for token in re.split(r"(\\[!-/:-@\[-`{-~]|`[^`]+`|\*\*)", text):
         if token == "**":
             parts.append("</strong>" if bold else "<strong>")
             bold = not bold
         elif len(token) > 2 and token[0] == token[-1] == "`":
             parts.append(f"<code>{escape(token[1:-1])}</code>")
         else:
-            parts.append(escape(token))
+            parts.append(escape(token[1:] if len(token) == 2 and token[0] == "\\" else token))
     return "".join(parts) + ("</strong>" if bold else "")

@@ -1,14 +1,25 @@
-"""The privacy card of a run: what ε means here, and what it does not cover."""
+"""The privacy card: what ε means here, what it does not cover, and all that is needed to check it.
+
+The card stands alone, as Markdown and as one HTML file: whoever has it needs neither the run nor dpopt.
+"""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from dpopt import files
 from dpopt.data.datasets import UNIT
+from dpopt.privacy.accounting import distinguishing_advantage, pld_grid, recipe
 from dpopt.privacy.audit import AuditResult
+from dpopt.privacy.guessing import correct_guesses, found_members
 from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.runs.audit_report import card_section
 from dpopt.runs.description import RunDescription
+from dpopt.runs.directory import CARD, CARD_PAGE
+from dpopt.runs.markdown import code, plain, to_html
+from dpopt.runs.report_page import page
 from dpopt.runs.result import REPRODUCIBLE
 
 _UNACCOUNTED = """\
@@ -32,15 +43,35 @@ def guarantee(about: RunDescription, plan: PrivacyPlan, steps: int) -> str:
     return claim if about.secret else f"{REPRODUCIBLE}; against all others {claim}"
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What the plan does not know.
+
+    Attributes:
+        unit: what is protected.
+        public: what the training takes as public, by name: initial weights, constants of the preprocessing.
+        origin: where the model is from, as rows of Markdown by name (`dpopt.runs.origin`).
+    """
+
+    unit: str = UNIT
+    public: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_card(directory: Path, text: str, name: str) -> None:
+    """Write a card's Markdown, and its HTML, which loads nothing."""
+    files.write_atomic(directory / CARD, text)
+    files.write_atomic(directory / CARD_PAGE, page(f"Privacy card: {name}", to_html(text, level=1), script=""))
+
+
 def privacy_card(
     about: RunDescription,
     plan: PrivacyPlan,
     sensitivity: float | None,
     steps: int | None,
     diagnostics: bool,
-    public: Mapping[str, str] | None = None,
+    facts: CardFacts | None = None,
     audit: AuditResult | None = None,
-    unit: str = UNIT,
 ) -> str:
     """Write the card, as Markdown.
 
@@ -50,46 +81,113 @@ def privacy_card(
         sensitivity: what the clip rule guarantees; None for a run without clipping.
         steps: steps taken; None while the run goes on.
         diagnostics: whether raw statistics of the training data were recorded at any time of the run.
-        public: what the run takes as public, by name: initial weights, constants of the preprocessing.
+        facts: unit, what is public, and where the model is from.
         audit: of the finished run, if it was audited.
-        unit: what is protected.
     """
-    lines = [f"# Privacy card: {about.name}", ""]
+    facts = facts or CardFacts()
     taken = plan.steps if steps is None else steps  # the most that may have been released while it goes on
     protected = about.private and not math.isinf(plan.epsilon_at(taken))
-    when = f"{taken:,} of {plan.steps:,} planned steps"
-    when = f"after {when}" if steps is not None else f"at the most, after {when}: the run is in progress, or was killed"
-    if not about.private:
-        lines += ["**This run is not private.** No clipping, no noise (`privacy=none`): the non-private control."]
-    elif protected:
-        if not about.secret:
-            lines += [f"**No claim: {REPRODUCIBLE}** (`randomness=research`). Against all others:", ""]
-        lines += [
-            f"**(ε = {plan.epsilon_at(taken):.4g}, δ = {plan.delta:g})**-differential privacy for the model and for "
-            f"everything logged outside `private/` and `time/`, {when}.",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {text} |" for name, text in _rows(about, plan, sensitivity, taken, unit).items()),
-            *(f"| {name} (public) | {text} |" for name, text in (public or {}).items()),
-        ]
-    else:
-        lines += [
-            "**This run is not private.** Gradients were clipped, but no noise was added: ε = ∞.",
-            "",
-            f"Clip rule: {about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}.",
-        ]
+    lines = [f"# Privacy card: {plain(about.name)}", "", *_claim(about, plan, sensitivity, steps)]
+    if protected:
+        rows = _rows(about, plan, sensitivity, taken, facts.unit)
+        rows |= {f"{name} (public)": plain(text) for name, text in facts.public.items()}
+        lines += ["", "## In plain words", "", *_plain_words(plan, taken), "", "## The guarantee", "", *_table(rows)]
+        lines += ["", "## Recompute ε", "", *_recipe(plan, taken)]
+    lines += ["", "## Origin", "", *_table(facts.origin)] if facts.origin else []
     lines += ["", *card_section(audit)] if audit is not None else []
     lines += ["", "## Not accounted", "", _UNACCOUNTED] if protected else ["", _UNPROTECTED]
-    if protected and diagnostics:
+    lines += _outside(about, diagnostics) if protected else []
+    return "\n".join(lines) + "\n"
+
+
+def _outside(about: RunDescription, diagnostics: bool) -> list[str]:
+    """List what this training in particular leaves outside ε."""
+    lines = []
+    if about.own_loop:
         lines += [
-            "- **all that is named `private/…`** in metrics.csv, result.json and the tracker: raw statistics of the "
+            "- whatever the training loop does with the data past `PrivateGradient`: constants computed from them, a "
+            "printed loss, a choice of records. dpopt did not see it."
+        ]
+    if diagnostics:
+        named = "named `private/…`** in metrics.csv, result.json and the tracker"
+        named = "in `PrivateGradient.statistics`**" if about.own_loop else named
+        lines += [
+            f"- **all that is {named}: raw statistics of the "
             "training data (training loss, clipped fraction, signal-to-noise, realized batch size, accuracy on "
             "held-out training data), recorded because `diagnostics=true`. Do not publish them.",
         ]
-    elif protected and about.holdout:
+    elif about.holdout:
         lines += ["- held-out training examples were not trained on; no metric on them was recorded."]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _claim(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, steps: int | None) -> list[str]:
+    """State the claim, or that there is none."""
+    taken = plan.steps if steps is None else steps
+    when = f"{taken:,} of {plan.steps:,} planned steps"
+    when = f"after {when}" if steps is not None else f"at the most, after {when}: the run is in progress, or was killed"
+    if not about.private:
+        return ["**This run is not private.** No clipping, no noise (`privacy=none`): the non-private control."]
+    if math.isinf(plan.epsilon_at(taken)):
+        return [
+            "**This run is not private.** Gradients were clipped, but no noise was added: ε = ∞.",
+            "",
+            f"Clip rule: {plain(about.clip_target)}, sensitivity {sensitivity:g}{_moving(about, plan)}.",
+        ]
+    seeded = "`seed=`" if about.own_loop else "`randomness=research`"
+    withheld = [f"**No claim: {REPRODUCIBLE}** ({seeded}). Against all others:", ""]
+    covered = "that follows from `p.grad`" if about.own_loop else "logged outside `private/` and `time/`"
+    return [
+        *([] if about.secret else withheld),
+        f"**(ε = {plan.epsilon_at(taken):.4g}, δ = {plan.delta:g})**-differential privacy for the model and for "
+        f"everything {covered}, {when}.",
+    ]
+
+
+def _plain_words(plan: PrivacyPlan, taken: int) -> list[str]:
+    """Say what a guesser gains (`dpopt.privacy.guessing`); numbers are rounded up."""
+    epsilon, delta = plan.epsilon_at(taken), plan.delta
+    guesses = _of_hundred(correct_guesses(epsilon, delta))
+    tighter = _of_hundred((1 + distinguishing_advantage(plan.noise_multiplier, plan.sample_rate, taken)) / 2)
+    found = _of_hundred(found_members(epsilon, delta, 0.01))
+    factor = 2 * math.exp(min(epsilon, 700)) * 1.0005  # four digits never round it down
+    return [
+        "Somebody knows the method and every record but one, and guesses whether that one was in the data. A fair "
+        "coin decided it, so without the model they are right 50 times in 100.",
+        "",
+        f"- With the model they are right at most **{guesses} times in 100**, whatever they do: (e^ε + δ)/(1 + e^ε). "
+        f"By its whole loss distribution, of which (ε, δ) is one point, it is at most {tighter}.",
+        f"- If they accuse 1 of 100 absent records, they find at most {found} of 100 present ones: e^ε · 1% + δ, or "
+        "1 − e^(−ε) · (99% − δ) where that is less.",
+        f"- What they see multiplies the odds that the record was there by 2e^ε = {factor:.4g} or more with a chance "
+        f"of 2δ = {2 * delta:g} at most.",
+    ]
+
+
+def _of_hundred(share: float) -> str:
+    return f"{min(100.0, math.ceil(share * 10_000 - 1e-6) / 100):g}"
+
+
+def _recipe(plan: PrivacyPlan, taken: int) -> list[str]:
+    """Write the code that recomputes ε without dpopt."""
+    if not taken:
+        return ["No step was taken: ε = 0."]
+    library = "dp-accounting" if plan.accountant == "pld" else "opacus"
+    lines = recipe(plan.noise_multiplier, plan.batch_size, plan.dataset_size, taken, plan.delta, plan.accountant)
+    return [
+        f"With `pip install {library}`, this prints ε = {plan.epsilon_at(taken):.6g}:",
+        "",
+        "```python",
+        lines,
+        "```",
+        "",
+        "It holds if each step draws its batch, clips and adds its noise as the table says. In the code of the commit "
+        "below, `tests/invariants/` checks each of these against wrong versions of it.",
+    ]
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]
 
 
 def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, taken: int, unit: str) -> dict[str, str]:
@@ -98,29 +196,39 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
     warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
     by = {plan.accountant: plan.epsilon_at(taken), **plan.epsilon_by_others(taken)}
     by_others = ", ".join(f"by {name} {epsilon:.4g}" for name, epsilon in by.items())
+    grid = f", losses on a grid of {pld_grid(plan.noise_multiplier):g}" if plan.accountant == "pld" else ""
     return {
         "method": _method(about),
-        "privacy unit": unit,
+        "privacy unit": plain(unit),
         "neighboring datasets": "one example added or removed",
         "N": f"{plan.dataset_size:,}, taken as public",
         "δ against 1/N": f"{plan.delta:g} = {against:.2g} · 1/N{warning}",
+        "steps T": f"{taken:,} noisy releases, each of a new batch",
         "sampler": f"Poisson, q = {plan.sample_rate:.6g} (expected batch {plan.batch_size:,})",
         "mechanism": f"Gaussian, released on a grid of about σS/4096 (noise version {NOISE_VERSION})",
-        "clip rule": f"{about.clip_target}, sensitivity {sensitivity:g}{_moving(plan)}",
+        "clip rule": f"{plain(about.clip_target)}, sensitivity {sensitivity:g}{_moving(about, plan)}",
         "noise multiplier σ": f"{plan.noise_multiplier:.6g}{_shares(plan)}",
-        "accountant": f"{plan.accountant}; {by_others}",
-        "randomness": _randomness(about) + (_KEPT if about.secret and taken < plan.steps else ""),
+        "accountant": f"{plan.accountant}{grid}; {by_others}",
+        "randomness": _randomness(about, taken < plan.steps),
     }
 
 
 def _method(about: RunDescription) -> str:
-    parts = [f"`{about.optimizer}`", *(f"`{name}`" for name in about.others)]
+    parts = [code(name) for name in (about.optimizer, *about.others)]
     parts += [f"a weight average of {about.ema:g}"] if about.ema is not None else []
-    return f"{', '.join(parts)}, training `{about.model}` on `{about.dataset}`"
+    return f"{', '.join(parts)}, training {code(about.model)} on {code(about.dataset)}"
 
 
-def _moving(plan: PrivacyPlan) -> str:
-    return " at first, then moved at every step by a count" if plan.count_noise else ""
+def _moving(about: RunDescription, plan: PrivacyPlan) -> str:
+    when = " at the end, moved" if about.own_loop else " at first, then moved"
+    by = (
+        "a count"
+        if plan.count_noise
+        else "what it releases with the gradients"
+        if about.clip.lower() == "slack"
+        else ""
+    )
+    return f"{when} at every step by {by}" if by else ""
 
 
 def _shares(plan: PrivacyPlan) -> str:
@@ -132,10 +240,15 @@ def _shares(plan: PrivacyPlan) -> str:
     )
 
 
-def _randomness(about: RunDescription) -> str:
+def _randomness(about: RunDescription, unfinished: bool) -> str:
+    """Say where the draws come from, and who could repeat them."""
     if about.secret:
-        return "secret: 256 bits from the operating system, expanded by ChaCha20, erased at the end"
+        kept = "erased at the end" + (_KEPT if unfinished else "")
+        kept = "kept in memory alone" if about.own_loop else kept
+        return f"secret: 256 bits from the operating system, expanded by ChaCha20, {kept}"
+    seed = "a seed" if about.seed is None else f"seed {about.seed}"
+    fix = "under a plan without `seed=`" if about.own_loop else "from a run with `randomness=secret`"
     return (
-        f"research: expanded from seed {about.seed} by ChaCha20. Whoever knows the seed and this configuration can "
-        "recompute sampling and noise; release a model only from a run with `randomness=secret`"
+        f"research: expanded from {seed} by ChaCha20. Whoever knows the seed and this configuration can "
+        f"recompute sampling and noise; release a model only {fix}"
     )

@@ -21,6 +21,7 @@ th, td { text-align: left; vertical-align: top; padding: 6px 14px 6px 0; border-
   overflow-wrap: anywhere; }
 .groups { width: 100%; font-variant-numeric: tabular-nums; }
 .groups thead th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; overflow-wrap: normal; }
+.card { width: 100%; }
 .card th { font-weight: 600; width: 13em; }
 figure { margin: 0; max-width: 720px; }
 svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
@@ -72,10 +73,11 @@ if (source) {
 """
 
 
-def page(title: str, body: str) -> str:
-    """Write a page that carries all it needs and can load nothing."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+def page(title: str, body: str, script: str = SCRIPT) -> str:
+    """Write a page that carries all it needs, can load nothing, and runs this script alone; empty for none."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"; script-src 'sha256-{digest}'" if script else ""
+    policy = f"default-src 'none'; style-src 'unsafe-inline'{allowed}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -88,8 +90,7 @@ def page(title: str, body: str) -> str:
 <body>
 <main>
 {body}
-</main>
-<script>{SCRIPT}</script>
+</main>{f"{chr(10)}<script>{script}</script>" if script else ""}
 </body>
 </html>
 """

@@ -38,6 +38,7 @@ class Result:
         versions: of Python and libraries.
         device: its name.
         config: the whole configuration.
+        classes: their names, in the order of the outputs; empty where outputs are no classes.
     """
 
     status: str
@@ -65,6 +66,7 @@ class Result:
     versions: dict[str, str]
     device: str
     config: dict[str, Any]
+    classes: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Flatten to the keys of result.json."""

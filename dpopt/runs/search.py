@@ -1,12 +1,16 @@
-"""Sweepers that search, such as Optuna's: what they may choose by, and what a job returns to them.
+"""Sweepers that search, such as Optuna's: what they may choose by, what a job returns, what a search spends.
 
 This module imports no torch: Hydra imports it before anything else.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from dpopt.privacy.accounting import compose_epsilon
 from dpopt.runs.result import HOLDOUT
 
+CHOICE = "training only: a choice by the accuracy on a hold-out or test set spends more, which is not counted"
 _EVERY = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"  # runs every combination, whatever jobs return
 
 
@@ -38,7 +42,12 @@ class Score(float):
 
 def is_search(hydra: Any) -> bool:
     """Tell whether a sweeper chooses the next jobs by what the last ones returned."""
-    return str(hydra.mode) == "RunMode.MULTIRUN" and hydra.sweeper._target_ != _EVERY
+    return str(hydra.mode) == "RunMode.MULTIRUN" and searches(hydra)
+
+
+def searches(hydra: Any) -> bool:
+    """Tell whether the sweeper of a configuration chooses jobs by results; for a sweep that has begun."""
+    return str(hydra.sweeper._target_) != _EVERY
 
 
 def check_search(hydra: Any, holdout: float, diagnostics: bool, dry_run: bool) -> None:
@@ -57,3 +66,33 @@ def check_search(hydra: Any, holdout: float, diagnostics: bool, dry_run: bool) -
             f"{name} searches by the accuracy on a hold-out, never by the test set: set holdout=0.1 diagnostics=true, "
             "which measure it outside ε"
         )
+
+
+def price(results: Sequence[dict[str, Any]], failed: int) -> str:
+    """Say what the trials on each dataset spend together, next to the best of them, as the ledger composes runs.
+
+    Args:
+        results: of the trials, as in result.json; a run that two trials share counts once.
+        failed: number of trials without a result.
+    """
+    runs = {result["run"]: result for result in results if HOLDOUT in result}
+    groups: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for run in runs.values():
+        groups.setdefault((run.get("fingerprint_key"), run.get("data_mac")), []).append(run)
+    lines = []
+    for group in groups.values():
+        best, delta = max(group, key=lambda run: run[HOLDOUT]), max(run["delta"] for run in group)
+        mechanisms = [(run["noise_multiplier"], run["sample_rate"], run["steps"]) for run in group]
+        try:
+            together = f"{compose_epsilon(mechanisms, delta):.4g}".replace("inf", "∞")
+        except ValueError as error:
+            together = f"unknown ({error})"
+        alone = "∞" if math.isinf(best["epsilon"]) else f"{best['epsilon']:.4g}"
+        lines.append(
+            f"search: {len(group)} trials, together ε = {together} at δ = {delta:g}; the best one alone, "
+            f"{best['run']}, ε = {alone}"
+        )
+    if failed:
+        lines.append(f"{failed} trials without a result are not in this sum: dpopt ledger counts what they planned")
+    lines.append("Whoever publishes the best model, or its settings, spends the ε of all trials together.")
+    return "\n".join([*lines, CHOICE])

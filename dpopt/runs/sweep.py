@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from dpopt import files
 from dpopt.runs.result import HOLDOUT
-from dpopt.runs.search import Score
+from dpopt.runs.search import Score, price, searches
 
 _UNMEASURED = (
     "The hold-out was not measured, and a choice by test accuracy uses the test set up: diagnostics=true measures the "
@@ -37,7 +37,7 @@ class Summary(Callback):
 
     def __init__(self) -> None:
         self.folder: Path | None = None  # of a sweep
-        self.dry_run = False
+        self.dry_run = self.searches = False
         self.error = ""  # of a single run
 
     def on_run_start(self, config: DictConfig, **options: Any) -> None:
@@ -47,7 +47,7 @@ class Summary(Callback):
     def on_multirun_start(self, config: DictConfig, **options: Any) -> None:
         """Do the same for a sweep."""
         self.folder = Path(config.hydra.sweep.dir).absolute() / f".{uuid.uuid4().hex}"
-        self.dry_run = bool(config.get("dry_run"))
+        self.dry_run, self.searches = bool(config.get("dry_run")), searches(config.hydra)
         _OPEN.append(self)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **options: Any) -> None:
@@ -79,6 +79,8 @@ class Summary(Callback):
             print(f"sweep: {cost(done, len(jobs) - len(done))}")
         elif len(jobs) > 1:
             print(side_by_side(jobs))
+        if self.searches and done:
+            print(price(done, len(jobs) - len(done)))
         return len(done) == len(jobs)
 
 

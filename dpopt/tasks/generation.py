@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dpopt.data.text import IGNORED
+from dpopt.data.tokens import IGNORED
 from dpopt.grad_sample.modes import eval_mode
 
 _AT_ONCE = 16  # prompts

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpopt.data.datasets import DataSpec
-from dpopt.data.text import IGNORED
+from dpopt.data.tokens import IGNORED
 from dpopt.tasks.sequence_classification import check_length, check_tokens, check_width
 
 

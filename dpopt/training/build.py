@@ -5,7 +5,7 @@ Each function refuses, in one sentence, what could not be trained as asked, befo
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
-from dpopt.runs.directory import WEIGHTS, read_config
 from dpopt.runs.identity import is_secret
 from dpopt.tasks import TASKS, Task
 from dpopt.training.cost import fit_micro_batch
@@ -101,16 +100,19 @@ class Components:
         )
         return made
 
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """The model's arguments, defaults included."""
+        return component_defaults(self.config.model) | self.config.model
+
     def initial_weights(self) -> str:
         """Fingerprint the model as it is now, unless its configuration alone decides its weights."""
-        node = component_defaults(self.config.model) | self.config.model
-        return "" if is_named_by_configuration(node) else module_fingerprint(self.model)
+        return "" if is_named_by_configuration(self.model_arguments) else module_fingerprint(self.model)
 
     def public_facts(self) -> dict[str, str]:
         """Name what the run takes as public, for the privacy card."""
-        node = component_defaults(self.config.model) | self.config.model
         constants = self.task.spec.constants or "none stated; constants computed from the training data are outside ε"
-        facts = {"initial weights": describe_weights(node), "preprocessing": constants}
+        facts = {"initial weights": describe_weights(self.model_arguments), "preprocessing": constants}
         if self.config.holdout:
             by = {"content": "a coin per example, keyed by its content", "position": "position, as papers split"}
             facts["hold-out"] = f"{self.config.holdout:g} of the examples, by {by[self.config.holdout_by]}"
@@ -130,12 +132,14 @@ class Data:
         test: what is evaluated on.
         held_out: the examples split off from the training set; None for none.
         fingerprint: of the training set before the split, and of the split; never written down but as a MAC.
+        classes: their names, of the DataSpec or of class folders; empty for none.
     """
 
     train: Source
     test: Source
     held_out: Source | None
     fingerprint: str
+    classes: Sequence[str]
 
 
 def build_components(config: Config) -> Components:
@@ -230,8 +234,8 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     if not isinstance(loaded, tuple | list) or len(loaded) != 2:
         raise ValueError(f"the load function of {spec.name} must return a pair (train, test)")
     train, test = (as_source(part, device, config.workers) for part in loaded)
+    classes = getattr(getattr(train, "dataset", None), "classes", ())
     if config.private:
-        classes = getattr(getattr(train, "dataset", None), "classes", ())
         check_pretraining(spec, component_defaults(config.model) | config.model, classes)
     for part, source in (("training", train), ("test", test)):
         if not len(source):
@@ -247,33 +251,7 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     train, held_out = split_holdout(train, config.holdout, config.seed, config.holdout_by)
     # Without a secret key only the content keeps the noise of two runs on neighboring datasets apart.
     kind: Kind = "quick" if is_secret(config) else "content"
-    return Data(train, test, held_out, train.fingerprint(kind))
-
-
-def load_test_set(config: Config, task: Task) -> Source:
-    """Load the test set on the CPU."""
-    device = torch.device("cpu")
-    _, test = task.spec.load(Path(config.data_dir).expanduser(), device, config.workers)
-    return as_source(test, device, config.workers)
-
-
-def load(run_dir: str | Path) -> nn.Module:
-    """Load the model of a run directory (the weight average, where one was kept), on the CPU, in eval mode.
-
-    That of a run which was stopped is the model at the ε spent.
-
-    Raises:
-        ValueError: when the run has not ended or been stopped.
-    """
-    from safetensors.torch import load_file
-
-    directory = Path(run_dir)
-    if not (directory / WEIGHTS).exists():
-        raise ValueError(f"{directory} holds no {WEIGHTS}: run the experiment to its end, or stop it, first")
-    config = read_config(directory)
-    model = build_model(config, make_task(config), offline=True)
-    model.load_state_dict(load_file(directory / WEIGHTS))
-    return model.eval()
+    return Data(train, test, held_out, train.fingerprint(kind), spec.class_names or classes)
 
 
 def make_device(name: str) -> torch.device:

@@ -4,20 +4,18 @@ The directory of a run always holds a state from which the same command continue
 """
 
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpopt import files, ranks
 from dpopt.data.fingerprint import FingerprintKey, home
-from dpopt.data.sources import Source, TensorSource
-from dpopt.grad_sample.modes import eval_mode
+from dpopt.data.inputs import class_names
+from dpopt.data.sources import TensorSource
 from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.agreement import check_weights
 from dpopt.privacy.audit import AuditResult
@@ -30,14 +28,16 @@ from dpopt.runs import directory as run_files
 from dpopt.runs.audit_report import write_audit
 from dpopt.runs.console import Progress
 from dpopt.runs.identity import describe, identity, identity_hash, is_secret
-from dpopt.runs.ledger import Ledger, spending
-from dpopt.runs.privacy_card import guarantee, privacy_card
+from dpopt.runs.ledger import Ledger, Spending, describe_total, spending
+from dpopt.runs.origin import code_rows, data_row, initial_file, weights_row
+from dpopt.runs.privacy_card import CardFacts, guarantee, privacy_card, write_card
 from dpopt.runs.provenance import device_name, git_commit, versions
 from dpopt.runs.result import HOLDOUT, Result
 from dpopt.runs.tracking import Metrics, warn
 from dpopt.training import checkpoint
 from dpopt.training.build import Components, Data
 from dpopt.training.cost import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
+from dpopt.training.evaluation import evaluate
 from dpopt.training.signals import stop_signals
 
 
@@ -225,8 +225,8 @@ class Trainer:
         """Write card, weights and result; erase the key of a finished run."""
         result = self._result(status, values)
         self._record_spending(self.step, status)
-        self._write_card(self.step, self._audit() if status == "finished" else None)
         checkpoint.export(self.directory / run_files.WEIGHTS, self.evaluated)  # also of a run that was stopped
+        self._write_card(self.step, self._audit() if status == "finished" else None)  # with the hash of the weights
         files.write_json(self.directory / run_files.RESULT, result.to_json())
         if status == "finished":
             run_files.erase_key(self.directory)  # not before: without a result the run needs it to continue
@@ -263,16 +263,23 @@ class Trainer:
             versions=versions(),
             device=device_name(self.device),
             config=asdict(self.config),
+            classes=class_names(self.data.classes, self.task.spec.classes),
         )
 
     def _record_spending(self, steps: int, status: str) -> None:
         """Add what this run spends to the user's ledger, if it makes a claim."""
-        if self.config.ledger == "off" or not is_secret(self.config) or not self.plan.noise_multiplier:
-            return
+        if self._counted():
+            Ledger(home()).add(self._spending(steps, status))
+
+    def _counted(self) -> bool:
+        """Tell whether the ledger counts this run."""
+        return self.config.ledger != "off" and is_secret(self.config) and self.plan.noise_multiplier > 0
+
+    def _spending(self, steps: int, status: str) -> Spending:
         about = {"name": self.directory.name, "dataset": self.about.dataset}
         about |= {"data": self._data_mac, "key_id": self._key_id}
         run = self.plan.key.for_workers("ledger").material.hex()[:16]  # the same when the run is resumed
-        Ledger(home()).add(spending(self.plan, steps, status, run=run, **about))
+        return spending(self.plan, steps, status, run=run, **about)
 
     def _audit(self) -> AuditResult | None:
         """Audit a finished run that has canaries."""
@@ -283,10 +290,17 @@ class Trainer:
         return result
 
     def _write_card(self, steps: int | None, audit: AuditResult | None = None) -> None:
-        known, facts = self.progress["diagnostics"], self.components.public_facts()
-        unit = self.task.spec.unit
-        text = privacy_card(self.about, self.plan, self._sensitivity, steps, known, facts, audit, unit)
-        files.write_atomic(self.directory / run_files.CARD, text)
+        origin = code_rows(self.commit) | data_row(self._data_mac, self._key_id)
+        origin |= weights_row("initial weights file", initial_file(self.components.model_arguments))
+        if steps is not None:
+            origin |= weights_row("weights", self.directory / run_files.WEIGHTS)
+            if self.plan.noise_multiplier > 0:
+                run = self._spending(steps, "finished")
+                origin |= {"ledger of who trained": describe_total(home(), run, self._counted())}
+        facts = CardFacts(self.task.spec.unit, self.components.public_facts(), origin)
+        known = self.progress["diagnostics"]
+        text = privacy_card(self.about, self.plan, self._sensitivity, steps, known, facts, audit)
+        write_card(self.directory, text, self.directory.name)
 
     def _wall_seconds(self) -> float:
         """Seconds since the run began, those of earlier processes included."""
@@ -304,34 +318,3 @@ def _two_digits(value: float) -> float:
 
 def _weight_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Any, source: Source, precision: str = "fp32", prefix: str = ""
-) -> dict[str, float]:
-    """Average the task's metrics over all examples, in eval mode.
-
-    Args:
-        model: what is evaluated.
-        task: with `metric_sums`.
-        source: the examples.
-        precision: `bf16` for autocast.
-        prefix: of the names of the metrics.
-
-    Returns:
-        `{prefix}accuracy` in [0, 1] and `{prefix}loss` in nats, for classification.
-    """
-    reference = next(model.parameters())
-    autocast = torch.autocast(reference.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-    sums: dict[str, float] = {}
-    count = 0
-    with eval_mode(model):
-        for inputs, targets in source.plain(task.at_once):
-            with autocast:
-                outputs = model(inputs.to(reference.dtype) if inputs.is_floating_point() else inputs)
-            for name, value in task.metric_sums(outputs, targets).items():
-                sums[name] = sums.get(name, 0.0) + value
-            count += len(targets)
-    means = {name: value / max(count, 1) for name, value in sums.items()}
-    return {f"{prefix}{name}": value for name, value in (means | task.summary(means)).items()}

@@ -8,8 +8,9 @@ import pytest
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 
+from dpopt.privacy.accounting import compose_epsilon
 from dpopt.runs.result import HOLDOUT
-from dpopt.runs.search import Score
+from dpopt.runs.search import CHOICE, Score, price
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +59,40 @@ def test_a_search_sees_the_accuracy_on_the_hold_out(search, tmp_path):
     results = [json.loads(path.read_text()) for path in Path(tmp_path).glob("runs/*/result.json")]
     assert len(results) == 2 and sorted(StandIn.seen) == sorted(result[HOLDOUT] for result in results)
     assert "sweep: accuracy on the hold-out" in done.stdout and "optimizer.lr=0.01 " in done.stdout
+    total = compose_epsilon([(r["noise_multiplier"], r["sample_rate"], r["steps"]) for r in results], 1e-4)
+    best = [result for result in results if result[HOLDOUT] == max(StandIn.seen)]
+    assert 1 < total < 2 and CHOICE in done.stdout
+    assert any(
+        f"search: 2 trials, together ε = {total:.4g} at δ = 0.0001; the best one alone, {result['run']}, "
+        f"ε = {result['epsilon']:.4g}\n" in done.stdout
+        for result in best
+    )
+    assert "trials without a result" not in done.stdout
+
+
+def test_a_sweep_that_does_not_search_names_no_price(command):
+    done = command("train", "-m", *SHORT, *MEASURED, "optimizer.lr=0.001,0.01")
+    assert done.returncode == 0 and "sweep: accuracy on the hold-out" in done.stdout and "search:" not in done.stdout
+
+
+def result_of(run, accuracy, sigma=2.0, data="a", **more):
+    common = {"sample_rate": 0.1, "steps": 10, "delta": 1e-4, "fingerprint_key": "k", "data_mac": data}
+    epsilon = compose_epsilon([(sigma, 0.1, 10)], 1e-4)
+    return {"run": run, HOLDOUT: accuracy, "noise_multiplier": sigma, "epsilon": epsilon, **common, **more}
+
+
+def test_the_price_of_a_search_composes_trials_on_one_dataset():
+    """A run that two trials share counts once, and another dataset for itself."""
+    one, two = result_of("one", 0.5), result_of("two", 0.9, 3.0)
+    text = price([one, two, one, result_of("other", 0.7, data="b")], 1)
+    total = compose_epsilon([(2.0, 0.1, 10), (3.0, 0.1, 10)], 1e-4)
+    first, second, failed, *_ = text.splitlines()
+    assert (
+        first.startswith(f"search: 2 trials, together ε = {total:.4g} at") and f"two, ε = {two['epsilon']:.4g}" in first
+    )
+    assert total > one["epsilon"] > two["epsilon"] and second.startswith("search: 1 trials") and "1 trials" in failed
+    assert "ε = ∞ at" in price([one, result_of("bare", 0.9, 0.0)], 0)
+    assert "unknown (delta=1e-12 is too small" in price([one | {"delta": 1e-12}, two | {"delta": 1e-12}], 0)
 
 
 @pytest.mark.parametrize(

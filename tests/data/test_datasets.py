@@ -210,3 +210,52 @@ def test_a_damaged_image_does_not_block_the_run_once_repaired(cli, folder):
     done = cli(*short)
     assert done.returncode == 0, done.stderr
     assert about.st_size == len(good) and len(list(folder.glob("runs/pets-*/model.safetensors"))) == 1
+
+
+def as_file(pixels, path):
+    """Write a raw image (C, H, W), and read it again."""
+    array = pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)
+    Image.fromarray(array.numpy()).save(path)
+    return Image.open(path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        data.digits(),
+        pytest.param(data.cifar10(), marks=pytest.mark.cifar10),
+        pytest.param(data.cifar10(image_size=48), marks=pytest.mark.cifar10, id="cifar10_48"),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_a_file_becomes_the_input_of_the_test_set(spec, tmp_path, request):
+    """Bit by bit, whatever else is in the batch."""
+    place = request.getfixturevalue("cifar_dir") if spec.name == "cifar10" else tmp_path
+    _, test = load(spec, place)
+    expected = next(iter(test.subset(torch.arange(5)).plain(5)))[0]
+    found = [spec.inputs(as_file(pixels, tmp_path / "a.png")) for pixels in test.inputs[:5]]
+    assert torch.equal(torch.stack(found), expected) and found[0].shape == spec.shape
+    with pytest.raises(ValueError, match=r"is 40×30 where the model was trained on (8×8|32×32): resize it first"):
+        spec.inputs(Image.new("RGB", (40, 30)))
+
+
+def test_a_photo_becomes_the_input_of_the_test_folder(folder):
+    spec = data.imagenet("pets", image_size=32, train_size=12, classes=2)
+    _, test = load(spec, folder)
+    expected = torch.cat([inputs for inputs, _ in test.plain(3)])
+    paths = [path for path, _ in test.dataset.samples]
+    assert torch.equal(torch.stack([spec.inputs(Image.open(path)) for path in paths]), expected)
+    assert spec.inputs(Image.new("RGBA", (70, 40))).shape == spec.inputs(Image.new("L", (9, 70))).shape == spec.shape
+    assert spec.inputs.to_json()["steps"][2] == "crop the center to 32×32"
+    assert "resize the shorter side to 37" in spec.inputs.to_json()["steps"][1]
+
+
+@pytest.mark.cifar10
+def test_names_of_classes_are_those_of_the_files(cifar_dir):
+    from torchvision.datasets import CIFAR10
+
+    from dpopt.data import inputs
+
+    assert tuple(CIFAR10(cifar_dir, download=False).classes) == inputs.CIFAR10
+    assert len(inputs.CIFAR100) == 100 and sorted(inputs.CIFAR100) == list(inputs.CIFAR100)
+    assert inputs.class_names((), 3) == inputs.class_names(("a",), 3) == ["0", "1", "2"]

@@ -11,7 +11,7 @@ from dpopt.data.holdout import check_holdout
 from dpopt.data.pretraining import check_pretraining
 from dpopt.data.records import read_columns, sentences_of
 from dpopt.data.sources import TensorSource
-from dpopt.data.text import IGNORED, PAD
+from dpopt.data.tokens import IGNORED, PAD
 from dpopt.rng import RandomKey
 
 CPU = torch.device("cpu")

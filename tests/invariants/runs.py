@@ -1,5 +1,9 @@
 """Invariants 7 to 10 of the design: what a run derives, keeps and says. For each check mutants that it must catch."""
 
+import io
+import math
+import re
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import pytest
@@ -17,8 +21,9 @@ from dpopt.privacy.clipping import Flat
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.rng import RandomKey
+from dpopt.runs import privacy_card as privacy_card_module
 from dpopt.runs.identity import describe
-from dpopt.runs.privacy_card import guarantee, privacy_card
+from dpopt.runs.privacy_card import CardFacts, guarantee, privacy_card
 
 REAL_SAMPLE = sampling.sample_indices
 
@@ -151,10 +156,17 @@ def check_the_card_says_it_all():
         "diagnostics=true",
     ):
         assert words in card, words
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    with redirect_stdout(io.StringIO()) as printed:  # by dp-accounting alone
+        exec(code, {})
+    assert float(printed.getvalue()) == pytest.approx(compute_epsilon(1.3, 0.25, 7, 1e-3), rel=1e-12)
+    spent = compute_epsilon(1.3, 0.25, 7, 1e-3)
+    (guesses,) = re.findall(r"right at most \*\*([\d.]+) times in 100", card)
+    assert 0 <= float(guesses) - 100 * (math.exp(spent) + 1e-3) / (1 + math.exp(spent)) <= 0.01
     above = privacy_card(describe(config), replace(plan, delta=0.5, allow_large_delta=True), 0.5, 20, False)
     assert "not below 1/N" in above and "not below 1/N" not in card
     config = replace(config, randomness="secret")
-    secret = privacy_card(describe(config), plan, 0.5, 20, False, {"initial weights": "random"})
+    secret = privacy_card(describe(config), plan, 0.5, 20, False, CardFacts(public={"initial weights": "random"}))
     assert (
         "operating system" in secret and "No claim" not in secret and "| initial weights (public) | random |" in secret
     )
@@ -184,6 +196,16 @@ def card_of_the_planned_epsilon(patch):
     patch.setattr(PrivacyPlan, "epsilon_at", lambda self, step, accountant=None: real(self, self.steps, accountant))
 
 
+def card_that_recomputes_less_noise(patch):
+    real = privacy_card_module.recipe
+    patch.setattr(privacy_card_module, "recipe", lambda noise, *rest: real(noise * 1.01, *rest))
+
+
+def card_that_flatters_the_guesser(patch):
+    real = privacy_card_module.correct_guesses
+    patch.setattr(privacy_card_module, "correct_guesses", lambda epsilon, delta: real(0.98 * epsilon, delta))
+
+
 MUTANTS = {
     check_derived_quantities_meet_their_target: [
         calibrated_by_the_other_accountant,
@@ -198,6 +220,8 @@ MUTANTS = {
         card_without_the_unaccounted,
         card_of_a_control_that_protects,
         card_of_the_planned_epsilon,
+        card_that_recomputes_less_noise,
+        card_that_flatters_the_guesser,
         card_that_claims_reproducible_noise,
     ],
 }

@@ -1,13 +1,19 @@
 """Text from file to exported model: classification, language modeling, adapters, and the statement on the card."""
 
+import csv
+import io
 import json
 import re
 
 import pytest
 import torch
+import yaml
 from text_models import BERT, LLAMA, make_model, make_tokenizer
 
 import dpopt
+from dpopt.runs.directory import read_config
+from dpopt.training.build import make_task
+from dpopt.training.finished import load_test_set
 
 COMMON = ("epsilon=8", "batch_size=16", "steps=4", "delta=1e-3", "logger=csv", "eval_every=2", "ledger=off")
 
@@ -82,8 +88,41 @@ def test_a_classifier_of_tickets(command, tmp_path, bert, train):
         found = dpopt.load(run)(text["input_ids"])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (tmp_path / "out/privacy_card.md").read_text() == card
+    front = yaml.safe_load((tmp_path / "out/README.md").read_text()[4:].partition("\n---\n")[0])
+    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-classification")
+    assert front["privacy"]["unit"] == "one ticket"
     again = command("export", str(run), str(tmp_path / "out"))
     assert again.returncode == 1 and "is not empty: name a new folder" in again.stderr
+
+
+def test_rows_are_predicted_as_the_test_set(command, tmp_path, bert):
+    """Their tokens are those of the test set; an empty row stops no other, a file without the column all."""
+    model = ("model=hf", f"model.path={bert}", "model.pooling=mean", "model.pretrained_on=unknown", "model.train=head")
+    trained(command, *write_classes(tmp_path), *model, "optimizer=dp_adam")
+    run = run_of(tmp_path)
+    rows = [("the film is very very good", 1), ("", 2), ("the film is bad", 3)]
+    (tmp_path / "new.csv").write_text("id,text\n" + "".join(f"{number},{text}\n" for text, number in rows))
+    done = command("predict", str(run), str(tmp_path / "new.csv"))
+    assert done.returncode == 1
+    assert done.stderr == f"{tmp_path}/new.csv:2 has no text in the column 'text': fill it in\n"
+    found = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["path"] for row in found] == [f"{tmp_path}/new.csv:1", f"{tmp_path}/new.csv:3"]
+    config = read_config(run)
+    task = make_task(config)
+    test = load_test_set(config, task)
+    inputs = torch.stack([task.spec.inputs({"text": text}) for text, _ in rows if text])
+    first = task.spec.inputs({"text": "the film is good"})
+    assert torch.equal(first, test.inputs[0]) and inputs.shape == (2, 12)
+    with torch.no_grad():
+        likely = dpopt.load(run)(inputs[:, :12]).softmax(1).max(1)
+    assert [row["class"] for row in found] == [str(number) for number in likely.indices.tolist()]
+    values = torch.tensor([float(row["probability"]) for row in found])
+    torch.testing.assert_close(values, likely.values, rtol=1e-4, atol=1e-5)
+    (tmp_path / "other.csv").write_text("body\nthe film\n")
+    done = command("predict", str(run), str(tmp_path / "other.csv"))
+    assert done.returncode == 1 and "has no column 'text' but body: rename it" in done.stderr and not done.stdout
+    done = command("predict", str(run), str(tmp_path))
+    assert done.returncode == 1 and "reads rows: name a .csv, .tsv or .jsonl file" in done.stderr
 
 
 def test_a_network_with_its_own_head_is_plain_transformers(command, tmp_path, bert):
