@@ -116,7 +116,8 @@ class PrivateGradient:
     @property
     def noise_std(self) -> float:
         """The standard deviation of this step's noise in every coordinate of `p.grad`: σ·S/(qN), or more."""
-        return self._std(self._sensitivity()) / self.plan.batch_size
+        correlated = self.noise.deviation(self.step) if self.noise else 1.0
+        return self._std(self._sensitivity()) * correlated / self.plan.batch_size
 
     def _constants(self) -> dict[str, Any]:
         known: dict[str, Any] = {"pre_clip_scaled": self.pre_clip_scale is not None}
@@ -125,8 +126,7 @@ class PrivateGradient:
         return known
 
     def _std(self, sensitivity: float) -> float:
-        correlated = self.noise.deviation(self.step) if self.noise else 1.0
-        return self.plan.gradient_noise_multiplier * sensitivity * correlated
+        return self.plan.gradient_noise_multiplier * sensitivity
 
     def backward(self, batch: PoissonBatch) -> None:
         """Fill `p.grad` of every trainable parameter with the privatized mean gradient of the batch.
@@ -182,8 +182,8 @@ class PrivateGradient:
         self.plan.key.released[0] = self.step + 1
         if self.canaries is not None:
             self.canaries.add_to(total, self, sensitivity)
-        std, pieces = self.plan.gradient_noise_multiplier * sensitivity, self.noise.pieces if self.noise else None
-        add_noise(total, std, self.plan.batch_size, self.plan.key, self.step, 0, pieces)
+        pieces = self.noise.pieces if self.noise else None
+        add_noise(total, self._std(sensitivity), self.plan.batch_size, self.plan.key, self.step, 0, pieces)
         if self.canaries is not None:
             self.canaries.observe(total, self.plan, self.step, sensitivity)
 
@@ -230,7 +230,7 @@ class PrivateGradient:
         if scale is not None:
             total.mul_(scale)
         if self.diagnostics:
-            self.statistics = raw.summary(sums, self._std(sensitivity))
+            self.statistics = raw.summary(sums, self.noise_std * self.plan.batch_size)
         self._release(total, sensitivity)
         if scale is not None:
             total.div_(scale)

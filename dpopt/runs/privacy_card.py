@@ -175,9 +175,8 @@ def _recipe(plan: PrivacyPlan, taken: int) -> list[str]:
         return ["No step was taken: ε = 0."]
     library = "dp-accounting" if plan.accountant == "pld" else "opacus"
     noise, rate, count = plan.composed(taken)
-    sampled: tuple[float, int]
-    sampled = (plan.batch_size, plan.dataset_size) if plan.mechanism == INDEPENDENT else (rate, 1)
-    lines = recipe(noise, *sampled, count, plan.delta, plan.accountant)
+    drawn, of = (plan.batch_size, plan.dataset_size) if plan.mechanism == INDEPENDENT else (rate, 1)
+    lines = recipe(noise, drawn, of, count, plan.delta, plan.accountant)
     return [
         f"With `pip install {library}`, this prints ε = {plan.epsilon_at(taken):.6g}:",
         "",
