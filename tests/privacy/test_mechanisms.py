@@ -25,6 +25,7 @@ from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.zeroth_order import ZerothOrder
 from dpopt.rng import RandomKey
 from dpopt.runs.ledger import spending, total_epsilon
+from dpopt.runs.privacy_card import _recipe
 from dpopt.training.cost import estimate_cost
 
 COMMON = dict(delta=1e-5, dataset_size=50_000, batch_size=512)
@@ -223,3 +224,12 @@ def test_the_kernel_draws_what_the_processor_draws(monkeypatch):
     found = noise_triton.add_noise_kernel(total, 1.0, 1.0, _FINE, key, 5).cpu()
     torch.testing.assert_close(found, key.normal(3000, "noise", 5), rtol=1e-5, atol=1e-6)
     assert len(found.unique()) > 2995
+
+
+@pytest.mark.parametrize("mechanism", [BandMF(8), LambdaCGD(0.9)])
+def test_the_recipe_of_the_card_computes_the_same_epsilon(mechanism, capsys):
+    plan = dpopt.PrivacyPlan.calibrate(epsilon=2, steps=50, mechanism=mechanism, **COMMON)
+    for steps in (7, 50):
+        lines = _recipe(plan, steps)
+        exec(lines[3], {})
+        assert float(capsys.readouterr().out) == pytest.approx(plan.epsilon_at(steps), rel=1e-6)
