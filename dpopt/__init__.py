@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dpopt import data, filters, models, optim
     from dpopt.grad_sample.repair import fix
     from dpopt.optim import schedules
-    from dpopt.privacy import clipping
+    from dpopt.privacy import clipping, mechanisms
     from dpopt.privacy.audit import audit
     from dpopt.privacy.canaries import Canaries
     from dpopt.privacy.plan import PrivacyPlan
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dpopt.training.finished import load
 
 __version__ = "0.1.0"
-__all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "filters", "load", "models", "optim"]
+__all__ = ["PrivacyPlan", "PrivateGradient", "clipping", "data", "filters", "load", "mechanisms", "models", "optim"]
 __all__ += ["Canaries", "audit", "card", "fix", "poisson_batches", "schedules"]
 
 _HOME = {
@@ -42,6 +42,7 @@ _HOME = {
     "clipping": "dpopt.privacy.clipping",
     "data": "dpopt.data",
     "filters": "dpopt.filters",
+    "mechanisms": "dpopt.privacy.mechanisms",
     "models": "dpopt.models",
     "optim": "dpopt.optim",
     "schedules": "dpopt.optim.schedules",

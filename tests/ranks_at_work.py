@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,8 @@ class Problem:
             plan = dpopt.PrivacyPlan(1.0, 64, 16, steps, 1e-3, count_noise=3.0, key=plan.key)
         if kind == "slack":
             clip = dpopt.clipping.Slack(0.5, coordinates=3)
+        if kind == "correlated":
+            plan = replace(plan, mechanism=dpopt.mechanisms.BandMF(3))
         if kind == "disk":
             self.filter = Kalman(self.model.parameters())
             options = {"query_points": self.filter.query_points}
@@ -110,7 +113,10 @@ class Problem:
         return noise.release_grid(private._std(private._sensitivity())) / self.plan.batch_size
 
 
-KINDS = ("plain", "empty", "small", "views", "adaptive", "slack", "disk", "scale", "zeroth order", "least squares")
+KINDS = (
+    *("plain", "empty", "small", "views", "adaptive", "slack", "disk", "scale", "correlated", "zeroth order"),
+    "least squares",
+)
 
 
 def steps_of_all_kinds(rank, world):

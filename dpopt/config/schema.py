@@ -11,10 +11,11 @@ from typing import Any, Optional
 
 from dpopt.privacy.accounting import ACCOUNTANTS, check_budget
 
-COMPONENTS = ("dataset", "model", "optimizer", "clipping", "estimator", "filter", "schedule", "logger")
+COMPONENTS = ("dataset", "model", "optimizer", "clipping", "estimator", "mechanism", "filter", "schedule", "logger")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel holds conf/ inside the package; in a checkout dpopt/conf is a link to it, which an archive may have lost.
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+_INDEPENDENT = "dpopt.mechanisms.Gaussian"
 _CANARIES = 10_000  # of audit=true
 _RENAMED = {"engine": {"gram": "ghost"}}  # values of earlier versions, still accepted
 _CHOICES = {
@@ -37,6 +38,7 @@ class Config:
     optimizer: dict[str, Any] = field(default_factory=dict)  # applied to the privatized gradient
     clipping: dict[str, Any] = field(default_factory=dict)  # the clip rule of per-sample gradients
     estimator: dict[str, Any] = field(default_factory=lambda: {"_target_": "dpopt.PrivateGradient"})  # of gradients
+    mechanism: dict[str, Any] = field(default_factory=lambda: {"_target_": _INDEPENDENT})  # of noise, and its sampler
     filter: dict[str, Any] = field(default_factory=dict)  # between the private gradient and the optimizer
     schedule: dict[str, Any] = field(default_factory=dict)  # of the learning rate
     logger: dict[str, Any] = field(default_factory=dict)  # wandb, tensorboard, or csv for metrics.csv alone
@@ -111,6 +113,10 @@ class Config:
             raise ValueError(f"audit={self.audit} must be true, false or a number of canaries, at least 16")
         if self.audit and not self.private:
             raise ValueError("privacy=none claims nothing that could be audited: drop audit, or choose privacy=eps8")
+        if self.audit and self.mechanism.get("_target_") != _INDEPENDENT:
+            raise ValueError(
+                "audit scores noise that is independent from step to step: drop audit, or choose mechanism=gaussian"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(choices)}")

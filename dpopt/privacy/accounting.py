@@ -1,4 +1,4 @@
-"""The ε of T steps of the Poisson-subsampled Gaussian mechanism, neighbors differing by one added or removed example.
+"""The ε of T Poisson-subsampled Gaussian mechanisms, neighbors differing by one added or removed example.
 
 Three accountants: `pld` (privacy loss distributions, dp-accounting: the tightest, and an upper bound), `rdp` (Rényi,
 Opacus) and `prv` (privacy random variables, Opacus: its upper bound). The inverse problems, the smallest noise for a
@@ -16,7 +16,7 @@ ACCOUNTANTS = ("pld", "rdp", "prv")
 _RDP_ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**k for k in range(6, 13)]
 _PLD_GRID = 1e-4  # dp-accounting's discretization of the privacy loss: three digits of ε
 NOISE_LIMITS = (0.05, 1e4)  # outside, a discretized loss distribution is meaningless or does not fit into memory
-_MAX_STEPS = 10**8
+MAX_STEPS = 10**8
 PLD_DELTA = 1e-10  # at and below, rounding in the Fourier transforms moves ε by half a percent, either way
 _PRV_EPSILON = 100  # above, the grid of the discretized losses takes gigabytes
 
@@ -103,7 +103,7 @@ def distinguishing_advantage(noise_multiplier: float, sample_rate: float, steps:
 
 
 def recipe(
-    noise_multiplier: float, batch_size: int, dataset_size: int, steps: int, delta: float, accountant: str
+    noise_multiplier: float, batch_size: float, dataset_size: int, steps: int, delta: float, accountant: str
 ) -> str:
     """Write Python that computes ε by the accountant's library alone."""
     rate, noise = f"{batch_size} / {dataset_size}", repr(noise_multiplier)
@@ -212,15 +212,22 @@ def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float
 
 
 def calibrate_steps(
-    epsilon: float, noise_multiplier: float, sample_rate: float, delta: float, accountant: str = "pld"
+    epsilon: float,
+    noise_multiplier: float,
+    sample_rate: float,
+    delta: float,
+    accountant: str = "pld",
+    epsilon_at: Callable[[int], float] | None = None,
 ) -> int:
-    """Find the largest T with ε(T) ≤ ε.
+    """Find the largest T with ε(T) ≤ ε; `epsilon_at` is ε(T), by default that of T subsampled Gaussians.
 
     Raises:
         ValueError: when one step already costs more, or when more than 1e8 steps would fit.
     """
 
     def fits(steps: int) -> bool:
+        if epsilon_at is not None:
+            return epsilon_at(steps) <= epsilon
         return compute_epsilon(noise_multiplier, sample_rate, steps, delta, accountant) <= epsilon
 
     if not fits(1):
@@ -230,9 +237,9 @@ def calibrate_steps(
         )
     low, high = 1, 2
     while fits(high):
-        if high > _MAX_STEPS:
+        if high > MAX_STEPS:
             raise ValueError(
-                f"more than {_MAX_STEPS:,} steps fit into epsilon={epsilon:g} with noise_multiplier="
+                f"more than {MAX_STEPS:,} steps fit into epsilon={epsilon:g} with noise_multiplier="
                 f"{noise_multiplier:g}: set steps (or epochs) and set noise_multiplier=null"
             )
         low, high = high, 2 * high
@@ -246,6 +253,8 @@ def gdp_mu(noise_multiplier: float, sample_rate: float, steps: int) -> float:
     """μ of the central-limit approximation by Gaussian DP (Bu et al., 2020): for orientation, not a guarantee."""
     if noise_multiplier == 0:
         return math.inf
+    if sample_rate == 1:  # exact
+        return math.sqrt(steps) / noise_multiplier
     return sample_rate * math.sqrt(steps * math.expm1(min(noise_multiplier**-2, 700)))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpopt.privacy.adaptive import Adaptive, Slack
 from dpopt.privacy.clipping import PSAC, PSASC, Automatic, ClipRule, Flat, PerLayer
+from dpopt.privacy.mechanisms import INDEPENDENT
 from dpopt.privacy.plan import PrivacyPlan
 
 _OURS = (Flat, Automatic, PSAC, PSASC, PerLayer, Adaptive, Slack)
@@ -30,10 +31,16 @@ def check_clip(plan: PrivacyPlan, clip: ClipRule | None, audited: bool) -> None:
 
     Raises:
         TypeError: for a clip that is no clip rule.
-        ValueError: for noise or canaries without a clip, or a count that the plan does not pay for.
+        ValueError: for noise or canaries without a clip, canaries under correlated noise, or a count that the plan does
+            not pay for.
     """
     if audited and clip is None:
         raise ValueError("without a clip there is nothing to audit: pass a clip rule, or no canaries")
+    if audited and plan.mechanism != INDEPENDENT:
+        raise ValueError(
+            f"canaries score noise that is independent from step to step, which {type(plan.mechanism).__name__}'s is "
+            "not: audit with mechanism=gaussian"
+        )
     if clip is None and plan.noise_multiplier > 0:
         raise ValueError("noise without a clip protects nothing: pass a clip rule, for example clip=Flat(1.0)")
     if isinstance(clip, Slack) and not _is_ours(clip):

@@ -1,17 +1,18 @@
 """The privacy plan: the one frozen record from which sampler, noise and accountant all read.
 
 A plan fixes the noise multiplier σ, the expected batch size qN, the number of steps T, N and δ before training starts.
-Two of (ε, σ, T) give the third. Neighboring datasets differ by one example added or removed, batches are Poisson
-samples, and N is taken to be public.
+Two of (ε, σ, T) give the third. Neighboring datasets differ by one example added or removed, N is taken to be public,
+and batches are samples of the mechanism's sampler: Poisson, for independent noise.
 """
 
 import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from dpopt import ranks
 from dpopt.privacy import accounting
+from dpopt.privacy.mechanisms import INDEPENDENT, Mechanism
 from dpopt.rng import RandomKey
 
 
@@ -31,6 +32,7 @@ class PrivacyPlan:
             where there is none. Both together cost what σ says.
         key: the key of sampling, augmentation and noise; secret, from the operating system, unless a seed is given.
         allow_large_delta: accept a δ of 1/N or more, which permits publishing an example outright.
+        mechanism: how noise is correlated over steps, and the sampler; one of `dpopt.mechanisms`.
     """
 
     noise_multiplier: float
@@ -42,9 +44,9 @@ class PrivacyPlan:
     count_noise: float = 0.0
     key: RandomKey = field(default_factory=RandomKey.from_os, repr=False, compare=False)
     allow_large_delta: bool = field(default=False, compare=False)
+    mechanism: Mechanism = INDEPENDENT
 
     relation: ClassVar[str] = "add_or_remove_one"
-    sampler: ClassVar[str] = "poisson"
 
     def __post_init__(self) -> None:
         _check("delta", self.delta, 0 < self.delta < 1, "a probability between 0 and 1, well below 1/dataset_size")
@@ -67,6 +69,11 @@ class PrivacyPlan:
                 f"count_noise={self.count_noise:g} must be above half of the noise multiplier, "
                 f"{self.noise_multiplier:.4g}, or the count alone would cost more than the plan: raise it"
             )
+        if type(self.mechanism) not in get_args(Mechanism):
+            raise TypeError(
+                f"mechanism={self.mechanism!r} has no accountant: pass one of dpopt.mechanisms, BandMF(bands=8), say"
+            )
+        self.mechanism.check(self.sample_rate, self.steps)
 
     def _check_delta(self) -> None:
         if self.delta * self.dataset_size >= 1 and not self.allow_large_delta:
@@ -90,6 +97,7 @@ class PrivacyPlan:
         count_noise: float = 0.0,
         seed: int | None = None,
         allow_large_delta: bool = False,
+        mechanism: Mechanism = INDEPENDENT,
     ) -> "PrivacyPlan":
         """Make the plan from two of (ε, σ, T) and derive the third.
 
@@ -106,6 +114,7 @@ class PrivacyPlan:
             seed: makes all draws reproducible, and known to whoever knows the seed. Two trainings under equal plans and
                 seeds share their noise: take a seed per training. Without one the plan serves one training.
             allow_large_delta: accept a δ of 1/N or more.
+            mechanism: `dpopt.mechanisms.BandMF(bands=8)`, say.
 
         Returns:
             A plan with target·(1 − 1e-4) ≤ ε ≤ target when σ was derived, and ε(T) ≤ target < ε(T + 1) when T was.
@@ -120,8 +129,9 @@ class PrivacyPlan:
             _check("epochs", epochs, 0 < epochs < math.inf, "a positive number")
             steps = max(1, round(epochs * dataset_size / batch_size)) if batch_size > 0 else 1
         # Built first with what is known, so that a bad value is reported before any time goes into calibration.
-        record = (dataset_size, batch_size, 1 if steps is None else steps, delta, accountant, count_noise)
-        plan = cls(noise_multiplier or 0.0, *record, allow_large_delta=allow_large_delta)
+        length = accounting.MAX_STEPS if steps is None else steps
+        record = (dataset_size, batch_size, length, delta, accountant, count_noise)
+        plan = cls(noise_multiplier or 0.0, *record, allow_large_delta=allow_large_delta, mechanism=mechanism)
         if epsilon is not None:
             plan = plan._calibrated(epsilon, noise_multiplier, steps)
         if seed is not None:
@@ -133,12 +143,13 @@ class PrivacyPlan:
         if math.isfinite(epsilon):
             self._check_delta()
         if noise_multiplier is None and math.isfinite(epsilon):
-            budget = (epsilon, self.sample_rate, self.steps, self.delta, self.accountant)
-            return replace(self, noise_multiplier=accounting.calibrate_noise(*budget))
+            sensitivity, rate, count = self.mechanism.composition(self.sample_rate, self.steps)
+            found = accounting.calibrate_noise(epsilon, rate, count, self.delta, self.accountant)
+            return replace(self, noise_multiplier=sensitivity * found)
         if steps is None:
             if not noise_multiplier or math.isinf(epsilon):
                 raise ValueError("with no noise, or an infinite epsilon, the number of steps must be given: set steps")
-            mechanism = (noise_multiplier, self.sample_rate, self.delta, self.accountant)
+            mechanism = (noise_multiplier, self.sample_rate, self.delta, self.accountant, self.epsilon_at)
             return replace(self, steps=accounting.calibrate_steps(epsilon, *mechanism))
         return self
 
@@ -146,6 +157,31 @@ class PrivacyPlan:
     def sample_rate(self) -> float:
         """q, the probability with which each example enters a batch."""
         return self.batch_size / self.dataset_size
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of examples; step t draws from group t mod `groups`."""
+        return self.mechanism.groups(self.sample_rate)
+
+    @property
+    def group_rate(self) -> float:
+        """The probability with which each example of the step's group enters its batch: q·groups."""
+        return min(1.0, self.sample_rate * self.groups)
+
+    @property
+    def sampler(self) -> str:
+        """The name of the sampler."""
+        return "poisson" if self.mechanism == INDEPENDENT else "cyclic_poisson"
+
+    @property
+    def sampling(self) -> str:
+        """Describe the sampler for panel and card."""
+        if self.mechanism == INDEPENDENT:
+            return f"Poisson, q = {self.sample_rate:.6g}"
+        return (
+            f"cyclic Poisson, {self.groups} groups in turn, q = {self.sample_rate:.6g} ({self.group_rate:.6g} within "
+            "the step's group)"
+        )
 
     @property
     def gradient_noise_multiplier(self) -> float:
@@ -159,9 +195,14 @@ class PrivacyPlan:
 
         The plan's accountant does it unless another one is named.
         """
-        return accounting.compute_epsilon(
-            self.noise_multiplier, self.sample_rate, step, self.delta, accountant or self.accountant
-        )
+        return accounting.compute_epsilon(*self.composed(step), self.delta, accountant or self.accountant)
+
+    def composed(self, step: int) -> tuple[float, float, int]:
+        """Return noise multiplier, sample rate and number of the Gaussians that `step` steps compose."""
+        if step == 0:
+            return self.noise_multiplier, self.sample_rate, 0
+        sensitivity, rate, count = self.mechanism.composition(self.sample_rate, step)
+        return self.noise_multiplier / sensitivity, rate, count
 
     def epsilon_by_others(self, step: int) -> dict[str, float]:
         """Return the ε by the accountants, PLD and Rényi, that are not the plan's and can answer at its δ."""
@@ -177,7 +218,9 @@ class PrivacyPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain values, without the key."""
         values = asdict(replace(self, key=RandomKey(b"")))
-        del values["key"]
+        del values["key"], values["mechanism"]
+        if self.mechanism != INDEPENDENT:
+            values["mechanism"] = self.mechanism.to_dict(self.steps)
         if not values["allow_large_delta"]:  # results of earlier versions do not have it
             del values["allow_large_delta"]
         return values | {"sample_rate": self.sample_rate, "relation": self.relation, "sampler": self.sampler}

@@ -1,6 +1,6 @@
 """From a Poisson batch to `p.grad`: per-example gradients, clip, sum, one draw of noise, division by the public qN.
 
-    p.grad = (Σ_i w(‖g_i‖)·g_i + N(0, σ²S²I)) / (qN),     S = the clip rule's sensitivity
+    p.grad = (Σ_i w(‖g_i‖)·g_i + σS·n_t) / (qN),     S = the clip rule's sensitivity, n_t the mechanism's noise
 
 g_i is the gradient of example i's loss, averaged over its K augmented views *before* the clip (De et al., 2204.13650);
 `dpopt.grad_sample` computes it. Norms and sums are fp32 (float64 for a float64 model). An example whose gradient is
@@ -36,6 +36,7 @@ from dpopt.privacy.agreement import check_agreement
 from dpopt.privacy.bounded import check_clip, clip_weights, join_scales, unclipped_count
 from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule, Slack
+from dpopt.privacy.correlated import make_noise
 from dpopt.privacy.noise import add_count_noise, add_noise
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.raw_statistics import RawStatistics
@@ -102,21 +103,21 @@ class PrivateGradient:
         check_clip(plan, clip, canaries is not None)
         check_model(model, private=clip is not None)
         self.model, self.loss_fn, self.plan, self.clip = model, per_example_loss(loss_fn), plan, clip
-        self.step = start
+        self.step, self.noise = start, make_noise(plan)
         if isinstance(engine, str):
             engine = GradSampler(model, self.loss_fn, engine, precision=precision)
         self.engine = engine
         self.diagnostics = diagnostics
         self.pre_clip_scale, self.query_points, self.canaries = pre_clip_scale, query_points, canaries
-        self.wants_to_stop, self._agreed = False, 1
-        self._kept = torch.empty(2, 0)
+        self.wants_to_stop, self._agreed, self._kept = False, 1, torch.empty(2, 0)
         self.step_info = self._constants()
         self.statistics: dict[str, float] = {}
 
     @property
     def noise_std(self) -> float:
-        """The standard deviation of the noise in every coordinate of `p.grad`: σ·S/(qN)."""
-        return self._std(self._sensitivity()) / self.plan.batch_size
+        """The standard deviation of this step's noise in every coordinate of `p.grad`: σ·S/(qN), or more."""
+        correlated = self.noise.deviation(self.step) if self.noise else 1.0
+        return self._std(self._sensitivity()) * correlated / self.plan.batch_size
 
     def _constants(self) -> dict[str, Any]:
         known: dict[str, Any] = {"pre_clip_scaled": self.pre_clip_scale is not None}
@@ -181,7 +182,8 @@ class PrivateGradient:
         self.plan.key.released[0] = self.step + 1
         if self.canaries is not None:
             self.canaries.add_to(total, self, sensitivity)
-        add_noise(total, self._std(sensitivity), self.plan.batch_size, self.plan.key, self.step)
+        pieces = self.noise.pieces if self.noise else None
+        add_noise(total, self._std(sensitivity), self.plan.batch_size, self.plan.key, self.step, 0, pieces)
         if self.canaries is not None:
             self.canaries.observe(total, self.plan, self.step, sensitivity)
 
@@ -228,7 +230,7 @@ class PrivateGradient:
         if scale is not None:
             total.mul_(scale)
         if self.diagnostics:
-            self.statistics = raw.summary(sums, self._std(sensitivity))
+            self.statistics = raw.summary(sums, self.noise_std * self.plan.batch_size)
         self._release(total, sensitivity)
         if scale is not None:
             total.div_(scale)

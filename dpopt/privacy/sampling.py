@@ -4,6 +4,9 @@ A logical batch is handed out in micro-batches of one constant, padded shape und
 whole. An empty batch is one micro-batch of padding: a step like any other. Which examples enter, and how they are
 augmented, is keyed by (plan.key, step) and independent of the micro-batch size. Of several ranks each draws the whole
 batch and takes its share.
+
+A mechanism that correlates noise over steps wants cyclic Poisson batches: each example belongs to one of so many
+groups, by a coin of its own, and step t samples group t mod `groups` alone, at a rate that keeps the expected size qN.
 """
 
 import inspect
@@ -55,15 +58,18 @@ class PoissonBatch:
 
 
 def sample_indices(plan: PrivacyPlan, step: int, examples: int | None = None) -> torch.Tensor:
-    """Draw the examples of a step, each independently with probability q.
+    """Draw the examples of a step: each, or each of the step's group, independently with the plan's probability.
 
     Args:
-        plan: decides q and the key.
+        plan: decides sampler, rate and key.
         step: its number.
         examples: how many there are; by default as many as the plan was made for.
     """
     count = plan.dataset_size if examples is None else examples
-    return torch.nonzero(plan.key.uniform(count, "sample", step) < plan.sample_rate).flatten()
+    enters = plan.key.uniform(count, "sample", step) < plan.group_rate
+    if plan.groups > 1:
+        enters &= (plan.key.uniform(count, "group") * plan.groups).floor() == step % plan.groups
+    return torch.nonzero(enters).flatten()
 
 
 def poisson_batches(

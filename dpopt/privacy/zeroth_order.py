@@ -32,7 +32,8 @@ class ZerothOrder(PrivateGradient):
         options: of `PrivateGradient`.
 
     Raises:
-        ValueError: with a clip by layer, a scale or a filter, which one number per example does not have.
+        ValueError: with a clip by layer, a scale or a filter, which one number per example does not have,
+            and noise that is correlated over steps.
     """
 
     takes_gradients = False
@@ -46,6 +47,11 @@ class ZerothOrder(PrivateGradient):
             raise ValueError(
                 "a zeroth-order estimate is one number per example, which has no layers, slack, scale or filter: "
                 "choose clipping=flat, filter=none and an optimizer without a scale"
+            )
+        if self.noise is not None:
+            raise ValueError(
+                "a zeroth-order estimate has another direction in every step, so noise that is correlated over steps "
+                "does not cancel: choose mechanism=gaussian"
             )
         self.smoothing = smoothing
 

@@ -44,7 +44,7 @@ def plan_panel(
         *([("hold-out", _hold_out(about))] if about.holdout else []),
         (
             "sampling",
-            f"Poisson, q = {plan.sample_rate:.6g}, batch {plan.batch_size:,}, {plan.steps:,} steps"
+            f"{plan.sampling}, batch {plan.batch_size:,}, {plan.steps:,} steps"
             f" = {plan.steps * plan.sample_rate:.4g} epochs{views}",
         ),
         ("privacy", _privacy(about, plan, clip)),
@@ -76,14 +76,16 @@ def say(text: str, style: str = "") -> None:
 
 def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> list[tuple[str, str]]:
     """Describe noise and accounting of a run that has noise."""
-    mu = gdp_mu(plan.noise_multiplier, plan.sample_rate, plan.steps)
+    mu = gdp_mu(*plan.composed(plan.steps))
     by = {plan.accountant: plan.epsilon, **plan.epsilon_by_others(plan.steps)}
     told = [f"{name} ε = {epsilon:.4g}" for name, epsilon in by.items()]
     told[0] += " (used for the guarantee)"
     count = f", count ± {plan.count_noise:g}" if plan.count_noise else ""
+    kept = f", {plan.mechanism.kept} vectors kept" if plan.mechanism.kept else ""
+    over_steps = "" if plan.sampler == "poisson" else f", correlated over steps by {about.mechanism_call}{kept}"
     rule = f"S = {clip.sensitivity:g} ({about.clip} clip)"
     return [
-        ("noise", f"σ = {plan.noise_multiplier:.4f}, {rule}{count}"),
+        ("noise", f"σ = {plan.noise_multiplier:.4f}, {rule}{count}{over_steps}"),
         ("accounting", " · ".join([*told, f"Gaussian DP μ = {mu:.3g} (approximate)"])),
     ]
 

@@ -17,6 +17,7 @@ class RunDescription:
         clip: name of the clip rule.
         clip_target: the clip rule's import path.
         others: names of components that are not the standard ones.
+        mechanism_call: the mechanism of the noise with what is not a default.
         filter_call: the filter with what is not a default; empty for none.
         schedule_call: the schedule likewise; empty for a constant rate.
         per_sample: whether the estimator takes per-sample gradients, not just losses.
@@ -41,6 +42,7 @@ class RunDescription:
     clip: str
     clip_target: str
     others: tuple[str, ...]
+    mechanism_call: str
     filter_call: str
     schedule_call: str
     per_sample: bool

@@ -43,7 +43,7 @@ _ALWAYS = {
 }
 # What runs did before a key existed, where that is not its default today.
 _BEFORE = {"holdout_by": "position"}
-_STANDARD = ("flat", "privategradient", "constantlr", "none")
+_STANDARD = ("flat", "privategradient", "gaussian", "constantlr", "none")
 
 
 def identity(config: Config | Mapping[str, Any]) -> dict[str, Any]:
@@ -97,10 +97,10 @@ def run_name(config: Config) -> str:
 def nondefault_components(config: Config) -> list[str]:
     """List the components that are not the standard ones.
 
-    These are another clip rule, estimator or schedule, and a filter.
+    These are another clip rule, estimator, mechanism or schedule, and a filter.
     """
     names = [component_name(config.clipping)] if config.private else []
-    names += [component_name(node) for node in (config.estimator, config.filter, config.schedule)]
+    names += [component_name(node) for node in (config.estimator, config.mechanism, config.filter, config.schedule)]
     return [name for name in names if name not in _STANDARD]
 
 
@@ -127,6 +127,7 @@ def describe(config: Config) -> RunDescription:
         clip=component_name(config.clipping),
         clip_target=str(config.clipping.get("_target_")),
         others=tuple(nondefault_components(config)),
+        mechanism_call=call_words(config.mechanism, "bands", "lam"),
         filter_call=call_words(config.filter) if config.filter else "",
         schedule_call=schedule if component_name(config.schedule) != "constantlr" else "",
         per_sample=bool(locate_target("estimator", config.estimator).takes_gradients),  # type: ignore[attr-defined]

@@ -34,7 +34,8 @@ class Spending:
         key_id: names the key of the MAC.
         noise_multiplier: σ of a step's releases together; 0 for none.
         sample_rate: q.
-        steps: taken, or planned while the run is not over.
+        steps: taken, or planned while the run is not over. Of a run with correlated noise these three are the
+            subsampled Gaussians that its steps compose (`PrivacyPlan.composed`).
         delta: δ of the run.
         status: `planned`, `interrupted`, `time_limit` or `finished`.
         time: seconds since 1970.
@@ -55,10 +56,11 @@ class Spending:
 
 def spending(plan: PrivacyPlan, steps: int, status: str, **about: str) -> Spending:
     """Describe a run's mechanism; `about` names `run`, `name`, `dataset`, `data` and `key_id`."""
+    noise, rate, count = plan.composed(steps)
     return Spending(
-        noise_multiplier=plan.noise_multiplier,
-        sample_rate=plan.sample_rate,
-        steps=steps,
+        noise_multiplier=noise,
+        sample_rate=rate,
+        steps=count,
         delta=plan.delta,
         status=status,
         time=time.time(),

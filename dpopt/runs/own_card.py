@@ -98,6 +98,7 @@ def _describe(private: PrivateGradient, stated: Stated) -> RunDescription:
     model, clip = stated.get("model", type(private.model).__name__), private.clip
     dataset = stated.get("dataset", NOT_STATED)
     target = f"{type(clip).__module__}.{type(clip).__qualname__}"
+    mechanism = private.plan.mechanism.to_dict(private.plan.steps)
     return RunDescription(
         name=stated.get("name", f"{model} on {stated['dataset']}" if "dataset" in stated else model),
         private=clip is not None,
@@ -108,6 +109,7 @@ def _describe(private: PrivateGradient, stated: Stated) -> RunDescription:
         clip=type(clip).__name__,
         clip_target=target,
         others=(),
+        mechanism_call=", ".join(f"{key} {value}" for key, value in mechanism.items() if key != "coefficients"),
         filter_call="",
         schedule_call="",
         per_sample=private.takes_gradients,

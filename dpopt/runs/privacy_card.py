@@ -13,6 +13,7 @@ from dpopt.data.datasets import UNIT
 from dpopt.privacy.accounting import distinguishing_advantage, pld_grid, recipe
 from dpopt.privacy.audit import AuditResult
 from dpopt.privacy.guessing import correct_guesses, found_members
+from dpopt.privacy.mechanisms import INDEPENDENT
 from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.runs.audit_report import card_section
@@ -148,7 +149,7 @@ def _plain_words(plan: PrivacyPlan, taken: int) -> list[str]:
     """Say what a guesser gains (`dpopt.privacy.guessing`); numbers are rounded up."""
     epsilon, delta = plan.epsilon_at(taken), plan.delta
     guesses = _of_hundred(correct_guesses(epsilon, delta))
-    tighter = _of_hundred((1 + distinguishing_advantage(plan.noise_multiplier, plan.sample_rate, taken)) / 2)
+    tighter = _of_hundred((1 + distinguishing_advantage(*plan.composed(taken))) / 2)
     found = _of_hundred(found_members(epsilon, delta, 0.01))
     factor = 2 * math.exp(min(epsilon, 700)) * 1.0005  # four digits never round it down
     return [
@@ -173,7 +174,9 @@ def _recipe(plan: PrivacyPlan, taken: int) -> list[str]:
     if not taken:
         return ["No step was taken: ε = 0."]
     library = "dp-accounting" if plan.accountant == "pld" else "opacus"
-    lines = recipe(plan.noise_multiplier, plan.batch_size, plan.dataset_size, taken, plan.delta, plan.accountant)
+    noise, rate, count = plan.composed(taken)
+    drawn, of = (plan.batch_size, plan.dataset_size) if plan.mechanism == INDEPENDENT else (rate, 1)
+    lines = recipe(noise, drawn, of, count, plan.delta, plan.accountant)
     return [
         f"With `pip install {library}`, this prints ε = {plan.epsilon_at(taken):.6g}:",
         "",
@@ -196,7 +199,7 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
     warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
     by = {plan.accountant: plan.epsilon_at(taken), **plan.epsilon_by_others(taken)}
     by_others = ", ".join(f"by {name} {epsilon:.4g}" for name, epsilon in by.items())
-    grid = f", losses on a grid of {pld_grid(plan.noise_multiplier):g}" if plan.accountant == "pld" else ""
+    grid = f", losses on a grid of {pld_grid(plan.composed(taken)[0]):g}" if plan.accountant == "pld" else ""
     return {
         "method": _method(about),
         "privacy unit": plain(unit),
@@ -204,13 +207,24 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
         "N": f"{plan.dataset_size:,}, taken as public",
         "δ against 1/N": f"{plan.delta:g} = {against:.2g} · 1/N{warning}",
         "steps T": f"{taken:,} noisy releases, each of a new batch",
-        "sampler": f"Poisson, q = {plan.sample_rate:.6g} (expected batch {plan.batch_size:,})",
-        "mechanism": f"Gaussian, released on a grid of about σS/4096 (noise version {NOISE_VERSION})",
+        "sampler": f"{plan.sampling} (expected batch {plan.batch_size:,})",
+        "mechanism": _mechanism(about, plan, taken),
         "clip rule": f"{plain(about.clip_target)}, sensitivity {sensitivity:g}{_moving(about, plan)}",
         "noise multiplier σ": f"{plan.noise_multiplier:.6g}{_shares(plan)}",
         "accountant": f"{plan.accountant}{grid}; {by_others}",
         "randomness": _randomness(about, taken < plan.steps),
     }
+
+
+def _mechanism(about: RunDescription, plan: PrivacyPlan, taken: int) -> str:
+    grid = f"released on a grid of about σS/4096 (noise version {NOISE_VERSION})"
+    if plan.mechanism == INDEPENDENT:
+        return f"Gaussian, {grid}"
+    noise, rate, count = plan.composed(taken)
+    return (
+        f"Gaussian, correlated over steps by {about.mechanism_call}, {grid}; accounted as {count:,} Gaussians of noise "
+        f"multiplier {noise:.6g}, sampled at rate {rate:.6g}"
+    )
 
 
 def _method(about: RunDescription) -> str:

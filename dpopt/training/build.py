@@ -288,6 +288,7 @@ def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyP
         accountant=config.accountant,
         allow_large_delta=config.allow_large_delta,
         count_noise=clip.count_std(config.batch_size) if isinstance(clip, Adaptive) else 0.0,
+        mechanism=build("mechanism", config.mechanism)(),
     )
 
 

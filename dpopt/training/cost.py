@@ -52,6 +52,7 @@ def estimate_cost(
     if state is not None:
         everything = sum(p.numel() * p.element_size() for p in model.parameters())
         memory = everything * (2 if averaged else 1) + 4 * count + state
+        memory += 4 * count * (plan.mechanism.kept if plan.noise_multiplier else 0)  # noises of earlier steps
         gradients = 4 * count if engine.validated else 0
         memory += micro_batch * (_ACTIVATIONS * activation_bytes(engine, inputs) + gradients)
     seconds = _seconds(engine, plan, inputs, target, micro_batch)

@@ -178,6 +178,7 @@ def killed(tmp_path):
     [
         *((), ("randomness=secret",), ("optimizer=dp_sgd", "schedule=cosine")),
         ("optimizer=dp_adam_ac", "filter=kalman"),
+        ("optimizer=dp_adambc", "mechanism=bandmf", "mechanism.bands=3"),
     ],
     ids=str,
 )

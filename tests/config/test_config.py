@@ -96,6 +96,7 @@ CHANGED = dict(
     optimizer=["optimizer.lr=0.123"],
     clipping=["clipping=automatic"],
     estimator=["estimator=zeroth_order"],
+    mechanism=["mechanism=bandmf"],
     filter=["filter=kalman"],
     schedule=["schedule=cosine"],
     logger=["logger=tensorboard"],
