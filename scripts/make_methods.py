@@ -41,6 +41,10 @@ NOTES = """\
   slopes along a random direction.
 - `mechanism=bandmf` and `mechanism=lambda_cgd` go with every optimizer, clip rule, filter and number of ranks, but not
   with `estimator=zeroth_order` and `audit`, which they refuse. `dpopt.poisson_batches` follows the plan's sampler.
+- `estimator=federated` needs `dataset=clients`, and any optimizer is a server optimizer: `dp_sgd` at learning rate 1 is
+  FedAvg, `dp_adam` FedAdam, `dp_microadam` FedMicroAdam. The unit is a client; q is the share of clients in a round.
+- `model.weights=RUN` starts any model from a run on another dataset, for instance of `dataset=procedural`: ε does not
+  cover the other one, the privacy card names the chain, and the same dataset is refused.
 - `clipping=adaptive` gives a part of the budget to the count of unclipped examples: with the noise of its count at a
   twentieth of the batch (`count_noise=null`) the gradients' noise grows by (1 − (10·σ/(qN))²)^(−½), a thousandth at
   σ = 1 and qN = 256.
@@ -140,6 +144,7 @@ def page() -> str:
         ("filter", "kalman"): ("8", "1; none with gamma=null"),
         ("estimator", "gradient"): ("0", "none"),
         ("estimator", "zeroth_order"): ("0", "two forward passes, no gradient"),
+        ("estimator", "federated"): ("0", "K of a client's examples"),
         ("estimator", "least_squares"): ("0", "one forward pass in all, no gradient"),
     }
     rows = []

@@ -21,7 +21,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpopt.cli.arguments import complete_typed_line, flags_first, own_folders, parse
+from dpopt.cli.arguments import complete_typed_line, flags_first, own_folders, parse, with_weights
 from dpopt.cli.refusals import full_error, one_sentence_each
 from dpopt.config.overrides import check_overrides, from_hydra
 from dpopt.config.schema import CONF
@@ -103,7 +103,7 @@ def train(words: Sequence[str]) -> int:
         else:
             check_overrides(arguments.overrides, own_folders(arguments))
             _refuse_absent_cluster(arguments.overrides)
-            words = flags_first(words, arguments.overrides)
+            words = with_weights(flags_first(words, arguments.overrides))
         sys.argv[1:] = words
         with one_sentence_each():
             _job()

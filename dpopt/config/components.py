@@ -34,6 +34,9 @@ def check_components(config: Config) -> None:
             if key in ("_target_", "_partial_", "_convert_"):
                 continue
             parameter = parameters.get(key)
+            if (group, key) == ("model", "weights") and (parameter is None or Path(str(value)).expanduser().is_dir()):
+                _check_run(value)
+                continue
             if parameter is None:
                 accepted = [name for name in parameters if name not in ("self", "params", "optimizer")]
                 raise ValueError(
@@ -42,6 +45,22 @@ def check_components(config: Config) -> None:
             hint = hints.get(key, type(parameter.default) if parameter.default not in (None, parameter.empty) else Any)
             if not _fits(value, hint) and not (group == "schedule" and value is None):
                 raise ValueError(f"{group}.{key}={value} does not fit {node['_target_']}, which takes {_words(hint)}")
+
+
+def _check_run(path: Any) -> None:
+    """Check that weights that are no file of weights are those of a run.
+
+    Raises:
+        ValueError: when they are not.
+    """
+    missing = [
+        name for name in ("result.json", "model.safetensors") if not (Path(str(path)).expanduser() / name).exists()
+    ]
+    if path is not None and missing:
+        raise ValueError(
+            f"model.weights={path} is no directory of a run with weights, because {missing[0]} is missing: name one, "
+            "or drop model.weights"
+        )
 
 
 def build(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:

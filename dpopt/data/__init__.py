@@ -1,5 +1,6 @@
 """Datasets by name, and the sources that batches are read from."""
 
+from dpopt.data.clients import clients
 from dpopt.data.datasets import (
     DataSpec,
     cifar10,
@@ -10,6 +11,7 @@ from dpopt.data.datasets import (
     fashion_mnist,
     imagenet,
 )
+from dpopt.data.procedural import procedural
 from dpopt.data.text import agnews, e2e, hub_text, sst2, text_file, trec
 
 __all__ = [
@@ -19,11 +21,13 @@ __all__ = [
     "cifar10_scattering",
     "cifar10_squeezenet",
     "cifar100",
+    "clients",
     "digits",
     "e2e",
     "fashion_mnist",
     "hub_text",
     "imagenet",
+    "procedural",
     "sst2",
     "text_file",
     "trec",

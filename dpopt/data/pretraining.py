@@ -47,6 +47,14 @@ def check_pretraining(spec: DataSpec, model: Mapping[str, Any], classes: Sequenc
     )
 
 
+def same_records(one: DataSpec, other: DataSpec) -> bool:
+    """Tell by names and collections whether two datasets may hold the same records; features count as their images."""
+    first, second = sorted((one.name.lower().replace("-", "_"), other.name.lower().replace("-", "_")), key=len)
+    both_imagenet = all(looks_like_imagenet(spec.collection or spec.name) for spec in (one, other))
+    shared = _names(one.collection or "") & _names(other.collection or "")
+    return first == second or second.startswith(f"{first}_") or both_imagenet or bool(shared)
+
+
 def _names(collections: str) -> set[str]:
     """Split names at commas; keep their letters and digits."""
     return {word for name in collections.split(",") if (word := re.sub(r"[^a-z0-9]", "", name.lower()))}

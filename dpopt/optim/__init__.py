@@ -3,9 +3,22 @@
 from dpopt.optim.adam_bc import AdamBC
 from dpopt.optim.averaged_sgd import AveragedSGD
 from dpopt.optim.lamb import LAMB
+from dpopt.optim.mada import MADA
 from dpopt.optim.microadam import MicroAdam
 from dpopt.optim.noise_normalized import NoiseNormalizedSGD
 from dpopt.optim.scale_then_privatize import AdamSTP, MicroAdamSTP
 from dpopt.optim.sign_sgd import SignSGD
+from dpopt.optim.sofim import FedSOFIM
 
-__all__ = ["LAMB", "AdamBC", "AdamSTP", "AveragedSGD", "MicroAdam", "MicroAdamSTP", "NoiseNormalizedSGD", "SignSGD"]
+__all__ = [
+    "LAMB",
+    "MADA",
+    "AdamBC",
+    "AdamSTP",
+    "AveragedSGD",
+    "FedSOFIM",
+    "MicroAdam",
+    "MicroAdamSTP",
+    "NoiseNormalizedSGD",
+    "SignSGD",
+]

@@ -203,7 +203,7 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
     return {
         "method": _method(about),
         "privacy unit": plain(unit),
-        "neighboring datasets": "one example added or removed",
+        "neighboring datasets": f"one {'client' if unit.startswith('one client') else 'example'} added or removed",
         "N": f"{plan.dataset_size:,}, taken as public",
         "δ against 1/N": f"{plan.delta:g} = {against:.2g} · 1/N{warning}",
         "steps T": f"{taken:,} noisy releases, each of a new batch",

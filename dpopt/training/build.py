@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpopt.config.components import accepted, build, component_defaults
+from dpopt.config.components import accepted, build
 from dpopt.config.schema import Config
+from dpopt.data.clients import ClientSource
 from dpopt.data.datasets import DataSpec
 from dpopt.data.fingerprint import Kind, module_fingerprint
 from dpopt.data.holdout import check_holdout, split_holdout
-from dpopt.data.pretraining import check_pretraining
 from dpopt.data.sources import Source, as_source
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.validate import validate
-from dpopt.models.pretrained import describe_weights, is_named_by_configuration
+from dpopt.models.pretrained import is_named_by_configuration
 from dpopt.optim.schedules import ClipRate
 from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
@@ -34,6 +34,14 @@ from dpopt.runs.identity import is_secret
 from dpopt.tasks import TASKS, Task
 from dpopt.training.cost import fit_micro_batch
 from dpopt.training.distributed import local_rank, world_size
+from dpopt.training.initial_weights import (
+    check_fingerprint,
+    check_initial_weights,
+    describe_initial_weights,
+    load_run,
+    model_node,
+    split_weights,
+)
 
 _LARGE = 2560  # examples of a micro-batch that keep a GPU busy
 
@@ -103,7 +111,7 @@ class Components:
     @property
     def model_arguments(self) -> dict[str, Any]:
         """The model's arguments, defaults included."""
-        return component_defaults(self.config.model) | self.config.model
+        return model_node(self.config)
 
     def initial_weights(self) -> str:
         """Fingerprint the model as it is now, unless its configuration alone decides its weights."""
@@ -112,7 +120,7 @@ class Components:
     def public_facts(self) -> dict[str, str]:
         """Name what the run takes as public, for the privacy card."""
         constants = self.task.spec.constants or "none stated; constants computed from the training data are outside ε"
-        facts = {"initial weights": describe_weights(self.model_arguments), "preprocessing": constants}
+        facts = {"initial weights": describe_initial_weights(self.config), "preprocessing": constants}
         if self.config.holdout:
             by = {"content": "a coin per example, keyed by its content", "position": "position, as papers split"}
             facts["hold-out"] = f"{self.config.holdout:g} of the examples, by {by[self.config.holdout_by]}"
@@ -216,11 +224,14 @@ def _even(most: int, batch_size: int) -> int:
 
 def build_model(config: Config, task: Task, offline: bool) -> nn.Module:
     """Build the model for a task, initialized by the seed; `offline` leaves pretrained weights out."""
-    make = build("model", config.model)
-    options = task.model_arguments() | ({"pretrained": False, "weights": None} if offline else {})
+    node, runs = split_weights(config.model, offline)
+    make = build("model", node)
+    options = task.model_arguments() | ({"pretrained": False, "weights": None} if offline or runs else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RandomKey.from_seed(config.seed).seed("init"))
         model: nn.Module = make(**{name: options[name] for name in accepted(make, options)})
+    if runs:
+        load_run(model, runs[0], keep_head=runs[0].spec.name == task.spec.name)
     return model.double() if config.precision == "fp64" else model
 
 
@@ -236,7 +247,9 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     train, test = (as_source(part, device, config.workers) for part in loaded)
     classes = getattr(getattr(train, "dataset", None), "classes", ())
     if config.private:
-        check_pretraining(spec, component_defaults(config.model) | config.model, classes)
+        check_initial_weights(config, spec, classes)
+    if isinstance(train, ClientSource) != hasattr(build("estimator", config.estimator).func, "takes_clients"):  # type: ignore[attr-defined]
+        raise ValueError("dataset=clients and estimator=federated go together: choose both, or neither")
     for part, source in (("training", train), ("test", test)):
         if not len(source):
             raise ValueError(f"{spec.name} has no {part} examples: give it at least one")
@@ -251,7 +264,10 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     train, held_out = split_holdout(train, config.holdout, config.seed, config.holdout_by)
     # Without a secret key only the content keeps the noise of two runs on neighboring datasets apart.
     kind: Kind = "quick" if is_secret(config) else "content"
-    return Data(train, test, held_out, train.fingerprint(kind), spec.class_names or classes)
+    fingerprint = train.fingerprint(kind)
+    if config.private:
+        check_fingerprint(config, fingerprint)
+    return Data(train, test, held_out, fingerprint, spec.class_names or classes)
 
 
 def make_device(name: str) -> torch.device:

@@ -1,16 +1,13 @@
-"""Every optimizer of conf/: against NumPy transcriptions of its equations, and what any optimizer has to do.
-
-The transcriptions read paper equations into dense NumPy arrays and use nothing of dpopt.
-"""
+"""Every optimizer of conf/: against NumPy transcriptions of its equations, and what any optimizer has to do."""
 
 import copy
-import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from equations import adam, averaged_sgd, lamb, mada, micro_adam, noise_normalized, sgd, sign_sgd, sofim
 from helpers import ROOT, make_plan, small_data, small_model, take_steps
 from hydra import compose, initialize_config_dir
 from torch import nn
@@ -40,76 +37,13 @@ def make(name, parameters, **options):
     return optimizer
 
 
-# Transcriptions: (θ, gradients g_1 … g_T, noise of each step) → θ_T
-
-
-def sgd(x, gradients, noise, lr):
-    for g in gradients:
-        x = x - lr * g
-    return x
-
-
-def adam(x, gradients, noise, lr, decay=0.0, corrected=False, floor=0.0):
-    b1, b2, eps = 0.9, 0.999, 1e-8
-    m, v, phi = np.zeros_like(x), np.zeros_like(x), 0.0
-    for t, (g, s) in enumerate(zip(gradients, noise, strict=True), start=1):
-        m, v, phi = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2, b2 * phi + (1 - b2) * s**2
-        m_hat, v_hat, phi_hat = m / (1 - b1**t), v / (1 - b2**t), phi / (1 - b2**t)
-        denominator = np.sqrt(np.maximum(v_hat - phi_hat, floor)) if corrected else np.sqrt(v_hat) + eps
-        x = x - lr * decay * x - lr * m_hat / denominator
-    return x
-
-
-def sign_sgd(x, gradients, noise, lr, momentum=0.0):
-    m = np.zeros_like(x)
-    for g in gradients:
-        m = momentum * m + (1 - momentum) * g
-        x = x - lr * np.sign(m)
-    return x
-
-
-def lamb(x, gradients, noise, lr, b1=0.9, b2=0.999, eps=1e-6, decay=0.0):
-    m, v = np.zeros_like(x), np.zeros_like(x)
-    for t, g in enumerate(gradients, start=1):
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        r = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps) + decay * x
-        x = x - lr * np.linalg.norm(x) / np.linalg.norm(r) * r
-    return x
-
-
-def averaged_sgd(x, gradients, noise, lr, momentum, plain_steps):
-    m = gradients[0]
-    for t, g in enumerate(gradients, start=1):
-        m = momentum * m + (1 - momentum) * g
-        x = x - lr * (g if t <= plain_steps else m)
-    return x
-
-
-def micro_adam(x, gradients, noise, lr, density, window):
-    b1, b2, eps = 0.9, 0.999, 1e-8
-    k, e, rows = math.ceil(density * x.size), np.zeros(x.size), []
-    for t, g in enumerate(gradients, start=1):
-        a = g.ravel() + e
-        kept = np.zeros(x.size)
-        largest = np.argsort(-np.abs(a))[:k]
-        kept[largest] = a[largest]
-        e, rows = a - kept, [kept, *rows][:window]
-        m = (1 - b1) / (1 - b1**t) * sum(b1**age * row for age, row in enumerate(rows))
-        v = (1 - b2) / (1 - b2**t) * sum(b2**age * row**2 for age, row in enumerate(rows))
-        x = x - (lr * m / (eps + np.sqrt(v))).reshape(x.shape)
-    return x
-
-
-def noise_normalized(x, gradients, noise, lr, momentum):
-    m = np.zeros_like(x)
-    for t, g in enumerate(gradients, start=1):
-        m = momentum * m + (1 - momentum) * g
-        x = x - lr * m / (1 - momentum**t) / noise[t - 1]
-    return x
-
-
 PAPER = dict(bits=32, scope="tensor", dense_size=0, density=0.1)
+BETWEEN = dict(betas=[0.8, 0.99, 0.3], c=0.6, rho=0.4, decay=0.1)  # Adam, Adan, Yogi and AVGrad
 TRANSCRIBED = {
+    "mada": (
+        dict(betas=[0.8, 0.99, 0.3], c=0.6, rho=0.4, hyper_lr=0.0, weight_decay=0.1),
+        partial(mada, lr=3e-3, **BETWEEN),
+    ),
     "dp_sgd": (dict(lr=0.1), partial(sgd, lr=0.1)),
     "dp_adam": ({}, partial(adam, lr=3e-3)),
     "dp_adam_ac": ({}, partial(adam, lr=3e-3)),  # its clip and learning rate: test_adaptive.py
@@ -123,7 +57,10 @@ TRANSCRIBED = {
     "dp_psasc_momentum": (dict(plain_steps=5), partial(averaged_sgd, lr=1.0, momentum=0.9, plain_steps=5)),
     "dp_microadam": (PAPER, partial(micro_adam, lr=3e-3, density=0.1, window=10)),
     "dp_microadam_stp": (PAPER, partial(micro_adam, lr=3e-3, density=0.1, window=10)),
+    "fed_sofim": ({}, partial(sofim, lr=1.0)),
 }
+JOINT = ("fed_sofim",)  # its tensors depend on one another
+OWN_RATE = ("dp_sgd", "dp_psasc_momentum", "fed_sofim")  # a step is no fixed length
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,6 +80,10 @@ def test_equals_its_equations(name):
         for group in optimizer.param_groups:
             group.update({"noise_std": noise[t]} if "noise_std" in group else {})
         optimizer.step()
+    if name in JOINT:
+        starts = [np.concatenate([x.ravel() for x in starts])]
+        gradients = [[np.concatenate([g.ravel() for g in step]) for step in zip(*gradients, strict=True)]]
+        parameters = [torch.cat([p.flatten() for p in parameters])]
     for p, x, g in zip(parameters, starts, gradients, strict=True):
         np.testing.assert_allclose(p.detach().numpy(), literal(x, g, noise), rtol=1e-8, atol=1e-8)
 
@@ -206,7 +147,7 @@ def test_goes_down(name):
     """A quadratic of 50 dimensions, by 300 steps of decreasing size."""
     target = torch.linspace(-1, 1, 50)
     p = nn.Parameter(torch.ones(50))
-    optimizer = make(name, [p], **({} if name in ("dp_sgd", "dp_psasc_momentum") else {"lr": 0.05}))
+    optimizer = make(name, [p], **({} if name in OWN_RATE else {"lr": 0.05}))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     for _ in range(300):
         p.grad = p.detach() - target
@@ -240,7 +181,7 @@ def test_a_small_network_learns(name):
     model = small_model(torch.float32)
     inputs = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
     data, plan = (inputs, (inputs[:, 0] > 0).long()), make_plan(sigma=0.3, steps=40)
-    options = {} if name in ("dp_sgd", "dp_psasc_momentum") else {"lr": 0.03}
+    options = {} if name in OWN_RATE else {"lr": 0.03}
     options |= {"eps_scale": 1.0} if name.endswith("stp") else {}  # s starts at 1, so it hardly moves
     optimizer = make(name, list(model.parameters()), **options)
     before = F.cross_entropy(model(inputs), data[1])
