@@ -24,11 +24,6 @@ def flags_first(words: Sequence[str], overrides: Sequence[str]) -> list[str]:
     return [*flags, *overrides]
 
 
-def with_weights(words: Sequence[str]) -> list[str]:
-    """Let `model.weights=RUN` add the key, because any model can start from the weights of a run."""
-    return [f"++{word}" if word.startswith("model.weights=") else word for word in words]
-
-
 def own_folders(arguments: Namespace) -> list[Path]:
     """List the configuration folders that the command line adds to the built-in one."""
     found = [Path(folder) for folder in (arguments.config_dir,) if folder]

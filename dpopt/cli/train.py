@@ -21,9 +21,9 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpopt.cli.arguments import complete_typed_line, flags_first, own_folders, parse, with_weights
+from dpopt.cli.arguments import complete_typed_line, flags_first, own_folders, parse
 from dpopt.cli.refusals import full_error, one_sentence_each
-from dpopt.config.overrides import check_overrides, from_hydra
+from dpopt.config.overrides import check_overrides, from_hydra, with_weights
 from dpopt.config.schema import CONF
 from dpopt.runs.search import Score, check_search, is_search
 from dpopt.runs.sweep import failed, report

@@ -72,6 +72,11 @@ def check_overrides(words: Sequence[str], own: Sequence[Path] = ()) -> None:
         raise ValueError(f"{root} is no key{hint} ({program()} --help lists all of them)")
 
 
+def with_weights(words: Sequence[str]) -> list[str]:
+    """Let `model.weights=RUN` add the key, because any model can start from the weights of a run."""
+    return [f"++{word}" if word.startswith("model.weights=") else word for word in words]
+
+
 def from_hydra(cfg: DictConfig) -> Config:
     """Turn Hydra's composition into a checked Config.
 

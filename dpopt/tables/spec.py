@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dpopt.config.overrides import from_hydra
+from dpopt.config.overrides import from_hydra, with_weights
 from dpopt.config.schema import CONF, Config
 from dpopt.runs import directory as run_files
 from dpopt.runs.identity import content_key, failure_note, finished_runs, run_name, same_run
@@ -207,10 +207,10 @@ def expand(words: tuple[str, ...], column: str = "privacy", label: str = "") -> 
 def _configure(words: Sequence[str]) -> Config:
     """Compose words as Hydra does, the choices of groups once and values on top of a copy."""
     groups = tuple(word for word in words if (CONF / word.partition("=")[0]).is_dir())
-    values = OverridesParser.create().parse_overrides([word for word in words if word not in groups])
+    values = OverridesParser.create().parse_overrides(with_weights([word for word in words if word not in groups]))
     cfg = deepcopy(_compose_groups(groups))
     for override in values:
-        OmegaConf.update(cfg, override.key_or_group, override.value())
+        OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=override.is_force_add())
     return from_hydra(cfg)
 
 
