@@ -74,11 +74,13 @@ def join_scales(
         part = torch.ones_like(p) if part is None else part
         if part.shape != p.shape:
             raise ValueError(f"the scale of {name} must have its shape {tuple(p.shape)}")
-        part = part.detach().flatten().to(total)
-        if not bool(((part > 0) & part.isfinite()).all()):
-            raise ValueError(f"the scale of {name} must be positive and finite")
-        parts.append(part)
-    return torch.cat([*parts, total.new_ones(len(total) - sum(map(len, parts)))])
+        parts.append(part.detach().flatten().to(total))
+    scale = torch.cat([*parts, total.new_ones(len(total) - sum(map(len, parts)))])
+    if not bool(((scale > 0) & scale.isfinite()).all()):  # asked once: a GPU is waited for
+        named = zip(parameters, parts, strict=True)
+        name = next(name for name, part in named if not bool(((part > 0) & part.isfinite()).all()))
+        raise ValueError(f"the scale of {name} must be positive and finite")
+    return scale
 
 
 def clip_weights(clip: ClipRule, norms: Tensor, present: Tensor, bound: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Federated learning with client-level privacy: the unit is a client, whose "gradient" is its local update.
 
 In every round each client takes part independently with probability q. From the weights θ it takes K steps of gradient
-descent on all of its own examples, and returns Δ = θ − θ_K, which is clipped, summed and noised as a gradient is:
+descent on all its examples, and returns Δ = θ − θ_K, which is clipped, summed and noised as a gradient is:
 
     p.grad = (Σ_c clip(Δ_c) + N(0, σ²S²))/(qN),     N = the public number of clients
 

@@ -11,7 +11,7 @@ times row t of it is post-processing. Hence noise is scaled by S_t after it is c
 what was released, a scale or a filter leaves ε as it is (the noise then cancels less over steps: that is accuracy). One
 example adds a vector of norm ≤ 1 to x_t in the steps that it takes part in, so it moves Cx by columns of C.
 
-Samplers: an example's group is a coin of its own, drawn once, uniform over `groups`. Step t draws from group t mod
+Samplers: an example's group is its own coin, drawn once, uniform over `groups`. Step t draws from group t mod
 `groups` only, each of its examples by a coin of probability q·groups. As groups and coins are independent between
 examples, one example added or removed changes nothing for the others. One group is plain Poisson sampling.
 """
@@ -122,7 +122,7 @@ class LambdaCGD:
     with ‖u_k‖ ≤ 1. As C has no negative entry, that is longest where all u_k are equal, none is left out and g = 0.
     All rows together are one Gaussian of this sensitivity, although u_k may depend on earlier rows: Gaussians whose
     squared shifts add up to a bound on every path cost what one with that shift costs (Denisov et al., 2202.08312). The
-    counts of an adaptive clip rule are paid as if each came with a column of its own, which is more than they cost.
+    counts of an adaptive clip rule are paid as if each came with its own column, which is more than they cost.
 
     Args:
         lam: λ, in (0, 1).

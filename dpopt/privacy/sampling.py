@@ -6,7 +6,7 @@ augmented, is keyed by (plan.key, step) and independent of the micro-batch size.
 batch and takes its share.
 
 A mechanism that correlates noise over steps wants cyclic Poisson batches: each example belongs to one of so many
-groups, by a coin of its own, and step t samples group t mod `groups` alone, at a rate that keeps the expected size qN.
+groups, by its own coin, and step t samples group t mod `groups` alone, at a rate that keeps the expected size qN.
 """
 
 import inspect

@@ -40,6 +40,8 @@ STYLES = {
     "lamb": ("#332288", "p"),
     "averagedsgd": ("#117733", "h"),
     "noisenormalizedsgd": ("#999933", "<"),
+    "mada": ("#AA4499", "H"),
+    "fedsofim": ("#44AA99", "8"),
 }
 OTHER = ("#661100", ">")  # an optimizer of one's own
 LINES = ["-", "--", ":", "-."]

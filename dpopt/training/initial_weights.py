@@ -2,7 +2,7 @@
 
 ε of a run covers its own dataset. So the data of the earlier run, and of those before it, must be others: a private run
 on the same dataset is refused, by the names of the datasets and by the MACs of their fingerprints. The head belongs to
-the classes of a dataset; it is drawn anew where the dataset is another.
+the classes of a dataset; it is drawn again where the dataset is another.
 """
 
 from collections.abc import Mapping, Sequence

@@ -159,7 +159,7 @@ def test_a_split_by_position_is_what_earlier_versions_did():
 
 def run_name_of_the_first_release(config: Config) -> str:
     """Without the keys that came later."""
-    later = {"holdout_by", "randomness", "allow_large_delta", "ledger", "audit", "canaries"}
+    later = {"holdout_by", "randomness", "allow_large_delta", "ledger", "audit", "canaries", "mechanism"}
     values = {key: value for key, value in asdict(config).items() if key not in later | NOT_IDENTITY}
     values["optimizer"] = {key: value for key, value in values["optimizer"].items() if key != "kernels"}
     text = json.dumps(canonical(values | {"secure_rng": config.randomness == "secret"}), sort_keys=True)

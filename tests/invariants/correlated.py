@@ -165,7 +165,7 @@ def poisson_sampled(patch):
 
 
 def groups_of_every_step(patch, real=RandomKey.uniform):
-    """Sample at the rate within a group, from groups that are drawn anew in every step."""
+    """Sample at the rate within a group, from groups that are drawn in every step."""
     count = iter(range(10**6))
     patch.setattr(
         RandomKey,

@@ -11,6 +11,7 @@ from torch import nn
 
 import dpopt
 from dpopt.grad_sample.engine import POLICIES
+from dpopt.privacy.bounded import join_scales
 from dpopt.privacy.clipping import Flat
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
@@ -49,20 +50,19 @@ def check_scaling():
 
 def scale_that_is_only_undone(patch):
     """What public code does: gradients are clipped as they are, and the result is divided by the scale."""
-    real = PrivateGradient._scale
-
-    def forgetful(self, parameters, total):
-        scale = real(self, parameters, total)
-        self._divide = scale
-        return None
+    real = join_scales
 
     def update_param_groups(self, batch, fill=PrivateGradient._fill):
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        flat = torch.cat([p.detach().flatten() for p in parameters.values()])
+        scale = real(self.pre_clip_scale, parameters, flat)
+        offered, self.pre_clip_scale = self.pre_clip_scale, None
         fill(self, batch)
-        parts = self._divide.split([p.numel() for p in self.model.parameters()])
+        self.pre_clip_scale = offered
+        parts = scale.split([p.numel() for p in self.model.parameters()])
         for p, part in zip(self.model.parameters(), parts, strict=True):
             p.grad.div_(part.view(p.shape))
 
-    patch.setattr(PrivateGradient, "_scale", forgetful)
     patch.setattr(PrivateGradient, "_fill", update_param_groups)
 
 
