@@ -83,7 +83,8 @@ def private_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int)
         noise_multiplier=1.0, steps=10_000, delta=1e-5, dataset_size=batch, batch_size=batch, accountant="rdp", seed=0
     )
     private = dpopt.PrivateGradient(model, F.cross_entropy, plan, dpopt.clipping.Flat(1.0))
-    batches = dpopt.poisson_batches(_examples(batch), plan, micro_batch=batch)
+    share = -(-batch // (dist.get_world_size() if dist.is_initialized() else 1))  # no rank pads more
+    batches = dpopt.poisson_batches(_examples(batch), plan, micro_batch=share)
 
     def step() -> None:
         private.backward(next(batches))
