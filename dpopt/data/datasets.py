@@ -99,7 +99,7 @@ def digits() -> DataSpec:
         return part(order[360:]), part(order[:360])
 
     constants = normalization(inputs.mean, inputs.std, "rounded, of these public digits")
-    return DataSpec("digits", 1437, 10, (1, 8, 8), load, constants, inputs=inputs)
+    return DataSpec("digits", 1437, 10, (1, 8, 8), load, constants, "digits, optdigits", inputs=inputs)
 
 
 def fashion_mnist(augment: bool = False) -> DataSpec:
@@ -143,7 +143,9 @@ def cifar10_scattering(groups: int = 27) -> DataSpec:
     side = images.shape[1] // 4
     load = _features(images, f"scattering_v{VERSION}_{groups}", lambda _: lambda x: F.group_norm(scatter(x), groups))
     constants = f"{images.constants}; then each example by its own groups of channels"
-    return DataSpec("cifar10_scattering", 50_000, 10, (scattering_channels(3), side, side), load, constants)
+    return DataSpec(
+        "cifar10_scattering", 50_000, 10, (scattering_channels(3), side, side), load, constants, images.collection
+    )
 
 
 def cifar10_squeezenet(weights: str = "squeezenet1_1.safetensors", image_size: int = 96) -> DataSpec:
@@ -169,7 +171,7 @@ def cifar10_squeezenet(weights: str = "squeezenet1_1.safetensors", image_size: i
         f"{images.constants}; then features of SqueezeNet 1.1 ({Path(weights).name}, taken as trained on ImageNet, "
         "which ε does not cover), each example by its own mean and variance"
     )
-    return DataSpec("cifar10_squeezenet", 50_000, 10, (512, 1, 1), load, constants)
+    return DataSpec("cifar10_squeezenet", 50_000, 10, (512, 1, 1), load, constants, images.collection)
 
 
 def imagenet(
@@ -287,7 +289,8 @@ def _cifar(
     load = _torchvision(name, inputs, 4 if augment else 0, augment)
     constants = normalization(mean, std, f"published for {name[:5]}-{len(classes)}")
     shape = (3, image_size, image_size)
-    return DataSpec(name.lower(), 50_000, len(classes), shape, load, constants, inputs=inputs, class_names=classes)
+    name = name.lower()
+    return DataSpec(name, 50_000, len(classes), shape, load, constants, name, inputs=inputs, class_names=classes)
 
 
 def _torchvision(name: str, inputs: FixedImages, crop: int, flip: bool) -> Callable[[Path, torch.device, int], Loaded]:

@@ -28,7 +28,7 @@ def check_pretraining(spec: DataSpec, model: Mapping[str, Any], classes: Sequenc
     if collection is None:
         named = [name for name in classes if _WORDNET.fullmatch(str(name))]
         alike = looks_like_imagenet(spec.name) or len(named) > len(classes) / 2
-        collection = "imagenet" if alike else ""
+        collection = "imagenet" if alike else spec.name
     if origin == UNSTATED:
         raise ValueError(
             "nothing says what the initial weights were trained on, so ε might cover less than it seems to: name the "

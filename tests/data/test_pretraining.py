@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dpopt import data
-from dpopt.data.pretraining import check_pretraining
+from dpopt.data.pretraining import check_pretraining, same_records
 from dpopt.models.pretrained import describe_weights, is_named_by_configuration, weights_origin
 
 DEIT = {"_target_": "dpopt.models.deit_small", "pretrained": True, "weights": None}
@@ -75,3 +75,16 @@ def test_what_the_card_says_of_weights_and_constants():
     for made in (data.digits(), data.fashion_mnist(), data.cifar100(), data.cifar10_scattering(), data.imagenet()):
         assert made.constants.startswith("mean ")
     assert replace(data.digits(), constants="").constants == ""
+
+
+def test_weights_of_the_dataset_are_refused_by_its_name_and_in_every_form():
+    """CIFAR-10 as images, features or clients, and a folder that the weights name."""
+    parts = data.imagenet(folder="parts", train_size=3, classes=2)
+    forms = [data.cifar10(image_size=64), data.cifar10_scattering(), data.cifar10_squeezenet()]
+    forms += [data.clients(), data.clients(of="dpopt.data.cifar10_scattering")]
+    for spec, origin in [*((form, "CIFAR-10") for form in forms), (parts, "parts")]:
+        with pytest.raises(ValueError, match="the initial weights were trained on"):
+            check_pretraining(spec, {"weights": "f", "pretrained_on": origin})
+        check_pretraining(spec, {"weights": "f", "pretrained_on": "CIFAR-100"})
+    assert all(same_records(one, other) for one in forms for other in forms)
+    assert not any(same_records(form, data.cifar100()) for form in forms)
