@@ -20,10 +20,14 @@ class PerTensorOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, parameter.grad, self.state[parameter], group)
+            self.step_group(group)
         return loss
+
+    def step_group(self, group: dict[str, Any]) -> None:
+        """Step the parameters of a group that have a gradient."""
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                self.update(parameter, parameter.grad, self.state[parameter], group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_origin(self, state_dict)

@@ -20,7 +20,6 @@ are our own: c and ρ stay in [0, 1], and 1 − β within a factor of ten of whe
 the first steps, where ⟨g₊, ∂u/∂β₂⟩ is of the order of 1/(1 − β₂), and training diverges.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,17 +67,10 @@ class MADA(PerTensorOptimizer):
         options = dict(first_betas=list(betas), hyper_lr=hyper_lr, eps=eps, weight_decay=weight_decay)
         super().__init__(params, dict(lr=lr, betas=list(betas), c=c, rho=rho, **options))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step_group(self, group: dict[str, Any]) -> None:
         """Move the coefficients by what the gradients say of the last step, then the parameters."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self._learn(group)
-        super().step()
-        return loss
+        self._learn(group)
+        super().step_group(group)
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         g = g.to(torch.promote_types(g.dtype, torch.float32))  # a decay of 0.999 is 1 in bf16

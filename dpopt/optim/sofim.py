@@ -10,7 +10,6 @@ deviation s in each of d coordinates, contributes s²·d·(1 − β)/(1 + β) to
 gradient, or a pseudo-gradient where clients take several steps. The step itself knows nothing of clients.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,23 +39,20 @@ class FedSOFIM(PerTensorOptimizer):
         check_options(weight_decay=(weight_decay, 0, 1e6))
         super().__init__(params, dict(lr=lr, momentum=momentum, rho=rho, weight_decay=weight_decay))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step_group(self, group: dict[str, Any]) -> None:
         """Move the momentum of every parameter, then the parameters by its common length."""
-        loss = super().step(closure)
-        for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            if not moved:
-                continue
-            means = [self.state[p]["exp_avg"] / (1 - group["momentum"] ** self.state[p]["step"]) for p in moved]
-            scale = group["lr"] / (group["rho"] + torch.stack([m.double().square().sum() for m in means]).sum())
-            for p, mean in zip(moved, means, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(mean * scale.to(mean.dtype))
-        return loss
+        super().step_group(group)
+        moved = [p for p in group["params"] if p.grad is not None]
+        if not moved:
+            return
+        means = [self.state[p]["exp_avg"] / (1 - group["momentum"] ** self.state[p]["step"]) for p in moved]
+        scale = group["lr"] / (group["rho"] + torch.stack([m.double().square().sum() for m in means]).sum())
+        for p, mean in zip(moved, means, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(mean * scale.to(mean.dtype))
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Move the momentum; `step` moves the parameter."""
+        """Move the momentum; `step_group` moves the parameter."""
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(g))
         state["step"] += 1
