@@ -32,7 +32,6 @@ from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.clipping import Flat
-from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.training.cost import keep_freed_memory, peak_memory_bytes, reset_peak_memory
 
 PLAIN = "not private"
@@ -316,8 +315,7 @@ def main() -> None:
     name = f"bench_engine_{kind}_{short(machine)}_{PRECISION}"
     command = f"`python scripts/bench_engine.py {shlex.join(sys.argv[1:])}`"
     header = (
-        f"# A private gradient compared with an ordinary one\n\n{machine}, {PRECISION}; {versions()}, "
-        f"noise version {NOISE_VERSION}. {command}: "
+        f"# A private gradient compared with an ordinary one\n\n{machine}, {PRECISION}; {versions()}. {command}: "
         f"{arguments.rounds} rounds, all variants in turn.\nRatios to the plain step are medians within a round.\n\n"
         f"![]({name}.png)"
     )

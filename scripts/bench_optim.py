@@ -26,9 +26,9 @@ import torchvision
 from dpopt.machine import processor
 from dpopt.models import wrn_16_4
 from dpopt.optim import MicroAdam
-from dpopt.privacy.noise import add_noise
+from dpopt.privacy.noise import NOISE_VERSION, add_noise
 from dpopt.rng import RandomKey
-from dpopt.runs.provenance import git_commit
+from dpopt.runs.provenance import git_commit, short_commit
 from dpopt.training.cost import optimizer_state_bytes
 
 BASELINE = "AdamW (fused)"
@@ -288,8 +288,9 @@ def hardware(device: torch.device | str) -> str:
 
 
 def versions() -> str:
-    """Of Python, torch and this project."""
-    return f"Python {platform.python_version()}, torch {torch.__version__}, commit {(git_commit() or 'unknown')[:7]}"
+    """Name Python, torch, the commit and how noise is drawn."""
+    code = f"commit {short_commit(git_commit() or 'unknown')}, noise version {NOISE_VERSION}"
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {code}"
 
 
 if __name__ == "__main__":
