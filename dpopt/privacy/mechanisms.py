@@ -199,9 +199,7 @@ def _error(others: NDArray, steps: int) -> tuple[float, NDArray]:
 
 def _batches(sample_rate: float) -> int:
     """Count the whole batches in a dataset."""
-    return math.floor(
-        1 / sample_rate + 1e-9
-    )  # N/batch_size in floating point: it differs by 1/batch_size or not at all
+    return math.floor(1 / sample_rate + 1e-9)  # N/batch_size misses a whole number by 1/batch_size, or by rounding
 
 
 def impulse(draws: tuple[float, ...], feedback: tuple[float, ...], steps: int) -> NDArray:

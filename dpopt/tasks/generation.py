@@ -38,8 +38,10 @@ def write_texts(model: Any, tokenizer: Any, source: Any, count: int, beams: int 
     """
     asked: dict[tuple[int, ...], list[str]] = {}
     for tokens, targets in zip(source.inputs.tolist(), source.targets.tolist(), strict=True):
-        first = next(i for i, target in enumerate(targets) if target != IGNORED)
         written = [target for target in targets if target != IGNORED]
+        if not written:  # a completion of which the tokenizer leaves nothing
+            continue
+        first = next(i for i, target in enumerate(targets) if target != IGNORED)
         asked.setdefault(tuple(tokens[: first + 1]), []).append(tokenizer.decode(written, skip_special_tokens=True))
     prompts = list(asked)[:count]
     if len(asked) == 1 and len(source) > 1:

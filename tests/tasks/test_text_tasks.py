@@ -83,7 +83,8 @@ def test_texts_are_completed_and_compared_with_all_references(tmp_path):
     model = torch.nn.Module()
     model.network = Parrot()
     rows = [([13, 6], [4, 7, 3]), ([13, 6], [4, 6, 3]), ([13], [4, 7, 7, 3])]
-    tokens, targets = torch.full((3, 8), -1), torch.full((3, 8), -100)
+    tokens, targets = torch.full((4, 8), -1), torch.full((4, 8), -100)
+    tokens[3, :2] = 4  # a record without a target asks for nothing
     for i, (prompt, completion) in enumerate(rows):
         tokens[i, : len(prompt + completion) - 1] = torch.tensor(prompt + completion[:-1])
         targets[i, len(prompt) - 1 : len(prompt + completion) - 1] = torch.tensor(completion)
