@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from helpers import configure, make_plan
+from helpers import make_plan
 
 from dpopt.cli.ledger import overview
 from dpopt.data.fingerprint import home
@@ -16,17 +16,6 @@ from dpopt.training.run import run
 pytestmark = pytest.mark.slow
 
 ABOUT = {"name": "a", "dataset": "digits", "data": "ff" * 32, "key_id": "k"}
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("DPOPT_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture
-def config(tmp_path):
-    short = dict(steps=3, batch_size=64, eval_every=3, epsilon=1.0, output_dir=str(tmp_path / "runs"))
-    return replace(configure("experiment=quickstart"), **short)
 
 
 def test_composition_equals_one_long_training_and_exceeds_each_part():

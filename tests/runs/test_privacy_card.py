@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import configure, make_plan, small_data, small_model
+from helpers import make_plan, small_data, small_model
 from strict_html import EVIL, Page
 
 import dpopt
@@ -22,17 +22,6 @@ from dpopt.runs.provenance import git_commit, short_commit
 from dpopt.training.run import run
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("DPOPT_HOME", str(tmp_path / "home"))
-
-
-@pytest.fixture
-def config(tmp_path):
-    short = dict(steps=3, batch_size=64, eval_every=3, epsilon=1.0, output_dir=str(tmp_path / "runs"))
-    return replace(configure("experiment=quickstart"), **short)
 
 
 def recomputed(card: str) -> float:
