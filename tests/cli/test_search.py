@@ -131,3 +131,12 @@ def test_a_search_without_its_plugin_is_one_sentence(command, word, message):
         assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     else:
         pytest.skip("it is installed")
+
+
+@pytest.mark.filterwarnings("default")  # those of Optuna's own libraries
+def test_optuna_itself_ends_with_the_price_of_the_search(command):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
+    words = ("hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=2")
+    done = command("train", "-m", *SHORT, *MEASURED, *words, "optimizer.lr=interval(1e-3,1e-2)")
+    assert done.returncode == 0, done.stderr
+    assert "search: 2 trials, together ε = " in done.stdout + done.stderr
