@@ -55,7 +55,7 @@ from dpopt.grad_sample.outputs import example_losses, same_outputs
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients
 from dpopt.grad_sample.policies import choose_policies
 from dpopt.grad_sample.rules import BY_VMAP
-from dpopt.grad_sample.signature import Validated
+from dpopt.grad_sample.validated import Validated
 
 __all__ = ["POLICIES", "GradSampler", "LossFn", "per_example_gradients"]
 POLICIES = ("auto", "store", "recompute", "ghost", "vmap", "loop")

@@ -1,6 +1,6 @@
 """One run, from its configuration to its result.
 
-Everything that can be refused is refused before the run directory is made.
+What can be refused is refused before `directory.lock` makes the run's directory.
 """
 
 from contextlib import nullcontext, suppress
@@ -34,30 +34,32 @@ def run(config: Config) -> dict[str, Any]:
     Processes that `torchrun` started train it together; files and console belong to rank 0.
 
     Returns:
-        The result, as in result.json; for a dry run, the estimated `seconds` and `memory_bytes`, and as `status`
-        "planned", or "finished" where there is a result.
+        The result, as in result.json. For a dry run: the estimated `seconds` and `memory_bytes`, and as `status`
+        "finished" if the run already has a result, else "planned".
 
     Raises:
-        ValueError: for a configuration that cannot be trained as asked; OSError for missing files, or a rank that has
-            stopped.
+        ValueError: for a configuration that cannot be trained as asked.
+        OSError: for missing files, or a rank that has stopped.
+        KeyboardInterrupt: after Ctrl-C, when the trainer has saved its state.
     """
     with process_group(config.device) as watch:
         result = _run(config, watch)
     if result["status"] == "interrupted":
-        raise KeyboardInterrupt  # the user wants the whole sweep to stop
+        raise KeyboardInterrupt  # so that a sweep stops, too
     return result
 
 
 def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
-    commit = git_commit()  # before anything that takes long
+    commit = git_commit()  # at once: the checkout may change while this runs
     _compare_ranks(config)
     check_components(config)
     path, first = locate(config), ranks.is_first()
     done = ranks.from_first(lambda: directory.finished(path))
     if done and not config.fresh and not config.dry_run:
         if first:
-            directory.erase_key(path)  # of a run that was killed after its result was written
-            console.already_finished(done, str(path), commit, _compare_data(config, done, str(path)))
+            directory.erase_key(path)  # a run killed right after it wrote its result has kept its secret key
+            note = _compare_data(config, done, str(path))
+            console.already_finished(done, str(path), commit, note)
             log_finished(path / directory.METRICS, make_tracker(config), path.name, asdict(config))
             _print_audit(path)
         ranks.wait()
@@ -78,7 +80,7 @@ def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
 
     with directory.lock(path) if first else nullcontext():
         try:
-            # By another process, in the meantime.
+            # Another process may have finished this run since we looked.
             if (done := ranks.from_first(lambda: directory.finished(path))) and not config.fresh:
                 if first:
                     console.already_finished(done, str(path), commit, "")
@@ -102,7 +104,7 @@ def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
 
 
 def _compare_ranks(config: Config) -> None:
-    """Refuse ranks that were started with different commands; data may lie in different places."""
+    """Refuse ranks that were started with different commands; `data_dir` may differ."""
     command = combine(str(sorted((asdict(config) | {"data_dir": ""}).items())))
     if (difference := ranks.first_difference({"configuration": command})) is not None:
         raise ValueError(f"rank {difference[0]} has another configuration than rank 0: start all with the same command")
@@ -116,10 +118,10 @@ def _clear(path: Path, fresh: bool) -> None:
 
 
 def _compare_data(config: Config, done: dict[str, Any], path: str) -> str:
-    """Compare the data of a finished run with those that are here; say why where that cannot be done.
+    """Compare the data of a finished run with those that are here; return why that was impossible, or "".
 
     Raises:
-        ValueError: when the data have changed: the result must not pass for today's.
+        ValueError: when the data have changed, so that an outdated result is not shown as current.
     """
     key = FingerprintKey.load()
     if done.get("fingerprint_key") != key.key_id:
@@ -142,7 +144,7 @@ def _print_audit(path: Path) -> None:
 
 
 def _estimate(components: Components) -> Estimate:
-    gradients = 1 if components.filter is None else components.filter.cost
+    gradients_per_step = 1 if components.filter is None else components.filter.cost
     guess = estimate_cost(
         components.engine,
         components.make_optimizer,
@@ -150,8 +152,9 @@ def _estimate(components: Components) -> Estimate:
         components.example,
         components.micro_batch,
         components.config.ema is not None,
-        gradients,
+        gradients_per_step,
     )
+    # The ranks share the work.
     return guess if guess.seconds is None else replace(guess, seconds=guess.seconds / ranks.share().world)
 
 

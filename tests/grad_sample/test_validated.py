@@ -6,8 +6,8 @@ from helpers import batch_of, make_plan
 from mixing import Layer, data, network
 from torch import nn
 
-from dpopt.grad_sample.signature import Validated
 from dpopt.grad_sample.validate import covered
+from dpopt.grad_sample.validated import Validated
 from dpopt.privacy.clipping import Flat
 from dpopt.privacy.private_gradient import PrivateGradient
 
