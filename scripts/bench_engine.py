@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench_optim import hardware, versions
-from bench_others import opacus_step, opake_step
+from bench_others import jax_privacy_step, opacus_step, opake_step
 from torch import nn
 
 from dpopt import models
@@ -46,6 +46,7 @@ VARIANTS = {
     "Opacus, hooks": "hooks",
     "Opacus, ghost": "ghost",
     "Opake": "opake",  # pip install opake==0.16.0
+    "JAX-Privacy": "jax_privacy",  # pip install jax-privacy==2.0.0
 }
 
 
@@ -86,6 +87,8 @@ def make_step(variant: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) 
         return plain_step(model, x, y)
     if how == "opake":
         return opake_step(model, x, y, autocast)
+    if how == "jax_privacy":
+        return jax_privacy_step(model, x, y, autocast)
     return opacus_step(how, model, x, y, autocast) if how in ("hooks", "ghost") else private_step(how, model, x, y)
 
 
@@ -258,7 +261,8 @@ def figure(rows: list[dict], path: Path, title: str) -> None:
     rows = [row for row in rows if "ratio" in row and row["variant"] != PLAIN]
     names = list(dict.fromkeys(row["model"] for row in rows))
     labels = list(dict.fromkeys(row["variant"] for row in rows))
-    colors = dict(zip(labels, ["#0072B2", "#56B4E9", "#009E73", "#999999", "#D55E00", "#E69F00"], strict=False))
+    palette = ["#0072B2", "#56B4E9", "#009E73", "#999999", "#D55E00", "#E69F00", "#CC79A7", "#F0E442", "#000000"]
+    colors = dict(zip(labels, palette, strict=False))
     fig, axes = plt.subplots(1, len(names), figsize=(1.5 + 2.9 * len(names), 3.4), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         counts = sorted({row["views"] for row in rows if row["model"] == name})
@@ -284,8 +288,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--views", nargs="+", type=int, default=[1, 4, 16], help="augmented views per example, K")
     ready = [name for name in VARIANTS if "compiled" not in name]  # minutes to compile
-    if importlib.util.find_spec("opake") is None:
-        ready.remove("Opake")
+    for variant, package in (("Opake", "opake"), ("JAX-Privacy", "jax_privacy")):
+        if importlib.util.find_spec(package) is None:
+            ready.remove(variant)
     parser.add_argument("--variants", nargs="+", default=ready, choices=list(VARIANTS))
     parser.add_argument("--total", type=int, help="views in a batch, instead of each model's own number")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
