@@ -9,6 +9,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dpopt.grad_sample.choices import Choices
+from dpopt.grad_sample.hooks import count_norms
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
 
@@ -26,16 +28,20 @@ class _Sampled(nn.Module):
         return self.sample(values, inputs, targets)
 
 
-def compile_sampler(sample: Sample, model: nn.Module, inputs: Tensor, targets: Tensor) -> Sample:
+def compile_sampler(
+    sample: Sample, model: nn.Module, inputs: Tensor, targets: Tensor, choices: Choices | None
+) -> Sample:
     """Trace `sample` once through its backward and hooks, and compile it for these shapes.
 
-    Parameters and buffers are inputs of the graph, which hence sees those of the day.
+    Parameters and buffers are inputs of the graph, which hence sees those of the day. Norms are no part of it: a
+    compiler would take them before it rounds to bfloat16 what it returns, and what is summed could be longer.
 
     Args:
         sample: (trainable parameters by name, inputs, targets) → per-sample gradients of the model.
         model: its parameters and buffers are read at every call.
         inputs: (B, K, …).
         targets: (B, …).
+        choices: what is fastest, for rules that can do it in several ways.
 
     Raises:
         ValueError: for a model that cannot be compiled.
@@ -75,6 +81,8 @@ def compile_sampler(sample: Sample, model: nn.Module, inputs: Tensor, targets: T
         own = {**state(), **{f"model.{name}": value for name, value in values.items()}}
         with torch.no_grad():
             found = compiled(*own.values(), inputs, targets)
-        return form.filled(tree_unflatten(list(found), structure))
+        per_sample = form.filled(tree_unflatten(list(found), structure))
+        count_norms(per_sample, choices)
+        return per_sample.finish(per_sample.losses)
 
     return run

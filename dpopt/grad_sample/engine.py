@@ -149,7 +149,7 @@ class GradSampler:
             if self.policy == "loop" or self._looped or self.data_dependent or self._branching or not self._checked:
                 return per_sample  # a graph has no branches
             traced = functools.partial(self._attempt, scale=None, policy=None)
-            self._graphs[shapes] = compile_sampler(traced, self.model, inputs, targets)
+            self._graphs[shapes] = compile_sampler(traced, self.model, inputs, targets, self._choices(None))
         return self._graphs[shapes](values, inputs, targets)
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Gradients, Tensor]:

@@ -76,39 +76,11 @@ class BackwardCollector:
                 self._store(call, apply_rule(call, arguments, g))
                 call.arguments, call.output_gradient = (), None
                 return
+            self.per_sample.keep(call)
             if call.shared:
-                self.per_sample.keep(call, {})
                 self._shared.setdefault(call.shared, []).append((call, arguments[0], g))
-                return
-            with exact(g.device):
-                if (closed := self._closed_form(call, arguments[0], g)) is not None:
-                    squares = {tracked.name: closed}
-                else:
-                    count = at_once(g, size_of(tracked))
-                    parts = [
-                        squares_of(
-                            tracked,
-                            apply_rule(call, _rows(call, arguments, i, count), g[i : i + count]),
-                            self.per_sample.scale,
-                        )
-                        for i in range(0, examples, count)
-                    ]
-                    squares = {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
-            self.per_sample.keep(call, squares)
-
-    def _closed_form(self, call: LayerCall, a: Any, g: Tensor) -> Tensor | None:
-        """Squared norms without the gradients, where the layer's rule has them."""
-        tracked, scale = call.tracked, self.per_sample.scale
-        if call.policy != "ghost":
-            return None
-        if scale is None:
-            assert tracked.rule.ghost_norm is not None
-            return tracked.rule.ghost_norm(tracked.module, a, g)
-        if tracked.rule.scaled_ghost_norm is None or call.positions > 1:
-            return None
-        return tracked.rule.scaled_ghost_norm(
-            tracked.module, a, g, {name: scale[full] for name, full in tracked.names.items()}
-        )
+            else:
+                self.per_sample.count(_squares_of_call(call, arguments, g, self.per_sample.scale))
 
     def _store(self, call: LayerCall, found: Gradients) -> None:
         tracked = call.tracked
@@ -129,10 +101,59 @@ class BackwardCollector:
         """Store what was accumulated once the backward pass is done."""
         for tracked, total in self._partial.values():
             self.per_sample.store(tracked, total)
-        for layer, calls in self._shared.items():
-            reads = [(call.tracked.module, a, g) for call, a, g in calls]
-            with exact(reads[0][2].device):
-                self.per_sample.count({layer: shared_ghost_norm(reads)})
+        _count_shared(self.per_sample, self._shared)
+
+
+@torch.no_grad()
+def count_norms(per_sample: PerSampleGradients, choices: Choices | None) -> None:
+    """Count the norms of gradients that were taken without them: of what they hold, which is what will be summed."""
+    shared: dict[str, list[tuple[LayerCall, Tensor, Tensor]]] = {}
+    with using(choices):
+        for tracked, found in per_sample.stored:
+            per_sample.count_stored(tracked, found)
+        for call in per_sample.kept:
+            arguments, g = split_examples(call, per_sample.examples)
+            if call.shared:
+                shared.setdefault(call.shared, []).append((call, arguments[0], g))
+            else:
+                per_sample.count(_squares_of_call(call, arguments, g, None))
+    _count_shared(per_sample, shared)
+
+
+def _count_shared(per_sample: PerSampleGradients, shared: dict[str, list[tuple[LayerCall, Tensor, Tensor]]]) -> None:
+    for layer, calls in shared.items():
+        reads = [(call.tracked.module, a, g) for call, a, g in calls]
+        with exact(reads[0][2].device):
+            per_sample.count({layer: shared_ghost_norm(reads)})
+
+
+def _squares_of_call(call: LayerCall, arguments: tuple[Any, ...], g: Tensor, scale: Gradients | None) -> Gradients:
+    """Squared norms (B,) of a call's (scaled) gradients by layer, which are not kept."""
+    tracked, examples = call.tracked, len(g)
+    with exact(g.device):
+        if (closed := _closed_form(call, arguments[0], g, scale)) is not None:
+            return {tracked.name: closed}
+        count = at_once(g, size_of(tracked))
+        parts = [
+            squares_of(tracked, apply_rule(call, _rows(call, arguments, i, count), g[i : i + count]), scale)
+            for i in range(0, examples, count)
+        ]
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+
+
+def _closed_form(call: LayerCall, a: Any, g: Tensor, scale: Gradients | None) -> Tensor | None:
+    """Squared norms without the gradients, where the layer's rule has them."""
+    tracked = call.tracked
+    if call.policy != "ghost":
+        return None
+    if scale is None:
+        assert tracked.rule.ghost_norm is not None
+        return tracked.rule.ghost_norm(tracked.module, a, g)
+    if tracked.rule.scaled_ghost_norm is None or call.positions > 1:
+        return None
+    return tracked.rule.scaled_ghost_norm(
+        tracked.module, a, g, {name: scale[full] for name, full in tracked.names.items()}
+    )
 
 
 def _rows(call: LayerCall, arguments: tuple[Any, ...], start: int, count: int) -> tuple[Any, ...]:

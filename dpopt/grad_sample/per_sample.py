@@ -95,6 +95,8 @@ class PerSampleGradients:
             gradient is not, or where its square overflows.
         layers: names of the modules with trainable parameters of their own.
         layer_norms: of each example's gradient in each of them, (B, L).
+        stored: the gradients of units; without a unit, by the model's names.
+        kept: calls of layers whose sums are made later.
     """
 
     def __init__(self, examples: int, scale: Gradients | None = None) -> None:
@@ -102,19 +104,17 @@ class PerSampleGradients:
         self.losses = self.norms = self.layer_norms = torch.empty(0, dtype=torch.float32)
         self.layers: list[str] = []
         self._squares: Gradients = {}  # by layer
-        self._stored: list[tuple[TrackedLayer | None, Gradients]] = []  # without a unit: by the model's names
-        self._kept: list[LayerCall] = []
+        self.stored: list[tuple[TrackedLayer | None, Gradients]] = []
+        self.kept: list[LayerCall] = []
 
     def store(self, tracked: TrackedLayer | None, found: Gradients) -> None:
         """Keep gradients (B, *shape), and count their norms."""
-        with exact(next(iter(found.values())).device):
-            self.count(squares_of(tracked, found, self.scale))
-        self._stored.append((tracked, found))
+        self.count_stored(tracked, found)
+        self.stored.append((tracked, found))
 
-    def keep(self, call: LayerCall, squares: Gradients) -> None:
-        """Keep what a layer's sum can be made of."""
-        self.count(squares)
-        self._kept.append(call)
+    def keep(self, call: LayerCall) -> None:
+        """Keep what a layer's sum can be made of; its norms are counted by the caller."""
+        self.kept.append(call)
 
     def finish(self, losses: Tensor) -> "PerSampleGradients":
         """Add up the norms."""
@@ -126,30 +126,28 @@ class PerSampleGradients:
 
     def gradients(self) -> Gradients:
         """(B, *shape) by the model's names; all must have been stored."""
-        return {name: g for tracked, found in self._stored for name, g in _by_model_names(tracked, found).items()}
+        return {name: g for tracked, found in self.stored for name, g in _by_model_names(tracked, found).items()}
 
     def tensors(self) -> tuple[Any, ...]:
-        """All that it holds, for a compiled graph to return."""
-        kept = [(call.arguments, call.output_gradient) for call in self._kept]
-        return self.losses, self.norms, self.layer_norms, [found for _, found in self._stored], kept
+        """All that sums are made of, for a compiled graph to return."""
+        kept = [(call.arguments, call.output_gradient) for call in self.kept]
+        return self.losses, [found for _, found in self.stored], kept
 
     def form(self) -> "PerSampleGradients":
         """Return the same layers, without the tensors."""
         other = PerSampleGradients(self.examples)
-        other.layers = self.layers
-        other._stored = [(tracked, {}) for tracked, _ in self._stored]
-        other._kept = [replace(call, arguments=(), output_gradient=None) for call in self._kept]
+        other.stored = [(tracked, {}) for tracked, _ in self.stored]
+        other.kept = [replace(call, arguments=(), output_gradient=None) for call in self.kept]
         return other
 
     def filled(self, tensors: tuple[Any, ...]) -> "PerSampleGradients":
-        """Return this form, with tensors that a compiled graph has returned."""
+        """Return this form, with tensors that a compiled graph has returned, and without norms."""
         other = PerSampleGradients(self.examples)
-        other.layers = self.layers
-        other.losses, other.norms, other.layer_norms, stored, kept = tensors
-        other._stored = [(tracked, found) for (tracked, _), found in zip(self._stored, stored, strict=True)]
-        other._kept = [
+        other.losses, stored, kept = tensors
+        other.stored = [(tracked, found) for (tracked, _), found in zip(self.stored, stored, strict=True)]
+        other.kept = [
             replace(call, arguments=arguments, output_gradient=g)
-            for call, (arguments, g) in zip(self._kept, kept, strict=True)
+            for call, (arguments, g) in zip(self.kept, kept, strict=True)
         ]
         return other
 
@@ -169,11 +167,11 @@ class PerSampleGradients:
             return weights if weights.ndim == 1 else weights[:, self.layers.index(layer)].contiguous()
 
         with exact(weights.device):
-            for tracked, found in self._stored:
+            for tracked, found in self.stored:
                 wide = self.scale is not None and tracked is not None and tracked.rule.pull_back is not None
                 local = {n: _weighted(g, weight(_layer(tracked, n)), select, wide) for n, g in found.items()}
                 _add(sums, tracked, local)
-            for call in self._kept:
+            for call in self.kept:
                 layers = dict.fromkeys(_layer(call.tracked, name) for name in call.tracked.names)
                 arguments, g = split_examples(call, self.examples)
                 if select is not None:
@@ -184,6 +182,11 @@ class PerSampleGradients:
                     weighted = _rejoined_output(call, g.mul(_column(weight(layer), g)))
                     local = {name: gradient[0] for name, gradient in apply_rule(call, together, weighted).items()}
                     _add(sums, call.tracked, local, layer if len(layers) > 1 and weights.ndim > 1 else None)
+
+    def count_stored(self, tracked: TrackedLayer | None, found: Gradients) -> None:
+        """Count the norms of gradients (B, *shape)."""
+        with exact(next(iter(found.values())).device):
+            self.count(squares_of(tracked, found, self.scale))
 
     def count(self, squares: Gradients) -> None:
         """Add squared norms (B,) by layer."""
