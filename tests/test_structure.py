@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+import dpopt
+
 # From the ground up: a folder or file imports from lower floors and from its own, never upwards.
 FLOORS = (
     *(
@@ -161,3 +163,7 @@ def test_a_name_that_is_bound_twice_is_found():
         "pytestmark",
         "f",
     ]
+
+
+def test_public_names_are_listed_where_python_looks():
+    assert set(dpopt.__all__) <= set(dir(dpopt))
