@@ -181,7 +181,7 @@ def expand(words: tuple[str, ...], column: str = "privacy", label: str = "") -> 
     """List the runs of `python run.py -m WORDS`, all of its seeds included.
 
     Raises:
-        ValueError: when a row has neither a label nor anything that varies.
+        ValueError: when a row has no columns, or neither a label nor anything that varies.
     """
     with initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -190,6 +190,8 @@ def expand(words: tuple[str, ...], column: str = "privacy", label: str = "") -> 
             key, _, value = word.partition("=")
             choices[key] = list(override.sweep_string_iterator()) if override.is_sweep_override() else [value]
         seeds = [int(seed) for seed in choices.pop("seed", ["0"])]
+        if column not in choices:
+            raise ValueError(f"a row needs {column}=VALUES, its columns: {shlex.join(words)}")
         varied = [key for key, values in choices.items() if key != column and len(values) > 1]
         found = []
         for values in itertools.product(*choices.values()):

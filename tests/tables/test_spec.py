@@ -100,6 +100,8 @@ def test_the_later_of_two_words_with_one_key_counts():
     assert words == ("a=1", "b=2", "c=3", "d=4", "e=5", "f=6 7")
     with pytest.raises(ValueError, match="a row needs a label where nothing varies"):
         spec.expand(("experiment=quickstart", "privacy=eps8"))
+    with pytest.raises(ValueError, match=r"a row needs epsilon=VALUES, its columns: privacy=eps8"):
+        spec.expand(("privacy=eps8",), "epsilon")
 
 
 def test_a_row_composes_as_its_command_does():
