@@ -209,7 +209,8 @@ def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, l
         if not spec.rows_at(entry, size):
             continue
         rows, columns, cells = arrange(spec.jobs(about, entry, size))
-        heads = [COLUMNS.get(column, f"{spec.column_key(about)} = {column}") for column in columns]
+        key = spec.column_key(about).replace("epsilon", "ε")
+        heads = [COLUMNS.get(column, f"{key} = {column}") for column in columns]
         parts.append(f"## {entry['title']}\n")
         for measure in measures(about, entry):
             lines = [[f"`{row}`", *(cell(cells[row, column], measure) for column in columns)] for row in rows]
