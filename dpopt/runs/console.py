@@ -59,7 +59,7 @@ def plan_panel(
             "peak memory",
             "unknown" if guess.memory_bytes is None else f"about {size(guess.memory_bytes)} excluding code and data",
         ),
-        ("time", _time(guess.seconds)),
+        ("time", _time(guess.seconds, about.max_length)),
     ]
     console().print(_panel(f"{'plan' if about.dry_run else 'run'} · {about.name}", rows, "cyan"))
     if guess.seconds is not None and guess.seconds > _HOUR and device == "cpu":
@@ -250,7 +250,11 @@ def _privacy(about: RunDescription, plan: PrivacyPlan, clip: ClipRule | None) ->
     return f"ε = {plan.epsilon:.4g}, δ = {plan.delta:g} = {against:.2g}/N{weak}, {secret}"
 
 
-def _time(seconds: float | None) -> str:
+def _time(seconds: float | None, max_length: int | None) -> str:
     if seconds is None:
         return "unknown"
+    if max_length is not None:
+        return (
+            f"at most {duration(seconds)} (from a timed micro-batch of texts of {max_length} tokens; shorter take less)"
+        )
     return f"about {duration(seconds)} (from one timed micro-batch on this machine, evaluation not counted)"

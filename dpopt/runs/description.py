@@ -31,6 +31,7 @@ class RunDescription:
         secret: whether draws are keyed by the operating system.
         dry_run: whether only the plan is printed.
         own_loop: whether somebody's own loop trained, not `dpopt train`.
+        max_length: tokens of the longest text; None for other data.
     """
 
     name: str
@@ -56,3 +57,4 @@ class RunDescription:
     secret: bool
     dry_run: bool
     own_loop: bool = False
+    max_length: int | None = None

@@ -140,6 +140,7 @@ def describe(config: Config) -> RunDescription:
         seed=config.seed,
         secret=is_secret(config),
         dry_run=config.dry_run,
+        max_length=config.dataset.get("max_length"),
     )
 
 

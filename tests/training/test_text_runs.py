@@ -72,7 +72,8 @@ def test_a_classifier_of_tickets(command, tmp_path, bert, train):
         "model.pretrained_on=unknown",
         f"model.train={train}",
     )
-    trained(command, *write_classes(tmp_path), *model, "optimizer=dp_adam")
+    said = trained(command, *write_classes(tmp_path), *model, "optimizer=dp_adam").stdout
+    assert "texts of 12 tokens; shorter take less" in " ".join(said.replace("│", "").split())
     run = run_of(tmp_path)
     card = (run / "privacy_card.md").read_text()
     assert "| privacy unit | one ticket |" in card and f"{bert}, taken as trained on unknown" in card
