@@ -13,6 +13,7 @@ curvatures, a sixteenth of the coordinates sharp, the others a hundredth of that
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def predicted_gain(kernel: np.ndarray, a: float) -> float:
     return float(np.sqrt(np.square(comes_back).sum()))
 
 
-def measured_gain(make: Callable, a: float, size: int, seed: int) -> float:
+def measured_gain(make: Callable, size: int, seed: int, a: float) -> float:
     """Measure the same on an optimizer."""
     gain = float(np.sqrt(np.square(a * pushed(make, size, seed, a)).sum()))
     return gain if math.isfinite(gain) else math.inf
@@ -128,8 +129,8 @@ def main() -> None:
         make = VARIANTS[name]
         kernel = np.diff(pushed(make, 4 * arguments.size, arguments.seed), prepend=0.0)
         total, age = kernel.sum(), (np.arange(len(kernel)) * kernel).sum() / kernel.sum()
-        predicted = threshold(lambda a, kernel=kernel: predicted_gain(kernel, a))
-        found = threshold(lambda a, make=make: measured_gain(make, a, arguments.size, arguments.seed + 1))
+        predicted = threshold(partial(predicted_gain, kernel))
+        found = threshold(partial(measured_gain, make, arguments.size, arguments.seed + 1))
         rows.append((name, total, age, predicted * total, found * total))
         lines.append("| {} | {:.2f} | {:.1f} | {:.2f} | {:.2f} |".format(*rows[-1]))
         print(lines[-1], flush=True)
