@@ -10,7 +10,7 @@ from helpers import batch_of, make_plan
 from mixing import MIXING, Layer, data, network, step
 from torch import nn
 
-from dpopt.grad_sample import forward_check, gradient_check, losses, modes, rules, signature, snapshot, trial, validate
+from dpopt.grad_sample import forward_check, gradient_check, losses, modes, rules, snapshot, trial, validate, validated
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.privacy import private_gradient
 from dpopt.privacy.clipping import Flat
@@ -102,7 +102,7 @@ def validated_once(patch):
 
 
 def modes_unseen(patch):
-    patch.setattr(signature, "_structure", lambda model, written: tuple(model.modules()))
+    patch.setattr(validated, "_parts", lambda model, written: tuple(model.modules()))
 
 
 def check_pads_prove_nothing():
