@@ -1,8 +1,8 @@
 """Datasets by name. A `DataSpec` says what a dataset is before any file is read, so that a plan needs no files.
 
-`load` reads the files: digits ship with scikit-learn; CIFAR and Fashion-MNIST come through torchvision, downloaded
-where the network allows; ImageNet is a folder tree. Training and test sets are what the authors of the data made them,
-except digits, of which a fixed fifth is the test set.
+`load` reads the files: digits ship with scikit-learn; CIFAR, MNIST and Fashion-MNIST come through torchvision,
+downloaded where the network allows; ImageNet is a folder tree. Training and test sets are what the authors of the data
+made them, except digits, of which a fixed fifth is the test set.
 """
 
 import re
@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from dpopt.data.image_files import open_folder
 from dpopt.data.inputs import CIFAR10, CIFAR100, FASHION_MNIST, CroppedImages, FixedImages
 from dpopt.data.items import Expected
-from dpopt.data.scattering import VERSION, scatter, scattering_channels
 from dpopt.data.sources import MapSource, TensorSource
-from dpopt.files import one_process, replace_durably
+from dpopt.files import one_process
 from dpopt.rng import RandomKey
 
 Loaded = tuple[Any, Any]  # train and test, as Sources or as anything that `dpopt.data.sources.as_source` accepts
@@ -102,17 +100,24 @@ def digits() -> DataSpec:
     return DataSpec("digits", 1437, 10, (1, 8, 8), load, constants, "digits, optdigits", inputs=inputs)
 
 
-def fashion_mnist(augment: bool = False) -> DataSpec:
+def mnist(augment: bool = False, normalize: bool = True) -> DataSpec:
+    """MNIST (LeCun et al., 1998): 60,000 + 10,000 grey images of digits, 28×28.
+
+    Args:
+        augment: shift by up to two pixels.
+        normalize: by the published mean and deviation; else pixels lie between 0 and 1.
+    """
+    return _gray("MNIST", (0.1307, 0.3081), 2 if augment else 0, False, normalize, [str(digit) for digit in range(10)])
+
+
+def fashion_mnist(augment: bool = False, normalize: bool = True) -> DataSpec:
     """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey images of 28×28.
 
     Args:
         augment: shift by up to two pixels and mirror.
+        normalize: by the published mean and deviation; else pixels lie between 0 and 1.
     """
-    crop = 2 if augment else 0
-    inputs = FixedImages((28, 28), (0.2860,), (0.3530,))
-    load = _torchvision("FashionMNIST", inputs, crop, augment)
-    constants = normalization(inputs.mean, inputs.std, "published for Fashion-MNIST")
-    return DataSpec("fashion_mnist", 60_000, 10, (1, 28, 28), load, constants, inputs=inputs, class_names=FASHION_MNIST)
+    return _gray("FashionMNIST", (0.2860, 0.3530), 2 if augment else 0, augment, normalize, FASHION_MNIST)
 
 
 def cifar10(augment: bool = True, image_size: int = 32) -> DataSpec:
@@ -128,50 +133,6 @@ def cifar10(augment: bool = True, image_size: int = 32) -> DataSpec:
 def cifar100(augment: bool = True, image_size: int = 32) -> DataSpec:
     """CIFAR-100 (Krizhevsky, 2009): as CIFAR-10, with 100 classes."""
     return _cifar("CIFAR100", CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), augment, image_size)
-
-
-def cifar10_scattering(groups: int = 27) -> DataSpec:
-    """CIFAR-10 as scattering features (J = 2, 8 orientations), each example normalized over groups of channels.
-
-    The features, 1.9 GB in half precision, are computed once, kept next to the images, and read from there by all
-    processes; they depend on one example each, so they cost no privacy. Setting: Tramèr & Boneh, 2011.11660.
-
-    Args:
-        groups: number of groups of channels.
-    """
-    images = cifar10(augment=False)
-    side = images.shape[1] // 4
-    load = _features(images, f"scattering_v{VERSION}_{groups}", lambda _: lambda x: F.group_norm(scatter(x), groups))
-    constants = f"{images.constants}; then each example by its own groups of channels"
-    return DataSpec(
-        "cifar10_scattering", 50_000, 10, (scattering_channels(3), side, side), load, constants, images.collection
-    )
-
-
-def cifar10_squeezenet(weights: str = "squeezenet1_1.safetensors", image_size: int = 96) -> DataSpec:
-    """CIFAR-10 as the 512 averages of SqueezeNet 1.1's last map, each example normalized to mean 0 and variance 1.
-
-    The features are computed once and kept next to the images. They depend on one example each, so they cost no
-    privacy; what the weights were trained on is not covered by ε.
-
-    Args:
-        weights: file of a state dict in the data folder, or its path (`dpopt.models.squeezenet`).
-        image_size: pixels that images are resized to.
-    """
-    images = cifar10(augment=False, image_size=image_size)
-
-    def network(data_dir: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-        from dpopt.models import squeezenet
-
-        features = squeezenet(weights=str(data_dir / weights))[:-1]  # type: ignore[index]
-        return lambda x: F.layer_norm(features.to(x.device)(x), (512,))[:, :, None, None]
-
-    load = _features(images, f"squeezenet_{Path(weights).stem}_{image_size}", network)
-    constants = (
-        f"{images.constants}; then features of SqueezeNet 1.1 ({Path(weights).name}, taken as trained on ImageNet, "
-        "which ε does not cover), each example by its own mean and variance"
-    )
-    return DataSpec("cifar10_squeezenet", 50_000, 10, (512, 1, 1), load, constants, images.collection)
 
 
 def imagenet(
@@ -232,51 +193,6 @@ def imagenet(
     return DataSpec(Path(folder).name, train_size, classes, shape, load, constants, collection, inputs=inputs)
 
 
-def _features(
-    images: DataSpec, name: str, network: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]
-) -> Callable[[Path, torch.device, int], Loaded]:
-    """Load features of images, which the first process computes and all read from a file, in half precision."""
-
-    def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
-        path = data_dir / f"{images.name}_{name}.pt"
-        if not path.exists():
-            sources = images.load(data_dir, device, workers)  # not under the lock, which a download takes, too
-
-            @torch.no_grad()
-            def features() -> dict[str, torch.Tensor]:
-                take, found = network(data_dir), dict[str, torch.Tensor]()
-                for part, source in zip(("train", "test"), sources, strict=True):
-                    pieces = [take(x).half().cpu() for x, _ in source.plain(128)]
-                    found |= {part: torch.cat(pieces), f"{part}_targets": source.targets.cpu()}
-                return found
-
-            _make_once(path, features)
-        parts = _read(path)
-        train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
-        return train, test
-
-    return load
-
-
-def _make_once(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
-    """Write tensors to a file; of several processes the first one does, and the others wait."""
-    with one_process(path.parent):
-        if not path.exists():
-            print(f"computing {path}: once, some minutes on a CPU", flush=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            torch.save(make(), temporary)
-            replace_durably(temporary, path)
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors from a file, whose pages are shared between processes."""
-    try:
-        tensors: dict[str, torch.Tensor] = torch.load(path, mmap=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: delete it, and it is computed again") from error
-    return tensors
-
-
 def _cifar(
     name: str,
     classes: Sequence[str],
@@ -291,6 +207,18 @@ def _cifar(
     shape = (3, image_size, image_size)
     name = name.lower()
     return DataSpec(name, 50_000, len(classes), shape, load, constants, name, inputs=inputs, class_names=classes)
+
+
+def _gray(
+    name: str, moments: tuple[float, float], crop: int, flip: bool, normalize: bool, classes: Sequence[str]
+) -> DataSpec:
+    """Describe images of MNIST's kind, of a class of torchvision."""
+    mean, std = moments if normalize else (0.0, 1.0)
+    inputs = FixedImages((28, 28), (mean,), (std,))
+    shown = "fashion_mnist" if name == "FashionMNIST" else "mnist"
+    constants = normalization(inputs.mean, inputs.std, f"published for {name}") if normalize else "pixels in [0, 1]"
+    load = _torchvision(name, inputs, crop, flip)
+    return DataSpec(shown, 60_000, 10, (1, 28, 28), load, constants, shown, inputs=inputs, class_names=classes)
 
 
 def _torchvision(name: str, inputs: FixedImages, crop: int, flip: bool) -> Callable[[Path, torch.device, int], Loaded]:

@@ -10,6 +10,7 @@ from dpopt.models.linear import linear
 from dpopt.models.nf_resnet import nf_resnet50
 from dpopt.models.resnet import resnet18, resnet50
 from dpopt.models.squeezenet import squeezenet
+from dpopt.models.tanh_cnn import tanh_cnn
 from dpopt.models.transformer import transformer
 from dpopt.models.vit import vit
 from dpopt.models.wrn import wrn_16_4, wrn_40_4
@@ -25,6 +26,7 @@ __all__ = [
     "resnet18",
     "resnet50",
     "squeezenet",
+    "tanh_cnn",
     "transformer",
     "vit",
     "wrn_16_4",

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from dpopt import data
+from dpopt.data.scattering import scatter
 
 
 def load(spec, tmp_path, workers=0):
@@ -33,14 +35,16 @@ def test_cifar10(cifar_dir):
     assert train.crop == 4 and train.flip and not (test.crop or test.flip)
 
 
-@pytest.mark.parametrize("spec", [data.cifar10(), data.cifar100(), data.fashion_mnist()], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec", [data.cifar10(), data.cifar100(), data.mnist(), data.fashion_mnist()], ids=lambda s: s.name
+)
 def test_missing_files_are_explained(spec, tmp_path, monkeypatch):
     import torchvision.datasets
 
     def refuse(self):
         raise OSError("no network")
 
-    for name in ("CIFAR10", "FashionMNIST"):
+    for name in ("CIFAR10", "MNIST"):  # CIFAR-100 and Fashion-MNIST inherit from them
         monkeypatch.setattr(getattr(torchvision.datasets, name), "download", refuse)
     with pytest.raises(FileNotFoundError, match="put its files there, or set data_dir"):
         load(spec, tmp_path)
@@ -49,18 +53,28 @@ def test_missing_files_are_explained(spec, tmp_path, monkeypatch):
     assert not (tmp_path / "not" / "there").exists() and not any(p.suffix == ".lock" for p in tmp_path.iterdir())
 
 
-def test_fashion_mnist_from_files(tmp_path):
-    """Four tiny files in the original format stand for the real ones."""
-    raw = tmp_path / "FashionMNIST" / "raw"
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_gray_images_from_files(tmp_path, name, folder):
+    """Four tiny files in the original format stand for the real ones; scattering features are computed of them."""
+    raw = tmp_path / folder / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 6), ("t10k", 4)):
         images = torch.arange(count * 28 * 28).remainder(256).to(torch.uint8)
         header = b"\x00\x00\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + bytes(images.tolist()))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01" + count.to_bytes(4, "big") + bytes(count))
-    train, test = load(data.fashion_mnist(augment=True), tmp_path)
+    train, test = load(getattr(data, name)(augment=True), tmp_path)
     assert len(train) == 6 and len(test) == 4 and next(train.plain(6))[0].shape == (6, 1, 28, 28)
-    assert train.crop == 2 and test.crop == 0
+    assert train.crop == 2 and test.crop == 0 and train.flip == (name == "fashion_mnist")  # digits are not mirrored
+    plain = getattr(data, name)(normalize=False)
+    pixels = next(load(plain, tmp_path)[0].plain(6))[0]
+    assert pixels.min() == 0 and pixels.max() == 1 and plain.constants == "pixels in [0, 1]"
+    for groups in (27, None):
+        spec = getattr(data, f"{name}_scattering")(groups)
+        features = next(load(spec, tmp_path)[0].plain(6))[0].float()
+        expected = scatter(pixels) if groups is None else F.group_norm(scatter(pixels), groups)
+        assert spec.shape == (81, 7, 7) and torch.allclose(features, expected, atol=4e-3)
+        assert ("by its own groups" in spec.constants) == bool(groups) and spec.name == f"{name}_scattering"
 
 
 @pytest.fixture
@@ -112,9 +126,9 @@ def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
     ]
     loads = []
     spec = data.DataSpec("cifar10", 8, 10, (3, 32, 32), lambda *_: loads.append(1) or tuple(parts))
-    monkeypatch.setattr(data.datasets, "cifar10", lambda augment: spec)
+    monkeypatch.setattr(data.features, "cifar10", lambda augment: spec)
     features = data.cifar10_scattering()
-    assert features.shape == (243, 8, 8) and features.train_size == 50_000
+    assert features.shape == (243, 8, 8) and features.train_size == 8
     for _ in range(2):
         train, test = load(features, tmp_path)
         assert len(loads) == 1 and len(train) == 8 and len(test) == 4
@@ -136,7 +150,7 @@ def test_features_of_a_network_are_computed_once(tmp_path, monkeypatch):
     pictures = torch.randint(256, (6, 3, 48, 48), dtype=torch.uint8)
     part = TensorSource(pictures, torch.arange(6), (0.5,) * 3, (0.2,) * 3)
     spec = data.DataSpec("cifar10", 6, 10, (3, 48, 48), lambda *_: (part, part))
-    monkeypatch.setattr(data.datasets, "cifar10", lambda augment, image_size: spec)
+    monkeypatch.setattr(data.features, "cifar10", lambda augment, image_size: spec)
     features = data.cifar10_squeezenet(image_size=48)
     assert features.shape == (512, 1, 1) and "trained on ImageNet, which ε does not cover" in features.constants
     train, _ = load(features, tmp_path)

@@ -1,10 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import save_file
 from text_models import BERT
 
 from dpopt import models
+from dpopt.config.schema import CONF
 from dpopt.grad_sample.engine import per_example_gradients
 from dpopt.grad_sample.model_check import check_model
 from dpopt.models.layers import StandardizedConv2d
@@ -24,6 +26,7 @@ def count(model):
         (models.nf_resnet50, 1000, 25_503_928),
         (models.cnn, 10, 21_578),
         (models.cnn5, 10, 411_466),
+        (models.tanh_cnn, 10, 26_010),
         (models.linear, 10, 7_850),
         (models.squeezenet, 10, 722_496 + 5_130),
     ],
@@ -36,6 +39,31 @@ def test_parameter_counts(make, classes, expected):
 def test_deit_parameter_counts(size, expected):
     """Touvron et al. give 5 M, 22 M and 86 M."""
     assert count(getattr(models, f"deit_{size}")(pretrained=False)) == expected
+
+
+@pytest.mark.parametrize(
+    "name, shape, expected",
+    [
+        ("tanh_cnn_28", (1, 28), 26_010),
+        ("tanh_cnn_32", (3, 32), 550_570),
+        ("scattering_cnn_28", (81, 7), 33_066),
+        ("scattering_cnn_32", (243, 8), 187_210),
+    ],
+)
+def test_parameter_counts_of_networks_with_tanh(name, shape, expected):
+    """2007.14191 states 26,010, 2011.11660 states 187K; the comment of each file says what it is."""
+    text = (CONF / "model" / f"{name}.yaml").read_text()
+    node = yaml.safe_load(text)
+    model = models.tanh_cnn(10, *shape, layers=node["layers"], hidden=node["hidden"])
+    assert count(model) == expected and f"{expected:,} parameters" in text
+    per_example_gradients(model, F.cross_entropy, torch.randn(2, 1, *shape, shape[1]), torch.tensor([0, 1]))
+
+
+def test_networks_with_tanh_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"images of 4 pixels are too small .*: drop one"):
+        models.tanh_cnn(image_size=4, layers=[[16, 8, 2, 0]])
+    with pytest.raises(ValueError, match=r"the layer \[2, 2, 2\] must have four numbers"):
+        models.tanh_cnn(layers=[[2, 2, 2]])
 
 
 def test_standardized_convolution_by_hand():
