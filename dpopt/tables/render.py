@@ -154,7 +154,10 @@ def latex(caption: str, head: list[str], lines: list[list[str]]) -> str:
 
 
 def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
-    """Check that a published number has our dataset, model, N, ε and δ."""
+    """Check that a published number has our dataset, model, N, δ and ε, and what else it states of a plan.
+
+    One that states its noise has it instead of ε, which depends on the accountant.
+    """
     config = jobs[0].config
     train_size = make_task(config).spec.train_size
     ours = {
@@ -164,7 +167,10 @@ def agrees(published: dict[str, Any], jobs: list[Job]) -> bool:
         "epsilon": config.epsilon,
         "delta": config.delta if config.private else None,
     }
-    return all(published[key] == value for key, value in ours.items())
+    plan = {key: getattr(config, key) for key in ("noise_multiplier", "batch_size", "steps") if key in published}
+    if "noise_multiplier" in plan:
+        del ours["epsilon"]
+    return all(published[key] == value for key, value in (ours | plan).items())
 
 
 def compare_published(published: list[dict[str, Any]], cells: Cells) -> list[list[str]]:

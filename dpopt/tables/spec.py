@@ -37,6 +37,7 @@ COLUMNS = {
     "eps3": "ε = 3",
     "eps7": "ε = 7",
     "eps8": "ε = 8",
+    "fixed_noise": "σ given",
     "noiseless": "ε = ∞ (clipped)",
     "none": "not private",
 }
