@@ -111,6 +111,10 @@ def clients(
     base: DataSpec = getattr(import_module(module), name)(**(options or {}))
     if clients < 1 or per_client < 1 or (alpha is not None and not alpha > 0):
         raise ValueError(f"clients={clients}, per_client={per_client} and alpha={alpha} must be positive")
+    if base.statistics:
+        raise ValueError(
+            f"{base.name} releases statistics in which an example is protected, not a client: drop options.statistics"
+        )
 
     def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
         train, test = base.load(data_dir, device, workers)

@@ -5,6 +5,7 @@ downloaded where the network allows; ImageNet is a folder tree. Training and tes
 made them, except digits, of which a fixed fifth is the test set.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class DataSpec:
         related: whether records are grouped by what other records hold, so that a hold-out by content depends on them.
         inputs: makes the model's inputs of raw ones (`dpopt.data.inputs`); None where that is not known.
         class_names: of the classes in their order, public; empty to number them, or for the names of class folders.
+        statistics: of channels, that a private run releases and standardizes inputs by
+            (`dpopt.privacy.statistics`); None for none.
     """
 
     name: str
@@ -61,11 +64,35 @@ class DataSpec:
     related: bool = False
     inputs: Any = None
     class_names: Sequence[str] = ()
+    statistics: "ChannelStatistics | None" = None
 
     @property
     def expected(self) -> Expected:
         """What every example has to be."""
         return Expected(tuple(self.shape), self.classes or None)
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """How means and deviations of channels are released (`dpopt.privacy.statistics`).
+
+    Attributes:
+        noise_multiplier: σ of means and squares together; two releases of σ√2 each are the same.
+        mean_norm: M, public: taken from other data.
+        square_norm: S, public.
+
+    Raises:
+        ValueError: for a number that is not positive.
+    """
+
+    noise_multiplier: float
+    mean_norm: float
+    square_norm: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"statistics.{name}={value} must be a positive number")
 
 
 def looks_like_imagenet(name: str) -> bool:

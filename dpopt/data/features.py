@@ -4,46 +4,50 @@ They are computed once, kept next to the images in half precision, and read from
 one example each, so they cost no privacy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from dpopt.data.datasets import DataSpec, Loaded, cifar10, fashion_mnist, mnist
+from dpopt.data.datasets import ChannelStatistics, DataSpec, Loaded, cifar10, fashion_mnist, mnist
 from dpopt.data.scattering import VERSION, scatter, scattering_channels
 from dpopt.data.sources import TensorSource
 from dpopt.files import one_process, replace_durably
 
 
-def cifar10_scattering(groups: int | None = 27) -> DataSpec:
+def cifar10_scattering(groups: int | None = 27, statistics: Mapping[str, float] | None = None) -> DataSpec:
     """CIFAR-10 as scattering features (J = 2, 8 orientations), each example normalized over groups of channels.
 
     1.9 GB. Setting: Tramèr & Boneh, 2011.11660.
 
     Args:
         groups: number of groups of channels; null leaves the features as they are.
+        statistics: releases means and deviations of the channels with noise, in ε, and standardizes by them: the
+            arguments of `ChannelStatistics`; null for none.
     """
-    return _scattering(cifar10(augment=False), groups)
+    return _scattering(cifar10(augment=False), groups, statistics)
 
 
-def mnist_scattering(groups: int | None = 27) -> DataSpec:
+def mnist_scattering(groups: int | None = 27, statistics: Mapping[str, float] | None = None) -> DataSpec:
     """MNIST as scattering features of pixels between 0 and 1; otherwise as `cifar10_scattering`. 0.6 GB.
 
     Args:
         groups: number of groups of channels; null leaves the features as they are.
+        statistics: see `cifar10_scattering`.
     """
-    return _scattering(mnist(normalize=False), groups)
+    return _scattering(mnist(normalize=False), groups, statistics)
 
 
-def fashion_mnist_scattering(groups: int | None = 27) -> DataSpec:
+def fashion_mnist_scattering(groups: int | None = 27, statistics: Mapping[str, float] | None = None) -> DataSpec:
     """Fashion-MNIST as scattering features of pixels between 0 and 1; otherwise as `cifar10_scattering`. 0.6 GB.
 
     Args:
         groups: number of groups of channels; null leaves the features as they are.
+        statistics: see `cifar10_scattering`.
     """
-    return _scattering(fashion_mnist(normalize=False), groups)
+    return _scattering(fashion_mnist(normalize=False), groups, statistics)
 
 
 def cifar10_squeezenet(weights: str = "squeezenet1_1.safetensors", image_size: int = 96) -> DataSpec:
@@ -71,7 +75,7 @@ def cifar10_squeezenet(weights: str = "squeezenet1_1.safetensors", image_size: i
     return DataSpec("cifar10_squeezenet", 50_000, 10, (512, 1, 1), load, constants, images.collection)
 
 
-def _scattering(images: DataSpec, groups: int | None) -> DataSpec:
+def _scattering(images: DataSpec, groups: int | None, statistics: Mapping[str, float] | None) -> DataSpec:
     """Describe scattering features of images in memory."""
     channels, side = scattering_channels(images.shape[0]), images.shape[-1] // 4
 
@@ -80,6 +84,7 @@ def _scattering(images: DataSpec, groups: int | None) -> DataSpec:
 
     load = _features(images, f"scattering_v{VERSION}_{groups or 'raw'}", features)
     constants = images.constants + ("; then each example by its own groups of channels" if groups else "")
+    constants += "; then channels by their means and deviations, released with noise, in ε" if statistics else ""
     return replace(
         images,
         name=f"{images.name}_scattering",
@@ -87,6 +92,7 @@ def _scattering(images: DataSpec, groups: int | None) -> DataSpec:
         load=load,
         constants=constants,
         inputs=None,
+        statistics=ChannelStatistics(**statistics) if statistics else None,
     )
 
 

@@ -41,7 +41,12 @@ def _interval(noise_multiplier: float, grid: float) -> float:
 
 @lru_cache(maxsize=4096)
 def compute_epsilon(
-    noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: str = "pld"
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    accountant: str = "pld",
+    statistics_noise: float = 0.0,
 ) -> float:
     """Return ε after `steps` steps at the given δ.
 
@@ -51,6 +56,7 @@ def compute_epsilon(
         steps: number of steps taken, empty batches included.
         delta: the δ of (ε, δ).
         accountant: `pld`, `rdp` or `prv`.
+        statistics_noise: noise multiplier of one release of all examples before the steps; 0 for none.
 
     Raises:
         ValueError: for an unknown accountant, or one that cannot answer here.
@@ -58,7 +64,7 @@ def compute_epsilon(
     if accountant not in ACCOUNTANTS:
         raise ValueError(f"unknown accountant {accountant!r}: use one of {', '.join(ACCOUNTANTS)}")
     if steps == 0:
-        return 0.0
+        return compute_epsilon(statistics_noise, 1.0, 1, delta, accountant) if statistics_noise else 0.0
     if noise_multiplier == 0:
         return math.inf
     if accountant == "pld":
@@ -67,8 +73,9 @@ def compute_epsilon(
                 f"accountant=pld is exact for delta above {PLD_DELTA:g} only, not for {delta:g}, where rounding "
                 "decides: set accountant=rdp"
             )
-        return _pld_epsilon(noise_multiplier, sample_rate, steps, delta, _PLD_GRID)
-    if accountant == "prv" and compute_epsilon(noise_multiplier, sample_rate, steps, delta, "rdp") > _PRV_EPSILON:
+        return _pld_epsilon(noise_multiplier, sample_rate, steps, delta, _PLD_GRID, statistics_noise)
+    others = (delta, "rdp", statistics_noise)
+    if accountant == "prv" and compute_epsilon(noise_multiplier, sample_rate, steps, *others) > _PRV_EPSILON:
         raise ValueError(
             f"accountant=prv takes gigabytes of memory for an epsilon above {_PRV_EPSILON}: set accountant=pld or rdp"
         )
@@ -80,50 +87,77 @@ def compute_epsilon(
             divergences = rdp.compute_rdp(
                 q=sample_rate, noise_multiplier=noise_multiplier, steps=steps, orders=_RDP_ORDERS
             )
+            if statistics_noise:
+                divergences += rdp.compute_rdp(q=1.0, noise_multiplier=statistics_noise, steps=1, orders=_RDP_ORDERS)
             return max(0.0, float(rdp.get_privacy_spent(orders=_RDP_ORDERS, rdp=divergences, delta=delta)[0]))
         from opacus.accountants import PRVAccountant
 
         prv = PRVAccountant()
-        prv.history = [(noise_multiplier, sample_rate, steps)]
+        prv.history = [(noise_multiplier, sample_rate, steps)] + [(statistics_noise, 1.0, 1)] * bool(statistics_noise)
         return float(prv.get_epsilon(delta=delta))
 
 
-def _pld_epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, grid: float) -> float:
-    one_step = _one_step_pld(noise_multiplier, sample_rate, grid)
-    return float(one_step.self_compose(steps).get_epsilon_for_delta(delta))
+def _pld_epsilon(
+    noise_multiplier: float, sample_rate: float, steps: int, delta: float, grid: float, statistics_noise: float
+) -> float:
+    composed = _composed_pld(noise_multiplier, sample_rate, steps, grid, statistics_noise)
+    return float(composed.get_epsilon_for_delta(delta))
+
+
+def _composed_pld(noise_multiplier: float, sample_rate: float, steps: int, grid: float, statistics_noise: float) -> Any:
+    if not statistics_noise:
+        return _one_step_pld(noise_multiplier, sample_rate, grid).self_compose(steps)
+    interval = max(_interval(noise, grid) for noise in (noise_multiplier, statistics_noise))  # both on one grid
+    taken = _one_step(noise_multiplier, sample_rate, interval).self_compose(steps)
+    return taken.compose(_one_step(statistics_noise, 1.0, interval))
 
 
 @lru_cache(maxsize=64)
-def distinguishing_advantage(noise_multiplier: float, sample_rate: float, steps: int) -> float:
+def distinguishing_advantage(
+    noise_multiplier: float, sample_rate: float, steps: int, statistics_noise: float = 0.0
+) -> float:
     """Bound T − F of whoever guesses whether a record was there, by the whole loss distribution: δ at ε = 0."""
+    if not steps and statistics_noise:
+        return distinguishing_advantage(statistics_noise, 1.0, 1)
     if not steps or not noise_multiplier:
         return float(bool(steps))
-    composed = _one_step_pld(noise_multiplier, sample_rate, _PLD_GRID).self_compose(steps)
+    composed = _composed_pld(noise_multiplier, sample_rate, steps, _PLD_GRID, statistics_noise)
     return min(1.0, float(composed.get_delta_for_epsilon(0.0)))
 
 
 def recipe(
-    noise_multiplier: float, batch_size: float, dataset_size: int, steps: int, delta: float, accountant: str
+    noise_multiplier: float,
+    batch_size: float,
+    dataset_size: int,
+    steps: int,
+    delta: float,
+    accountant: str,
+    statistics_noise: float = 0.0,
 ) -> str:
     """Write Python that computes ε by the accountant's library alone."""
-    rate, noise = f"{batch_size} / {dataset_size}", repr(noise_multiplier)
+    rate, noise, before = f"{batch_size} / {dataset_size}", repr(noise_multiplier), repr(statistics_noise)
     if accountant == "pld":
-        grid = _interval(noise_multiplier, _PLD_GRID)
+        grid = pld_grid(noise_multiplier, statistics_noise)
+        first = f"first = from_gaussian_mechanism({before}, value_discretization_interval={grid!r})\n"
+        composed = f"step.self_compose({steps})" + ".compose(first)" * bool(statistics_noise)
         return (
             "from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism\n"
             f"step = from_gaussian_mechanism({noise}, value_discretization_interval={grid!r}, sampling_prob={rate})\n"
-            f"print(step.self_compose({steps}).get_epsilon_for_delta({delta!r}))"
+            f"{first if statistics_noise else ''}print({composed}.get_epsilon_for_delta({delta!r}))"
         )
     if accountant == "rdp":
+        first = f"spent += rdp.compute_rdp(q=1, noise_multiplier={before}, steps=1, orders=orders)\n"
         return (
             "from opacus.accountants.analysis import rdp\n"
             "orders = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [2**k for k in range(6, 13)]\n"
             f"spent = rdp.compute_rdp(q={rate}, noise_multiplier={noise}, steps={steps}, orders=orders)\n"
+            f"{first if statistics_noise else ''}"
             f"print(rdp.get_privacy_spent(orders=orders, rdp=spent, delta={delta!r})[0])"
         )
+    first = f", ({before}, 1, 1)" if statistics_noise else ""
     return (
         "from opacus.accountants import PRVAccountant\n"
-        f"accountant = PRVAccountant()\naccountant.history = [({noise}, {rate}, {steps})]\n"
+        f"accountant = PRVAccountant()\naccountant.history = [({noise}, {rate}, {steps}){first}]\n"
         f"print(accountant.get_epsilon(delta={delta!r}))"
     )
 
@@ -178,8 +212,15 @@ def check_budget(
         )
 
 
-def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float, accountant: str = "pld") -> float:
-    """Find the noise multiplier that spends `epsilon` in `steps` steps.
+def calibrate_noise(
+    epsilon: float,
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    accountant: str = "pld",
+    statistics_noise: float = 0.0,
+) -> float:
+    """Find the noise multiplier that spends `epsilon` in `steps` steps, after a release with `statistics_noise`.
 
     What it spends lies in [ε(1 − 1e-4), ε].
 
@@ -188,6 +229,11 @@ def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float
     """
 
     compute_epsilon(1.0, sample_rate, 1, delta, accountant)  # or refused: the search below would hide why
+    if statistics_noise and (first := compute_epsilon(statistics_noise, 1.0, 1, delta, accountant)) >= epsilon:
+        raise ValueError(
+            f"the statistics alone cost epsilon={first:.4g} of {epsilon:g}: raise their noise multiplier, "
+            f"{statistics_noise:g}, or epsilon"
+        )
 
     def solve(epsilon_of: Callable[[float], float], tolerance: float, guess: float | None = None) -> float:
         def excess(log_noise: float) -> float:
@@ -199,10 +245,11 @@ def calibrate_noise(epsilon: float, sample_rate: float, steps: int, delta: float
 
     try:
         # Rényi accounting costs milliseconds and a coarse grid a tenth of a fine one: they say where to look.
-        guess = solve(lambda noise: compute_epsilon(noise, sample_rate, steps, delta, "rdp"), 1e-3)
+        fixed, first = (sample_rate, steps, delta), statistics_noise
+        guess = solve(lambda noise: compute_epsilon(noise, *fixed, "rdp", first), 1e-3)
         if accountant == "pld":
-            guess = solve(lambda noise: _pld_epsilon(noise, sample_rate, steps, delta, 10 * _PLD_GRID), 1e-5, guess)
-        return math.exp(solve(lambda noise: compute_epsilon(noise, sample_rate, steps, delta, accountant), 4e-5, guess))
+            guess = solve(lambda noise: _pld_epsilon(noise, *fixed, 10 * _PLD_GRID, first), 1e-5, guess)
+        return math.exp(solve(lambda noise: compute_epsilon(noise, *fixed, accountant, first), 4e-5, guess))
     except ArithmeticError:
         raise ValueError(
             f"no noise multiplier in [{NOISE_LIMITS[0]:g}, {NOISE_LIMITS[1]:g}] gives epsilon={epsilon:g} at "
@@ -249,10 +296,12 @@ def calibrate_steps(
     return low
 
 
-def gdp_mu(noise_multiplier: float, sample_rate: float, steps: int) -> float:
+def gdp_mu(noise_multiplier: float, sample_rate: float, steps: int, statistics_noise: float = 0.0) -> float:
     """μ of the central-limit approximation by Gaussian DP (Bu et al., 2020): for orientation, not a guarantee."""
     if noise_multiplier == 0:
         return math.inf
+    if statistics_noise:
+        return math.hypot(1 / statistics_noise, gdp_mu(noise_multiplier, sample_rate, steps))
     if sample_rate == 1:  # exact
         return math.sqrt(steps) / noise_multiplier
     return sample_rate * math.sqrt(steps * math.expm1(min(noise_multiplier**-2, 700)))
@@ -288,6 +337,6 @@ def _root(
     raise ArithmeticError("no root in the interval")
 
 
-def pld_grid(noise_multiplier: float) -> float:
+def pld_grid(noise_multiplier: float, statistics_noise: float = 0.0) -> float:
     """Return the spacing of the loss distributions that `compute_epsilon` composes."""
-    return _interval(noise_multiplier, _PLD_GRID)
+    return max(_interval(noise, _PLD_GRID) for noise in (noise_multiplier, statistics_noise or noise_multiplier))

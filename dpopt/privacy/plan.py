@@ -33,6 +33,8 @@ class PrivacyPlan:
         key: the key of sampling, augmentation and noise; secret, from the operating system, unless a seed is given.
         allow_large_delta: accept a δ of 1/N or more, which permits publishing an example outright.
         mechanism: how noise is correlated over steps, and the sampler; one of `dpopt.mechanisms`.
+        statistics_noise: noise multiplier of the channel statistics that are released before the first step
+            (`dpopt.privacy.statistics`); 0 for none. They are in ε.
     """
 
     noise_multiplier: float
@@ -45,6 +47,7 @@ class PrivacyPlan:
     key: RandomKey = field(default_factory=RandomKey.from_os, repr=False, compare=False)
     allow_large_delta: bool = field(default=False, compare=False)
     mechanism: Mechanism = INDEPENDENT
+    statistics_noise: float = 0.0
 
     relation: ClassVar[str] = "add_or_remove_one"
 
@@ -55,6 +58,8 @@ class PrivacyPlan:
         low, high = accounting.NOISE_LIMITS
         good = self.noise_multiplier == 0 or low <= self.noise_multiplier <= high
         _check("noise_multiplier", self.noise_multiplier, good, f"between {low:g} and {high:g}, or 0 for no noise")
+        good = self.statistics_noise == 0 or low <= self.statistics_noise <= high
+        _check("statistics_noise", self.statistics_noise, good, f"between {low:g} and {high:g}, or 0 for no statistics")
         if not 1 <= self.batch_size <= self.dataset_size:
             raise ValueError(
                 f"batch_size={self.batch_size:,} must lie between 1 and the {self.dataset_size:,} training examples: "
@@ -98,6 +103,7 @@ class PrivacyPlan:
         seed: int | None = None,
         allow_large_delta: bool = False,
         mechanism: Mechanism = INDEPENDENT,
+        statistics_noise: float = 0.0,
     ) -> "PrivacyPlan":
         """Make the plan from two of (ε, σ, T) and derive the third.
 
@@ -115,6 +121,7 @@ class PrivacyPlan:
                 seeds share their noise: take a seed per training. Without one the plan serves one training.
             allow_large_delta: accept a δ of 1/N or more.
             mechanism: `dpopt.mechanisms.BandMF(bands=8)`, say.
+            statistics_noise: noise multiplier of one release of all examples before the first step.
 
         Returns:
             A plan with target·(1 − 1e-4) ≤ ε ≤ target when σ was derived, and ε(T) ≤ target < ε(T + 1) when T was.
@@ -132,6 +139,7 @@ class PrivacyPlan:
         length = accounting.MAX_STEPS if steps is None else steps
         record = (dataset_size, batch_size, length, delta, accountant, count_noise)
         plan = cls(noise_multiplier or 0.0, *record, allow_large_delta=allow_large_delta, mechanism=mechanism)
+        plan = replace(plan, statistics_noise=statistics_noise)
         if epsilon is not None:
             plan = plan._calibrated(epsilon, noise_multiplier, steps)
         if seed is not None:
@@ -144,7 +152,8 @@ class PrivacyPlan:
             self._check_delta()
         if noise_multiplier is None and math.isfinite(epsilon):
             sensitivity, rate, count = self.mechanism.composition(self.sample_rate, self.steps)
-            found = accounting.calibrate_noise(epsilon, rate, count, self.delta, self.accountant)
+            others = (self.delta, self.accountant, self.statistics_noise)
+            found = accounting.calibrate_noise(epsilon, rate, count, *others)
             return replace(self, noise_multiplier=sensitivity * found)
         if steps is None:
             if not noise_multiplier or math.isinf(epsilon):
@@ -195,7 +204,8 @@ class PrivacyPlan:
 
         The plan's accountant does it unless another one is named.
         """
-        return accounting.compute_epsilon(*self.composed(step), self.delta, accountant or self.accountant)
+        others = (self.delta, accountant or self.accountant, self.statistics_noise)
+        return accounting.compute_epsilon(*self.composed(step), *others)
 
     def composed(self, step: int) -> tuple[float, float, int]:
         """Return noise multiplier, sample rate and number of the Gaussians that `step` steps compose."""
@@ -221,8 +231,9 @@ class PrivacyPlan:
         del values["key"], values["mechanism"]
         if self.mechanism != INDEPENDENT:
             values["mechanism"] = self.mechanism.to_dict(self.steps)
-        if not values["allow_large_delta"]:  # results of earlier versions do not have it
-            del values["allow_large_delta"]
+        for name in ("allow_large_delta", "statistics_noise"):  # results of earlier versions do not have them
+            if not values[name]:
+                del values[name]
         return values | {"sample_rate": self.sample_rate, "relation": self.relation, "sampler": self.sampler}
 
 

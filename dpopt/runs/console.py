@@ -76,11 +76,12 @@ def say(text: str, style: str = "") -> None:
 
 def _noise_rows(about: RunDescription, plan: PrivacyPlan, clip: ClipRule) -> list[tuple[str, str]]:
     """Describe noise and accounting of a run that has noise."""
-    mu = gdp_mu(*plan.composed(plan.steps))
+    mu = gdp_mu(*plan.composed(plan.steps), plan.statistics_noise)
     by = {plan.accountant: plan.epsilon, **plan.epsilon_by_others(plan.steps)}
     told = [f"{name} ε = {epsilon:.4g}" for name, epsilon in by.items()]
     told[0] += " (used for the guarantee)"
     count = f", count ± {plan.count_noise:g}" if plan.count_noise else ""
+    count += f", statistics of channels σ = {plan.statistics_noise:g}" if plan.statistics_noise else ""
     kept = f", {plan.mechanism.kept} vectors kept" if plan.mechanism.kept else ""
     over_steps = "" if plan.sampler == "poisson" else f", correlated over steps by {about.mechanism_call}{kept}"
     rule = f"S = {clip.sensitivity:g} ({about.clip} clip)"

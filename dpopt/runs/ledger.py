@@ -39,6 +39,7 @@ class Spending:
         delta: δ of the run.
         status: `planned`, `interrupted`, `time_limit` or `finished`.
         time: seconds since 1970.
+        statistics_noise: noise multiplier of statistics of all examples, released before the steps; 0 for none.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Spending:
     delta: float
     status: str
     time: float
+    statistics_noise: float = 0.0
 
 
 def spending(plan: PrivacyPlan, steps: int, status: str, **about: str) -> Spending:
@@ -64,6 +66,7 @@ def spending(plan: PrivacyPlan, steps: int, status: str, **about: str) -> Spendi
         delta=plan.delta,
         status=status,
         time=time.time(),
+        statistics_noise=plan.statistics_noise if noise else 0.0,
         **about,
     )
 
@@ -137,7 +140,10 @@ def by_data(runs: Iterable[Spending]) -> dict[tuple[str, str], list[Spending]]:
 
 def total_epsilon(runs: Iterable[Spending], delta: float) -> float:
     """Compose runs on one dataset: the ε at δ of everything that they released."""
-    return compose_epsilon([(run.noise_multiplier, run.sample_rate, run.steps) for run in runs], delta)
+    runs = list(runs)
+    releases = [(run.noise_multiplier, run.sample_rate, run.steps) for run in runs]
+    releases += [(run.statistics_noise, 1.0, 1) for run in runs if run.statistics_noise]
+    return compose_epsilon(releases, delta)
 
 
 def describe_total(folder: Path, run: Spending, counted: bool) -> str:

@@ -149,7 +149,7 @@ def _plain_words(plan: PrivacyPlan, taken: int) -> list[str]:
     """Say what a guesser gains (`dpopt.privacy.guessing`); numbers are rounded up."""
     epsilon, delta = plan.epsilon_at(taken), plan.delta
     guesses = _of_hundred(correct_guesses(epsilon, delta))
-    tighter = _of_hundred((1 + distinguishing_advantage(*plan.composed(taken))) / 2)
+    tighter = _of_hundred((1 + distinguishing_advantage(*plan.composed(taken), plan.statistics_noise)) / 2)
     found = _of_hundred(found_members(epsilon, delta, 0.01))
     factor = 2 * math.exp(min(epsilon, 700)) * 1.0005  # four digits never round it down
     return [
@@ -172,11 +172,13 @@ def _of_hundred(share: float) -> str:
 def _recipe(plan: PrivacyPlan, taken: int) -> list[str]:
     """Write the code that recomputes ε without dpopt."""
     if not taken:
-        return ["No step was taken: ε = 0."]
+        return [
+            f"No step was taken: ε = {plan.epsilon_at(0):.4g}{', of the statistics' * bool(plan.statistics_noise)}."
+        ]
     library = "dp-accounting" if plan.accountant == "pld" else "opacus"
     noise, rate, count = plan.composed(taken)
     drawn, of = (plan.batch_size, plan.dataset_size) if plan.mechanism == INDEPENDENT else (rate, 1)
-    lines = recipe(noise, drawn, of, count, plan.delta, plan.accountant)
+    lines = recipe(noise, drawn, of, count, plan.delta, plan.accountant, plan.statistics_noise)
     return [
         f"With `pip install {library}`, this prints ε = {plan.epsilon_at(taken):.6g}:",
         "",
@@ -199,7 +201,11 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
     warning = "" if against < 1 else " — **δ is not below 1/N: it permits publishing an example outright**"
     by = {plan.accountant: plan.epsilon_at(taken), **plan.epsilon_by_others(taken)}
     by_others = ", ".join(f"by {name} {epsilon:.4g}" for name, epsilon in by.items())
-    grid = f", losses on a grid of {pld_grid(plan.composed(taken)[0]):g}" if plan.accountant == "pld" else ""
+    grid = (
+        f", losses on a grid of {pld_grid(plan.composed(taken)[0], plan.statistics_noise):g}"
+        if plan.accountant == "pld"
+        else ""
+    )
     return {
         "method": _method(about),
         "privacy unit": plain(unit),
@@ -211,6 +217,7 @@ def _rows(about: RunDescription, plan: PrivacyPlan, sensitivity: float | None, t
         "mechanism": _mechanism(about, plan, taken),
         "clip rule": f"{plain(about.clip_target)}, sensitivity {sensitivity:g}{_moving(about, plan)}",
         "noise multiplier σ": f"{plan.noise_multiplier:.6g}{_shares(plan)}",
+        **_statistics(plan),
         "accountant": f"{plan.accountant}{grid}; {by_others}",
         "randomness": _randomness(about, taken < plan.steps),
     }
@@ -243,6 +250,15 @@ def _moving(about: RunDescription, plan: PrivacyPlan) -> str:
         else ""
     )
     return f"{when} at every step by {by}" if by else ""
+
+
+def _statistics(plan: PrivacyPlan) -> dict[str, str]:
+    if not plan.statistics_noise:
+        return {}
+    return {
+        "statistics of channels": "means and mean squares, released once of all examples before the first step, "
+        f"sensitivity √2, noise multiplier {plan.statistics_noise:.6g}; in ε"
+    }
 
 
 def _shares(plan: PrivacyPlan) -> str:

@@ -39,6 +39,7 @@ class Result:
         device: its name.
         config: the whole configuration.
         classes: their names, in the order of the outputs; empty where outputs are no classes.
+        statistics: means and deviations that channels were standardized by, as released; None for none.
     """
 
     status: str
@@ -67,12 +68,15 @@ class Result:
     device: str
     config: dict[str, Any]
     classes: list[str]
+    statistics: list[list[float]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Flatten to the keys of result.json."""
         values: dict[str, Any] = {}
         for name, value in asdict(self).items():
             values |= value if name in ("metrics", "plan") else {name: value}
+        if self.statistics is None:
+            del values["statistics"]
         return values
 
 

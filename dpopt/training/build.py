@@ -29,6 +29,7 @@ from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
+from dpopt.privacy.statistics import check_channels
 from dpopt.rng import RandomKey
 from dpopt.runs.identity import is_secret
 from dpopt.tasks import TASKS, Task
@@ -259,6 +260,8 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
             "train_size in the DataSpec"
         )
     train, test = train.check(spec.expected, "training"), test.check(spec.expected, "test")
+    if spec.statistics:
+        check_channels(train)
     if config.private and config.holdout:
         check_holdout(spec, config.holdout_by)
     train, held_out = split_holdout(train, config.holdout, config.seed, config.holdout_by)
@@ -305,6 +308,7 @@ def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyP
         allow_large_delta=config.allow_large_delta,
         count_noise=clip.count_std(config.batch_size) if isinstance(clip, Adaptive) else 0.0,
         mechanism=build("mechanism", config.mechanism)(),
+        statistics_noise=spec.statistics.noise_multiplier if config.private and spec.statistics else 0.0,
     )
 
 

@@ -63,6 +63,8 @@ def _write_own(run: Path, folder: Path, config: Config, spec: DataSpec, result: 
     (folder / CONFIG).write_text(yaml.safe_dump(_without_folders(values), sort_keys=False, allow_unicode=True))
     names = class_names(result.get("classes") or spec.class_names, spec.classes)
     inputs = spec.inputs.to_json() if hasattr(spec.inputs, "to_json") else {"constants": spec.constants}
+    if released := result.get("statistics"):
+        inputs |= dict(zip(("mean", "std"), released, strict=True))
     files.write_json(folder / PREPROCESSING, {"classes": names, "inputs": {"shape": list(spec.shape)} | inputs})
 
 

@@ -23,6 +23,7 @@ from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive
 from dpopt.privacy.noise import NOISE_VERSION
 from dpopt.privacy.sampling import PoissonBatch, poisson_batches
+from dpopt.privacy.statistics import release_statistics
 from dpopt.rng import RandomKey
 from dpopt.runs import directory as run_files
 from dpopt.runs.audit_report import write_audit
@@ -89,6 +90,7 @@ class Trainer:
         if is_secret(self.config):
             secret = ranks.key_of_first(lambda: run_files.secret_key(directory))
         self.plan = replace(components.plan, key=secret.derive(identity_hash(self.config), data.fingerprint, initial))
+        self._standardize()
         self.private = components.private_gradient(self.plan, self.step, self.canaries)
         self._begun = self._timed_from = self.step
         self._training_seconds = 0.0
@@ -171,6 +173,17 @@ class Trainer:
             self.components.engine.choices.made.update(self.progress.get("choices", {}))
             if self.first and self.progress["git_commit"] != self.commit:
                 warn(f"this run began at commit {self.progress['git_commit']}, the code is at {self.commit} now")
+
+    def _standardize(self) -> None:
+        """Release the channels' statistics, if the dataset has any, once; standardize all examples by them."""
+        if (statistics := self.task.spec.statistics) is None:
+            return
+        released = self.progress.get("statistics")
+        released = released or ranks.from_first(lambda: release_statistics(statistics, self.data.train, self.plan))
+        self.progress["statistics"] = [list(values) for values in released]
+        parts = {name: getattr(self.data, name) for name in ("train", "test", "held_out")}
+        found = {name: part and replace(part, mean=released[0], std=released[1]) for name, part in parts.items()}
+        self.data = replace(self.data, **found)
 
     def _stateful(self) -> dict[str, Any]:
         """Name the parts whose state a resumed run needs."""
@@ -264,6 +277,7 @@ class Trainer:
             device=device_name(self.device),
             config=asdict(self.config),
             classes=class_names(self.data.classes, self.task.spec.classes),
+            statistics=self.progress.get("statistics"),
         )
 
     def _record_spending(self, steps: int, status: str) -> None:

@@ -44,7 +44,7 @@ def check_derived_quantities_meet_their_target():
 
 def calibrated_by_the_other_accountant(patch):
     real = accounting.calibrate_noise
-    patch.setattr(accounting, "calibrate_noise", lambda e, q, t, d, a: real(e, q, t, d, "rdp"))
+    patch.setattr(accounting, "calibrate_noise", lambda e, q, t, d, a, first: real(e, q, t, d, "rdp", first))
 
 
 def calibrated_a_little_low(patch):

@@ -1,0 +1,124 @@
+"""Channels standardized by statistics that a run releases: values, runs, resumption, refusals, what is said of them."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import configure, make_plan
+from invariants.statistics import BOUNDS, features
+
+from dpopt.data import clients
+from dpopt.data.sources import TensorSource
+from dpopt.privacy.accounting import calibrate_noise, compute_epsilon, recipe
+from dpopt.privacy.statistics import release_statistics
+from dpopt.runs.ledger import Spending, spending, total_epsilon
+from dpopt.training import trainer
+from dpopt.training.run import run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tmp_path):
+    budget = dict(
+        epsilon=2.0, noise_multiplier=None, steps=4, batch_size=16, delta=1e-3, accountant="pld", randomness="research"
+    )
+    return replace(
+        configure("size=smoke", "optimizer=dp_sgd"),
+        dataset={"_target_": "invariants.statistics.features"},
+        **(budget | dict(checkpoint_every=1, output_dir=str(tmp_path))),
+    )
+
+
+def test_without_noise_they_are_exact():
+    """Of a run without privacy, and of ε = ∞: mean 0 and deviation 1 in each channel."""
+    train, _ = features().load()
+    mean, deviation = release_statistics(BOUNDS, train, make_plan(sigma=0.0))
+    x = next(replace(train, mean=mean, std=deviation).plain(64))[0].transpose(0, 1).flatten(1)
+    assert x.mean(1).abs().max() < 1e-5 and (x.std(1, correction=0) - 1).abs().max() < 1e-4
+
+
+def test_with_little_noise_they_are_close():
+    train, _ = features().load()
+    bounds = replace(BOUNDS, noise_multiplier=0.06, mean_norm=10.0, square_norm=100.0)
+    plan = replace(make_plan(), statistics_noise=0.06)
+    near, exact = release_statistics(bounds, train, plan), release_statistics(bounds, train, make_plan(sigma=0.0))
+    for one, other in zip(near, exact, strict=True):
+        assert torch.tensor(one) == pytest.approx(torch.tensor(other), abs=0.4) and one != other
+
+
+def test_a_run_says_what_it_released_and_a_stopped_one_goes_on_with_it(config, monkeypatch, tmp_path):
+    whole = run(config)
+    assert whole["epsilon"] <= 2 and whole["statistics_noise"] == 4.0
+    card = next(tmp_path.glob("*/privacy_card.md")).read_text()
+    assert "released once of all examples before the first step, sensitivity √2, noise multiplier 4; in ε" in card
+    assert "first = from_gaussian_mechanism(4.0" in card and "statistics of channels" in card
+    released = []
+
+    def release(*arguments):
+        released.append(release_statistics(*arguments))
+        return released[-1]
+
+    monkeypatch.setattr(trainer, "release_statistics", release)
+    stopped = replace(config, output_dir=str(tmp_path / "again"))
+    assert run(replace(stopped, time_limit=0.0))["status"] == "time_limit"
+    again = run(stopped)
+    assert len(released) == 1 and again["statistics"] == whole["statistics"] == [list(v) for v in released[0]]
+    assert again["test_loss"] == whole["test_loss"]
+    json.dumps(whole["statistics"])
+
+
+def test_a_recipe_prints_the_epsilon_of_the_plan(capsys):
+    for accountant in ("pld", "rdp", "prv"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Opacus takes the logarithm of 0 where the rate is 1
+            exec(recipe(1.5, 16, 64, 5, 1e-3, accountant, 4.0), {})
+        expected = compute_epsilon(1.5, 16 / 64, 5, 1e-3, accountant, 4.0)
+        assert float(capsys.readouterr().out) == pytest.approx(expected, rel=1e-9)
+        assert expected > compute_epsilon(1.5, 16 / 64, 5, 1e-3, accountant)
+
+
+def test_the_ledger_adds_them(tmp_path):
+    plan = replace(make_plan(), statistics_noise=4.0)
+    about = {"run": "1", "name": "a", "dataset": "d", "data": "f", "key_id": "k"}
+    entry = spending(plan, 20, "finished", **about)
+    assert total_epsilon([entry], 1e-3) == pytest.approx(plan.epsilon, rel=1e-3)
+    old = {k: v for k, v in vars(entry).items() if k != "statistics_noise"}  # a line of an earlier version
+    assert total_epsilon([Spending(**old)], 1e-3) == pytest.approx(make_plan().epsilon, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (
+            lambda: calibrate_noise(0.1, 0.2, 5, 1e-5, "pld", 4.0),
+            r"the statistics alone cost epsilon=.* of 0\.1: raise",
+        ),
+        (lambda: replace(BOUNDS, mean_norm=0.0), "statistics.mean_norm=0.0 must be a positive number"),
+        (lambda: replace(make_plan(), statistics_noise=1e-3), "statistics_noise=0.001 must be between"),
+        (
+            lambda: release_statistics(BOUNDS, features().load()[0], make_plan()),
+            "the plan accounts for statistics of noise multiplier 0, not 4: calibrate it with statistics_noise=4",
+        ),
+        (
+            lambda: release_statistics(BOUNDS, TensorSource(torch.zeros(4, 3), torch.zeros(4)), make_plan()),
+            "taken of floating-point features",
+        ),
+        (lambda: clients("invariants.statistics.features"), "an example is protected, not a client"),
+    ],
+)
+def test_what_cannot_be_released_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_run_that_cannot_be_standardized_leaves_no_directory(config, monkeypatch, tmp_path):
+    tables = TensorSource(torch.zeros(64, 48), torch.arange(64) % 10)
+    spec = replace(features(), shape=(48,), load=lambda *_: (tables, tables))
+    monkeypatch.setattr("invariants.statistics.features", lambda: spec)
+    linear = replace(config, model={"_target_": "torch.nn.Linear", "in_features": 48, "out_features": 10})
+    with pytest.raises(ValueError, match=r"drop dataset\.statistics"):
+        run(linear)
+    assert not list(tmp_path.iterdir())
