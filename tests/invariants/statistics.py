@@ -7,27 +7,12 @@ import torch
 from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from helpers import configure, make_plan, rekeyed
+from made_features import BOUNDS
 
-from dpopt.data import DataSpec
-from dpopt.data.datasets import ChannelStatistics
 from dpopt.data.sources import TensorSource
 from dpopt.privacy import accounting, plan, statistics
 from dpopt.training import build
 from dpopt.training.build import build_components
-
-BOUNDS = ChannelStatistics(4.0, 0.5, 2.0)
-
-
-def features(sigma: float = 4.0) -> DataSpec:
-    """Digits, three channels of one and the same pixels, under statistics."""
-
-    def load(*_):
-        generator = torch.Generator().manual_seed(0)
-        return tuple(
-            TensorSource(3 * torch.randn(n, 3, 4, 4, generator=generator) + 1, torch.arange(n) % 10) for n in (64, 16)
-        )
-
-    return DataSpec("made", 64, 10, (3, 4, 4), load, statistics=replace(BOUNDS, noise_multiplier=sigma))
 
 
 def total(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -59,7 +44,7 @@ def check_the_plan_of_a_run_pays_for_them():
     """Against the composition that dp-accounting makes of events."""
     config = replace(
         configure("size=smoke", "optimizer=dp_sgd"),
-        dataset={"_target_": f"{__name__}.features"},
+        dataset={"_target_": "made_features.features"},
         **dict(epsilon=2.0, noise_multiplier=None, steps=5, batch_size=16, delta=1e-3, accountant="pld"),
     )
     made = build_components(config).plan

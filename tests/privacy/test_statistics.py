@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import configure, make_plan
-from invariants.statistics import BOUNDS, features
+from made_features import BOUNDS, features
 
 from dpopt.data import clients
 from dpopt.data.sources import TensorSource
@@ -27,7 +27,7 @@ def config(tmp_path):
     )
     return replace(
         configure("size=smoke", "optimizer=dp_sgd"),
-        dataset={"_target_": "invariants.statistics.features"},
+        dataset={"_target_": "made_features.features"},
         **(budget | dict(checkpoint_every=1, output_dir=str(tmp_path))),
     )
 
@@ -106,7 +106,7 @@ def test_the_ledger_adds_them(tmp_path):
             lambda: release_statistics(BOUNDS, TensorSource(torch.zeros(4, 3), torch.zeros(4)), make_plan()),
             "taken of floating-point features",
         ),
-        (lambda: clients("invariants.statistics.features"), "an example is protected, not a client"),
+        (lambda: clients("made_features.features"), "an example is protected, not a client"),
     ],
 )
 def test_what_cannot_be_released_is_refused(make, words):
@@ -117,7 +117,7 @@ def test_what_cannot_be_released_is_refused(make, words):
 def test_a_run_that_cannot_be_standardized_leaves_no_directory(config, monkeypatch, tmp_path):
     tables = TensorSource(torch.zeros(64, 48), torch.arange(64) % 10)
     spec = replace(features(), shape=(48,), load=lambda *_: (tables, tables))
-    monkeypatch.setattr("invariants.statistics.features", lambda: spec)
+    monkeypatch.setattr("made_features.features", lambda: spec)
     linear = replace(config, model={"_target_": "torch.nn.Linear", "in_features": 48, "out_features": 10})
     with pytest.raises(ValueError, match=r"drop dataset\.statistics"):
         run(linear)
