@@ -3,8 +3,11 @@
 An example x of C channels adds the mean of each channel, m = (m_1, …, m_C), and of its square, s = (s_1, …, s_C). Each
 is clipped to a public bound, ‖m‖ ≤ M and ‖s‖ ≤ S, and Σ(m/M, s/S) is one Gaussian release of all examples: an example
 more or less moves it by √2 at most, and its noise is σ√2. In ε it is a Gaussian of noise multiplier σ, sampled at rate
-1, before the steps (`PrivacyPlan.statistics_noise`). Standardizing is post-processing. Tramèr & Boneh (2011.11660) do
-so with scattering features; their bounds are quantiles of the private data, which are not covered.
+1, before the steps (`PrivacyPlan.statistics_noise`). Standardizing is post-processing. A variance below the noise of
+its mean square, σ√2·S/N, says nothing: it is raised to that, so that noise is not taken for a small scale.
+
+Tramèr & Boneh (2011.11660) standardize scattering features so; their bounds are quantiles of the private data, which
+are not covered, and a channel whose variance comes out negative is left out.
 """
 
 import math
@@ -57,14 +60,15 @@ def release_statistics(
             f"{statistics.noise_multiplier:g}: calibrate it with statistics_noise={statistics.noise_multiplier:g}"
         )
     total = _sum(statistics, source.inputs, clip=private)
+    std = SENSITIVITY * statistics.noise_multiplier if private else 0.0
     if private:
-        std = SENSITIVITY * statistics.noise_multiplier
         grid = release_grid(std)
         noise = plan.key.normal(len(total), "statistics", 0, dtype=torch.float64)
         total = (total / grid + noise * (std / grid)).round() * grid
     mean, square = (total / plan.dataset_size).chunk(2)
     mean, square = mean * statistics.mean_norm, square * statistics.square_norm
-    deviation = ((square - mean.square()).clamp(min=0) + _LEAST).sqrt()
+    least = std * statistics.square_norm / plan.dataset_size
+    deviation = ((square - mean.square()).clamp(min=least) + _LEAST).sqrt()
     return mean.tolist(), deviation.tolist()
 
 

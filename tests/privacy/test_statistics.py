@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import configure, make_plan
+from helpers import configure, make_plan, rekeyed
 from made_features import BOUNDS, features
 
 from dpopt.data import clients
@@ -47,6 +47,17 @@ def test_with_little_noise_they_are_close():
     near, exact = release_statistics(bounds, train, plan), release_statistics(bounds, train, make_plan(sigma=0.0))
     for one, other in zip(near, exact, strict=True):
         assert torch.tensor(one) == pytest.approx(torch.tensor(other), abs=0.4) and one != other
+
+
+def test_a_variance_below_the_noise_is_raised_to_it():
+    """A channel that is constant is not divided by its noise."""
+    x = torch.cat([torch.full((64, 1, 2, 2), 0.1), torch.randn(64, 1, 2, 2)], 1)
+    bounds = replace(BOUNDS, mean_norm=10.0, square_norm=20.0)
+    plan = replace(make_plan(), statistics_noise=4.0)
+    noise = 2**0.5 * 4.0 * 20.0 / 64
+    for seed in range(20):
+        _, deviation = release_statistics(bounds, TensorSource(x, torch.zeros(64)), rekeyed(plan, seed))
+        assert min(deviation) >= noise**0.5
 
 
 def test_a_run_says_what_it_released_and_a_stopped_one_goes_on_with_it(config, monkeypatch, tmp_path):
