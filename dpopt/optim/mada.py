@@ -20,6 +20,7 @@ are our own: c and ρ stay in [0, 1], and 1 − β within a factor of ten of whe
 the first steps, where ⟨g₊, ∂u/∂β₂⟩ is of the order of 1/(1 − β₂), and training diverges.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,17 @@ class MADA(PerTensorOptimizer):
         check_options(weight_decay=(weight_decay, 0, 1e6))
         options = dict(first_betas=list(betas), hyper_lr=hyper_lr, eps=eps, weight_decay=weight_decay)
         super().__init__(params, dict(lr=lr, betas=list(betas), c=c, rho=rho, **options))
+
+    def step_metrics(self) -> Callable[[], dict[str, float]]:
+        """Return a function that gives the coefficients of the first group, as `optimizer/beta1` … `optimizer/rho`."""
+        names = ("beta1", "beta2", "beta3", "c", "rho")
+
+        def after() -> dict[str, float]:
+            group = self.param_groups[0]
+            values = (*group["betas"], group["c"], group["rho"])
+            return {f"optimizer/{name}": float(value) for name, value in zip(names, values, strict=True)}
+
+        return after
 
     def step_group(self, group: dict[str, Any]) -> None:
         """Move the coefficients by what the gradients say of the last step, then the parameters."""

@@ -146,3 +146,16 @@ def test_a_step_without_gradient_teaches_nothing():
 def test_bad_options(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         dpopt.optim.MADA([nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_coefficients_are_reported():
+    """Every option that is learned, under its name."""
+    p = nn.Parameter(torch.randn(40, generator=torch.Generator().manual_seed(0)))
+    optimizer = dpopt.optim.MADA([p], lr=0.1, hyper_lr=3.0, **START)
+    for _ in range(3):
+        p.grad = p.detach().clone()
+        after = optimizer.step_metrics()
+        optimizer.step()
+    group, told = optimizer.param_groups[0], after()
+    assert [told[f"optimizer/beta{i}"] for i in (1, 2, 3)] == list(group["betas"]) != list(START["betas"])
+    assert (told["optimizer/c"], told["optimizer/rho"]) == (group["c"], group["rho"]) and group["rho"] != START["rho"]
