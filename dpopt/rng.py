@@ -38,13 +38,13 @@ class RandomKey:
         material: the key.
         secure: whether it came from the operating system. Such a key cannot be copied or pickled: two copies would draw
             the same noise, and the difference of two releases would be free of it.
-        released: number of steps whose noise is out, shared by everything that uses this key.
+        released: number of steps whose noise is out, and of statistics; shared by everything that uses this key.
         process: that made the key. A secure key draws nowhere else: a forked process would draw the same noise.
     """
 
     material: bytes = field(repr=False)
     secure: bool = False
-    released: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
+    released: list[int] = field(default_factory=lambda: [0, 0], repr=False, compare=False)
     process: int = field(default_factory=os.getpid, repr=False, compare=False)
 
     @classmethod

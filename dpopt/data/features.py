@@ -84,7 +84,13 @@ def _scattering(images: DataSpec, groups: int | None, statistics: Mapping[str, f
 
     load = _features(images, f"scattering_v{VERSION}_{groups or 'raw'}", features)
     constants = images.constants + ("; then each example by its own groups of channels" if groups else "")
-    constants += "; then channels by their means and deviations, released with noise, in ε" if statistics else ""
+    try:
+        released = ChannelStatistics(**statistics) if statistics else None
+    except TypeError:
+        raise ValueError(
+            f"dataset.statistics={dict(statistics or {})} must be three numbers: give noise_multiplier, mean_norm and "
+            "square_norm"
+        ) from None
     return replace(
         images,
         name=f"{images.name}_scattering",
@@ -92,7 +98,7 @@ def _scattering(images: DataSpec, groups: int | None, statistics: Mapping[str, f
         load=load,
         constants=constants,
         inputs=None,
-        statistics=ChannelStatistics(**statistics) if statistics else None,
+        statistics=released,
     )
 
 

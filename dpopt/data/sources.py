@@ -77,8 +77,8 @@ class TensorSource:
     Attributes:
         inputs: (N, C, H, W) as uint8, or float of any trailing shape (no augmentation then).
         targets: (N, …).
-        mean: per channel, subtracted from uint8 inputs scaled to [0, 1], and from float inputs (N, C, …) if given.
-        std: per channel; what is left is divided by it.
+        mean: per channel, subtracted from inputs scaled to [0, 1]; uint8 only.
+        std: per channel.
         crop: shift by up to this many pixels in each direction (reflected at the border); 0 for none.
         flip: mirror horizontally with probability ½.
         image_size: resize (bilinear) to this many pixels after augmentation.
@@ -197,11 +197,9 @@ class TensorSource:
         return tokens[:, :width], targets[:, :width] if targets.ndim > 1 else targets
 
     def _finish(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 and not self.mean:
+        if images.dtype != torch.uint8:
             return images
         mean, std = (_by_channel(tuple(values), images.device) for values in (self.mean, self.std))
-        if images.dtype != torch.uint8:
-            return (images.float() - mean) / std
         images = (images.float() / 255 - mean) / std
         if self.image_size and len(images):
             images = F.interpolate(images, size=self.image_size, mode="bilinear", antialias=True)

@@ -1,4 +1,6 @@
-"""The weight-standardized convolution (Qiao et al., 1903.10520; scaling of Brock et al., 2101.08692).
+"""Layers that standardize: the weights of a convolution, and the channels of inputs.
+
+The weight-standardized convolution (Qiao et al., 1903.10520; scaling of Brock et al., 2101.08692).
 
 Each filter is used with its mean removed and its norm fixed:
 
@@ -6,6 +8,9 @@ Each filter is used with its mean removed and its norm fixed:
 
 with the biased variance over the filter, so that only the filter's direction, its gain and its bias are learned.
 """
+
+from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,3 +47,41 @@ class StandardizedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.standardized_weight(), self.bias)
+
+
+class StandardizeChannels(nn.Module):
+    """(x − mean)/deviation by channel, of inputs (N, C, …): constants of the model, in its weights, and not trained.
+
+    Args:
+        channels: C.
+
+    Attributes:
+        mean: (C,), 0 until it is set.
+        deviation: (C,), 1 until it is set.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("deviation", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, *[1] * (x.ndim - 2))
+        return (x - self.mean.view(shape)) / self.deviation.view(shape)
+
+
+def standardizing(network: nn.Module, channels: int) -> nn.Module:
+    """Put `StandardizeChannels` before a network."""
+    return nn.Sequential(OrderedDict(standardize=StandardizeChannels(channels), network=network))
+
+
+@torch.no_grad()
+def set_statistics(model: nn.Module, mean: Sequence[float], deviation: Sequence[float]) -> None:
+    """Set the constants of a model of `standardizing`."""
+    layer = model.get_submodule("standardize")
+    assert isinstance(layer, StandardizeChannels)
+    layer.mean.copy_(torch.tensor(mean))
+    layer.deviation.copy_(torch.tensor(deviation))

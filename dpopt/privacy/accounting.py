@@ -1,10 +1,13 @@
 """The ε of T Poisson-subsampled Gaussian mechanisms, neighbors differing by one added or removed example.
 
+One more Gaussian of all examples may precede them: statistics, by which inputs are standardized.
+
 Three accountants: `pld` (privacy loss distributions, dp-accounting: the tightest, and an upper bound), `rdp` (Rényi,
 Opacus) and `prv` (privacy random variables, Opacus: its upper bound). The inverse problems, the smallest noise for a
 target ε and the largest number of steps, are solved on top of any of them.
 """
 
+import contextlib
 import functools
 import math
 import warnings
@@ -22,16 +25,19 @@ _PRV_EPSILON = 100  # above, the grid of the discretized losses takes gigabytes
 
 
 @lru_cache(maxsize=64)
-def _one_step_pld(noise_multiplier: float, sample_rate: float, grid: float) -> Any:
-    return _one_step(noise_multiplier, sample_rate, _interval(noise_multiplier, grid))
-
-
-def _one_step(noise_multiplier: float, sample_rate: float, interval: float) -> Any:
+def _one_step_pld(noise_multiplier: float, sample_rate: float, interval: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise_multiplier, value_discretization_interval=interval, sampling_prob=sample_rate
     )
+
+
+def _composed_pld(mechanisms: Sequence[tuple[float, float, int]], grid: float) -> Any:
+    """Compose (noise multiplier, sample rate, steps) on one grid: the coarsest that any of them needs."""
+    interval = max(_interval(noise_multiplier, grid) for noise_multiplier, _, _ in mechanisms)
+    parts = [_one_step_pld(noise, rate, interval).self_compose(steps) for noise, rate, steps in mechanisms]
+    return functools.reduce(lambda one, other: one.compose(other), parts)
 
 
 def _interval(noise_multiplier: float, grid: float) -> float:
@@ -63,10 +69,12 @@ def compute_epsilon(
     """
     if accountant not in ACCOUNTANTS:
         raise ValueError(f"unknown accountant {accountant!r}: use one of {', '.join(ACCOUNTANTS)}")
-    if steps == 0:
-        return compute_epsilon(statistics_noise, 1.0, 1, delta, accountant) if statistics_noise else 0.0
+    if steps == 0 and not statistics_noise:
+        return 0.0
     if noise_multiplier == 0:
         return math.inf
+    if steps == 0:
+        return compute_epsilon(statistics_noise, 1.0, 1, delta, accountant)
     if accountant == "pld":
         if delta <= PLD_DELTA:
             raise ValueError(
@@ -100,29 +108,21 @@ def compute_epsilon(
 def _pld_epsilon(
     noise_multiplier: float, sample_rate: float, steps: int, delta: float, grid: float, statistics_noise: float
 ) -> float:
-    composed = _composed_pld(noise_multiplier, sample_rate, steps, grid, statistics_noise)
-    return float(composed.get_epsilon_for_delta(delta))
-
-
-def _composed_pld(noise_multiplier: float, sample_rate: float, steps: int, grid: float, statistics_noise: float) -> Any:
-    if not statistics_noise:
-        return _one_step_pld(noise_multiplier, sample_rate, grid).self_compose(steps)
-    interval = max(_interval(noise, grid) for noise in (noise_multiplier, statistics_noise))  # both on one grid
-    taken = _one_step(noise_multiplier, sample_rate, interval).self_compose(steps)
-    return taken.compose(_one_step(statistics_noise, 1.0, interval))
+    mechanisms = [(noise_multiplier, sample_rate, steps)] + [(statistics_noise, 1.0, 1)] * bool(statistics_noise)
+    return float(_composed_pld(mechanisms, grid).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=64)
-def distinguishing_advantage(
-    noise_multiplier: float, sample_rate: float, steps: int, statistics_noise: float = 0.0
-) -> float:
-    """Bound T − F of whoever guesses whether a record was there, by the whole loss distribution: δ at ε = 0."""
-    if not steps and statistics_noise:
-        return distinguishing_advantage(statistics_noise, 1.0, 1)
-    if not steps or not noise_multiplier:
-        return float(bool(steps))
-    composed = _composed_pld(noise_multiplier, sample_rate, steps, _PLD_GRID, statistics_noise)
-    return min(1.0, float(composed.get_delta_for_epsilon(0.0)))
+def distinguishing_advantage(mechanisms: tuple[tuple[float, float, int], ...]) -> float:
+    """Bound T − F of whoever guesses whether a record was there, by the whole loss distribution: δ at ε = 0.
+
+    Args:
+        mechanisms: (noise multiplier, sample rate, steps) of all releases.
+    """
+    taken = [mechanism for mechanism in mechanisms if mechanism[2]]
+    if not taken or any(noise_multiplier == 0 for noise_multiplier, _, _ in taken):
+        return float(bool(taken))
+    return min(1.0, float(_composed_pld(taken, _PLD_GRID).get_delta_for_epsilon(0.0)))
 
 
 def recipe(
@@ -182,10 +182,8 @@ def compose_epsilon(mechanisms: Sequence[tuple[float, float, int]], delta: float
         return sum(compute_epsilon(*mechanism, count, delta) for mechanism, count in steps.items())
     if delta <= PLD_DELTA:
         raise ValueError(f"delta={delta:g} is too small to compose trainings by PLD: choose one above {PLD_DELTA:g}")
-    # Loss distributions are composed on one grid: the coarsest that any of them needs.
-    grid = max(_interval(noise_multiplier, _PLD_GRID) for noise_multiplier, _ in steps)
-    parts = [_one_step(*mechanism, grid).self_compose(count) for mechanism, count in steps.items()]
-    return float(functools.reduce(lambda one, other: one.compose(other), parts).get_epsilon_for_delta(delta))
+    composed = _composed_pld([(*mechanism, count) for mechanism, count in steps.items()], _PLD_GRID)
+    return float(composed.get_epsilon_for_delta(delta))
 
 
 def check_budget(
@@ -246,9 +244,12 @@ def calibrate_noise(
     try:
         # Rényi accounting costs milliseconds and a coarse grid a tenth of a fine one: they say where to look.
         fixed, first = (sample_rate, steps, delta), statistics_noise
-        guess = solve(lambda noise: compute_epsilon(noise, *fixed, "rdp", first), 1e-3)
-        if accountant == "pld":
-            guess = solve(lambda noise: _pld_epsilon(noise, *fixed, 10 * _PLD_GRID, first), 1e-5, guess)
+        # Without statistics, what Rényi accounting cannot reach nobody does; they may leave too little for it alone.
+        guess = None
+        with contextlib.suppress(*[ArithmeticError] * bool(statistics_noise)):
+            guess = solve(lambda noise: compute_epsilon(noise, *fixed, "rdp", first), 1e-3)
+            if accountant == "pld":
+                guess = solve(lambda noise: _pld_epsilon(noise, *fixed, 10 * _PLD_GRID, first), 1e-5, guess)
         return math.exp(solve(lambda noise: compute_epsilon(noise, *fixed, accountant, first), 4e-5, guess))
     except ArithmeticError:
         raise ValueError(
@@ -277,6 +278,10 @@ def calibrate_steps(
             return epsilon_at(steps) <= epsilon
         return compute_epsilon(noise_multiplier, sample_rate, steps, delta, accountant) <= epsilon
 
+    if not fits(0):
+        raise ValueError(
+            f"the statistics alone cost more than epsilon={epsilon:g}: raise their noise multiplier, or epsilon"
+        )
     if not fits(1):
         raise ValueError(
             f"a single step with noise_multiplier={noise_multiplier:g} and sample rate {sample_rate:.3g} already costs "

@@ -214,6 +214,10 @@ class PrivacyPlan:
         sensitivity, rate, count = self.mechanism.composition(self.sample_rate, step)
         return self.noise_multiplier / sensitivity, rate, count
 
+    def releases(self, step: int) -> tuple[tuple[float, float, int], ...]:
+        """Return (noise multiplier, sample rate, number) of all Gaussians up to a step, statistics included."""
+        return (self.composed(step), *[(self.statistics_noise, 1.0, 1)] * bool(self.statistics_noise))
+
     def epsilon_by_others(self, step: int) -> dict[str, float]:
         """Return the ε by the accountants, PLD and Rényi, that are not the plan's and can answer at its δ."""
         others = [name for name in ("pld", "rdp") if name != self.accountant]

@@ -22,7 +22,7 @@ from dpopt.privacy.noise import release_grid
 from dpopt.privacy.plan import PrivacyPlan
 
 SENSITIVITY = math.sqrt(2)
-_LEAST = 1e-5  # of a variance
+_ADDED = 1e-5  # to a variance
 _AT_ONCE = 512
 
 
@@ -50,7 +50,7 @@ def release_statistics(
         plan: under the key of the run, which the release uses once.
 
     Raises:
-        ValueError: for another source, or a plan that does not account for it.
+        ValueError: for another source, a plan that does not account for it, or a second release.
     """
     check_channels(source)
     private = plan.noise_multiplier > 0
@@ -59,6 +59,12 @@ def release_statistics(
             f"the plan accounts for statistics of noise multiplier {plan.statistics_noise:g}, not "
             f"{statistics.noise_multiplier:g}: calibrate it with statistics_noise={statistics.noise_multiplier:g}"
         )
+    if private and plan.key.secure and plan.key.released[1]:
+        raise ValueError(
+            "the noise of this plan's statistics was already used, and using it twice would cancel it: calibrate a new "
+            "plan for every training"
+        )
+    plan.key.released[1] = 1
     total = _sum(statistics, source.inputs, clip=private)
     std = SENSITIVITY * statistics.noise_multiplier if private else 0.0
     if private:
@@ -68,7 +74,7 @@ def release_statistics(
     mean, square = (total / plan.dataset_size).chunk(2)
     mean, square = mean * statistics.mean_norm, square * statistics.square_norm
     least = std * statistics.square_norm / plan.dataset_size
-    deviation = ((square - mean.square()).clamp(min=least) + _LEAST).sqrt()
+    deviation = ((square - mean.square()).clamp(min=least) + _ADDED).sqrt()
     return mean.tolist(), deviation.tolist()
 
 

@@ -90,7 +90,10 @@ class Ledger:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._locked("a") as file:
-                file.write(files.to_json(asdict(entry)) + "\n")
+                values = asdict(entry)
+                if not entry.statistics_noise:  # which earlier versions do not know
+                    del values["statistics_noise"]
+                file.write(files.to_json(values) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -149,7 +149,7 @@ def _plain_words(plan: PrivacyPlan, taken: int) -> list[str]:
     """Say what a guesser gains (`dpopt.privacy.guessing`); numbers are rounded up."""
     epsilon, delta = plan.epsilon_at(taken), plan.delta
     guesses = _of_hundred(correct_guesses(epsilon, delta))
-    tighter = _of_hundred((1 + distinguishing_advantage(*plan.composed(taken), plan.statistics_noise)) / 2)
+    tighter = _of_hundred((1 + distinguishing_advantage(plan.releases(taken))) / 2)
     found = _of_hundred(found_members(epsilon, delta, 0.01))
     factor = 2 * math.exp(min(epsilon, 700)) * 1.0005  # four digits never round it down
     return [
@@ -256,8 +256,8 @@ def _statistics(plan: PrivacyPlan) -> dict[str, str]:
     if not plan.statistics_noise:
         return {}
     return {
-        "statistics of channels": "means and mean squares, released once of all examples before the first step, "
-        f"sensitivity √2, noise multiplier {plan.statistics_noise:.6g}; in ε"
+        "statistics of channels": "means and mean squares, released once of all training examples before the first "
+        f"step, sensitivity √2, noise multiplier {plan.statistics_noise:.6g}; in ε"
     }
 
 

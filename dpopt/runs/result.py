@@ -39,7 +39,7 @@ class Result:
         device: its name.
         config: the whole configuration.
         classes: their names, in the order of the outputs; empty where outputs are no classes.
-        statistics: means and deviations that channels were standardized by, as released; None for none.
+        releases: noise multiplier, sample rate and number of the Gaussians that the run's releases compose.
     """
 
     status: str
@@ -68,15 +68,13 @@ class Result:
     device: str
     config: dict[str, Any]
     classes: list[str]
-    statistics: list[list[float]] | None = None
+    releases: list[list[float]]
 
     def to_json(self) -> dict[str, Any]:
         """Flatten to the keys of result.json."""
         values: dict[str, Any] = {}
         for name, value in asdict(self).items():
             values |= value if name in ("metrics", "plan") else {name: value}
-        if self.statistics is None:
-            del values["statistics"]
         return values
 
 

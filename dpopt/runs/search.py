@@ -82,8 +82,8 @@ def price(results: Sequence[dict[str, Any]], failed: int) -> str:
     lines = []
     for group in groups.values():
         best, delta = max(group, key=lambda run: run[HOLDOUT]), max(run["delta"] for run in group)
-        mechanisms = [(run["noise_multiplier"], run["sample_rate"], run["steps"]) for run in group]
         try:
+            mechanisms = [release for run in group for release in _releases(run)]
             together = f"{compose_epsilon(mechanisms, delta):.4g}".replace("inf", "∞")
         except ValueError as error:
             together = f"unknown ({error})"
@@ -96,3 +96,16 @@ def price(results: Sequence[dict[str, Any]], failed: int) -> str:
         lines.append(f"{failed} trials without a result are not in this sum: dpopt ledger counts what they planned")
     lines.append("Whoever publishes the best model, or its settings, spends the ε of all trials together.")
     return "\n".join([*lines, CHOICE])
+
+
+def _releases(run: dict[str, Any]) -> list[tuple[float, float, int]]:
+    """List the Gaussians that a run's releases compose.
+
+    Raises:
+        ValueError: for a result of an earlier version that does not tell them.
+    """
+    if "releases" in run:
+        return [(float(noise), float(rate), int(count)) for noise, rate, count in run["releases"]]
+    if "mechanism" in run:
+        raise ValueError(f"{run['run']} is of an earlier version, whose result does not say what its noise composes to")
+    return [(run["noise_multiplier"], run["sample_rate"], run["steps"])]

@@ -40,7 +40,8 @@ def unit(measure: str) -> str:
 
 def digits(measure: str) -> int:
     """Choose the number of decimals."""
-    return {"test_loss": 3, "optimizer_state_bytes": 0, "peak_memory_bytes": 0}.get(measure, 1)
+    digits = {"test_loss": 3, "epsilon": 3, "optimizer_state_bytes": 0, "peak_memory_bytes": 0}
+    return digits.get(measure, 3 if measure.startswith("optimizer/") else 1)
 
 
 def cell(jobs: list[Job], measure: str) -> str:

@@ -23,6 +23,7 @@ from dpopt.data.sources import Source, as_source
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.validate import validate
+from dpopt.models.layers import standardizing
 from dpopt.models.pretrained import is_named_by_configuration
 from dpopt.optim.schedules import ClipRate
 from dpopt.privacy.canaries import Canaries
@@ -121,6 +122,7 @@ class Components:
     def public_facts(self) -> dict[str, str]:
         """Name what the run takes as public, for the privacy card."""
         constants = self.task.spec.constants or "none stated; constants computed from the training data are outside ε"
+        constants += "; then channels by statistics of the training data, in ε" if self.plan.statistics_noise else ""
         facts = {"initial weights": describe_initial_weights(self.config), "preprocessing": constants}
         if self.config.holdout:
             by = {"content": "a coin per example, keyed by its content", "position": "position, as papers split"}
@@ -231,6 +233,7 @@ def build_model(config: Config, task: Task, offline: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RandomKey.from_seed(config.seed).seed("init"))
         model: nn.Module = make(**{name: options[name] for name in accepted(make, options)})
+    model = standardizing(model, task.spec.shape[0]) if task.spec.statistics else model
     if runs:
         load_run(model, runs[0], keep_head=runs[0].spec.name == task.spec.name)
     return model.double() if config.precision == "fp64" else model
@@ -308,7 +311,7 @@ def make_plan(config: Config, spec: DataSpec, clip: ClipRule | None) -> PrivacyP
         allow_large_delta=config.allow_large_delta,
         count_noise=clip.count_std(config.batch_size) if isinstance(clip, Adaptive) else 0.0,
         mechanism=build("mechanism", config.mechanism)(),
-        statistics_noise=spec.statistics.noise_multiplier if config.private and spec.statistics else 0.0,
+        statistics_noise=spec.statistics.noise_multiplier if spec.statistics and config.epsilon != math.inf else 0.0,
     )
 
 

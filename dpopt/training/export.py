@@ -63,8 +63,6 @@ def _write_own(run: Path, folder: Path, config: Config, spec: DataSpec, result: 
     (folder / CONFIG).write_text(yaml.safe_dump(_without_folders(values), sort_keys=False, allow_unicode=True))
     names = class_names(result.get("classes") or spec.class_names, spec.classes)
     inputs = spec.inputs.to_json() if hasattr(spec.inputs, "to_json") else {"constants": spec.constants}
-    if released := result.get("statistics"):
-        inputs |= dict(zip(("mean", "std"), released, strict=True))
     files.write_json(folder / PREPROCESSING, {"classes": names, "inputs": {"shape": list(spec.shape)} | inputs})
 
 
@@ -99,7 +97,16 @@ def _readme(run: Path, config: Config, spec: DataSpec, library: str) -> str:
 def _front_matter(result: dict[str, Any], spec: DataSpec, library: str) -> dict[str, Any]:
     """Collect what the hub indexes, and the numbers of the guarantee."""
     kinds = {"sequence_classification": "text-classification", "language_modeling": "text-generation"}
-    names = ("epsilon", "delta", "accountant", "noise_multiplier", "sample_rate", "steps", "dataset_size")
+    names = (
+        "epsilon",
+        "delta",
+        "accountant",
+        "noise_multiplier",
+        "sample_rate",
+        "steps",
+        "dataset_size",
+        "statistics_noise",
+    )
     protected = not str(result.get("guarantee", "none")).startswith("none")
     privacy = {name: result[name] for name in names if protected and name in result}
     kind = kinds.get(spec.task, "image-classification" if len(spec.shape) == 3 else None)

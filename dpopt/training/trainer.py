@@ -16,6 +16,7 @@ from dpopt import files, ranks
 from dpopt.data.fingerprint import FingerprintKey, home
 from dpopt.data.inputs import class_names
 from dpopt.data.sources import TensorSource
+from dpopt.models.layers import set_statistics
 from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.agreement import check_weights
 from dpopt.privacy.audit import AuditResult
@@ -83,13 +84,16 @@ class Trainer:
             "plan": components.plan.to_dict(),
             "fingerprint_key": self._key_id,
             "dataset": self._data_mac,
+            **({} if self.task.spec.statistics is None else {"statistics": str(self.task.spec.statistics)}),
         }
         self._restore()
         self.progress["diagnostics"] |= self.config.diagnostics  # once recorded, the card must say so for good
         secret = RandomKey.from_seed(self.config.seed)
         if is_secret(self.config):
             secret = ranks.key_of_first(lambda: run_files.secret_key(directory))
-        self.plan = replace(components.plan, key=secret.derive(identity_hash(self.config), data.fingerprint, initial))
+        statistics = [] if self.task.spec.statistics is None else [str(self.task.spec.statistics)]
+        names = (identity_hash(self.config), data.fingerprint, initial, *statistics)
+        self.plan = replace(components.plan, key=secret.derive(*names))
         self._standardize()
         self.private = components.private_gradient(self.plan, self.step, self.canaries)
         self._begun = self._timed_from = self.step
@@ -175,15 +179,12 @@ class Trainer:
                 warn(f"this run began at commit {self.progress['git_commit']}, the code is at {self.commit} now")
 
     def _standardize(self) -> None:
-        """Release the channels' statistics, if the dataset has any, once; standardize all examples by them."""
-        if (statistics := self.task.spec.statistics) is None:
+        """Release the channels' statistics into the model, unless a checkpoint has brought them."""
+        if (statistics := self.task.spec.statistics) is None or self.step:
             return
-        released = self.progress.get("statistics")
-        released = released or ranks.from_first(lambda: release_statistics(statistics, self.data.train, self.plan))
-        self.progress["statistics"] = [list(values) for values in released]
-        parts = {name: getattr(self.data, name) for name in ("train", "test", "held_out")}
-        found = {name: part and replace(part, mean=released[0], std=released[1]) for name, part in parts.items()}
-        self.data = replace(self.data, **found)
+        released = ranks.from_first(lambda: release_statistics(statistics, self.data.train, self.plan))
+        for model in (self.model, self.evaluated):
+            set_statistics(model, *released)
 
     def _stateful(self) -> dict[str, Any]:
         """Name the parts whose state a resumed run needs."""
@@ -277,7 +278,7 @@ class Trainer:
             device=device_name(self.device),
             config=asdict(self.config),
             classes=class_names(self.data.classes, self.task.spec.classes),
-            statistics=self.progress.get("statistics"),
+            releases=[list(one) for one in self.plan.releases(self.step)],
         )
 
     def _record_spending(self, steps: int, status: str) -> None:

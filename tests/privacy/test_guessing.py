@@ -55,7 +55,7 @@ def test_no_gaussian_guesser_is_better():
         false = np.linspace(1e-6, 1 - 1e-6, 2001)
         true = ndtr(ndtri(false) + 1 / sigma)
         assert all(t <= found_members(epsilon, delta, f) + 1e-12 for f, t in zip(false, true, strict=True))
-        advantage = distinguishing_advantage(sigma, 1.0, 1)
+        advantage = distinguishing_advantage(((sigma, 1.0, 1),))
         assert (true - false).max() == pytest.approx(advantage, abs=2e-4)
         assert (1 + advantage) / 2 < correct_guesses(epsilon, delta)
 
@@ -83,4 +83,4 @@ def test_the_recipe_computes_the_same_epsilon(accountant):
 
 
 def test_the_advantage_at_the_ends():
-    assert distinguishing_advantage(1.0, 0.1, 0) == 0 and distinguishing_advantage(0.0, 0.1, 3) == 1
+    assert distinguishing_advantage(((1.0, 0.1, 0),)) == 0 and distinguishing_advantage(((0.0, 0.1, 3),)) == 1

@@ -54,7 +54,7 @@ def test_what_the_sums_cannot_tell_the_accountant_does(monkeypatch):
 
 def test_each_direction_is_the_accountants():
     sigma, rate, steps = 1.0, 0.2, 10
-    composed = accounting._one_step(sigma, rate, 1e-3).self_compose(steps)
+    composed = accounting._one_step_pld.__wrapped__(sigma, rate, 1e-3).self_compose(steps)
     for removed, distribution in ((True, composed._pmf_remove), (False, composed._pmf_add)):
         for epsilon in (0.5, 1.5):
             line = quick._Line(sigma, rate, steps, epsilon, removed)
