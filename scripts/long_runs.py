@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dpopt
+from dpopt.runs.provenance import device_name
 
 POINTS = 100
 BATCH = 64
@@ -181,7 +182,8 @@ def page(results: dict[str, dict[str, Course]], steps: int) -> str:
     lines = [
         "# MicroAdam over many steps",
         "",
-        f"{steps:,} steps, by `python scripts/long_runs.py --steps {steps}`.",
+        f"{steps:,} steps without noise, one seed, by `python scripts/long_runs.py --steps {steps}`, on "
+        f"{device_name(torch.device('cpu'))} with torch {torch.__version__.partition('+')[0]}.",
         "",
     ]
     for name, found in results.items():
