@@ -72,6 +72,19 @@ def noise_normalized(x, gradients, noise, lr, momentum):
     return x
 
 
+def adam_mini(x, gradients, noise, lr, bucket, decay):
+    b1, b2, eps = 0.9, 0.999, 1e-8
+    m, v = np.zeros_like(x), np.zeros(x.size)
+    for t, g in enumerate(gradients, start=1):
+        m = b1 * m + (1 - b1) * g
+        for first in range(0, x.size, bucket):
+            own = slice(first, first + bucket)
+            v[own] = b2 * v[own] + (1 - b2) * np.mean(g.ravel()[own] ** 2)
+        root = np.sqrt(v / (1 - b2**t)).reshape(x.shape) + eps
+        x = x - lr * decay * x - lr * m / (1 - b1**t) / root
+    return x
+
+
 def mada(x, gradients, noise, lr, betas, c, rho, decay):
     """With fixed coefficients; how they learn: test_mada.py."""
     b1, b2, b3 = betas

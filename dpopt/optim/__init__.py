@@ -1,6 +1,7 @@
 """Optimizers that torch lacks. Each is an ordinary `torch.optim.Optimizer` that reads `p.grad` and knows no privacy."""
 
 from dpopt.optim.adam_bc import AdamBC
+from dpopt.optim.adam_mini import AdamMini
 from dpopt.optim.averaged_sgd import AveragedSGD
 from dpopt.optim.lamb import LAMB
 from dpopt.optim.mada import MADA
@@ -14,6 +15,7 @@ __all__ = [
     "LAMB",
     "MADA",
     "AdamBC",
+    "AdamMini",
     "AdamSTP",
     "AveragedSGD",
     "FedSOFIM",

@@ -14,11 +14,10 @@ chosen by experiments/momentum_tuning.yaml.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dpopt.optim.base import BELOW_ONE, PerTensorOptimizer, check_options
-from dpopt.optim.microadam.quantize import dequantize, golden_dither, quantize
+from dpopt.optim.few_bits import check_bits, no_momentum, read_momentum, write_momentum
 
 
 class NoiseNormalizedSGD(PerTensorOptimizer):
@@ -51,10 +50,7 @@ class NoiseNormalizedSGD(PerTensorOptimizer):
         noise_std: float | None = None,
     ) -> None:
         check_options(lr=(lr, 0, 1e6), momentum=(momentum, 0, BELOW_ONE), weight_decay=(weight_decay, 0, 1e6))
-        if bits not in (4, 8, 32):
-            raise ValueError(f"bits={bits} must be 4, 8 or 32")
-        if bucket < 4 or bucket % 4:
-            raise ValueError(f"bucket={bucket} must be a multiple of 4")
+        check_bits(bits, bucket)
         options = dict(bits=bits, bucket=bucket, dense_size=dense_size, weight_decay=weight_decay, noise_std=noise_std)
         super().__init__(params, dict(lr=lr, momentum=momentum, **options))
 
@@ -66,44 +62,13 @@ class NoiseNormalizedSGD(PerTensorOptimizer):
                 "optimizer for training without noise"
             )
         if not state:
-            state.update(step=0, number=len(self.state), **_nothing(g, group))
+            state.update(step=0, number=len(self.state), **no_momentum(g, group))
         state["step"] += 1
-        m = _momentum(p, state).lerp_(g, 1 - group["momentum"])
-        if "codes" in state:
-            _store(m, state)
+        m = read_momentum(p, state).lerp_(g, 1 - group["momentum"])
+        write_momentum(m, state)
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.sub_(m, alpha=group["lr"] / (group["noise_std"] * (1 - group["momentum"] ** state["step"])))
 
     def first_moment(self, p: Tensor) -> Tensor:
         """Copy m, in the shape of the parameter."""
-        return _momentum(p, self.state[p]).clone()
-
-
-def _nothing(g: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """Make the state of a momentum of zero."""
-    bits, bucket = group["bits"], group["bucket"]
-    if bits == 32 or g.numel() <= group["dense_size"]:
-        return {"momentum_buffer": torch.zeros_like(g)}
-    buckets = -(-g.numel() // bucket)
-    codes = torch.zeros(1, buckets * bucket * bits // 8, dtype=torch.uint8, device=g.device)
-    ranges = torch.zeros(1, buckets, 2, dtype=torch.bfloat16, device=g.device)
-    return {"codes": codes, "ranges": ranges, "bucket": bucket}
-
-
-def _momentum(p: Tensor, state: dict[str, Any]) -> Tensor:
-    """m: the buffer itself, or a copy of what is stored in few bits."""
-    if "codes" not in state:
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
-    values = torch.empty(1, state["ranges"].shape[1] * state["bucket"], device=p.device)
-    return dequantize(state["codes"], state["ranges"], values)[0, : p.numel()].view_as(p).to(p.dtype)
-
-
-def _store(m: Tensor, state: dict[str, Any]) -> None:
-    """Keep m in few bits."""
-    buckets, bucket = state["ranges"].shape[1], state["bucket"]
-    values = torch.zeros(1, buckets * bucket, device=m.device)
-    values[0, : m.numel()] = m.flatten()
-    number = torch.tensor([state["number"]], device=m.device)
-    dither = golden_dither(number, state["step"], buckets, bucket)
-    quantize(values, state["codes"], state["ranges"], torch.empty_like(values), dither)
+        return read_momentum(p, self.state[p]).clone()

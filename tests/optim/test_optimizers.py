@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from equations import adam, averaged_sgd, lamb, mada, micro_adam, noise_normalized, sgd, sign_sgd, sofim
+from equations import adam, adam_mini, averaged_sgd, lamb, mada, micro_adam, noise_normalized, sgd, sign_sgd, sofim
 from helpers import ROOT, make_plan, small_data, small_model, take_steps
 from hydra import compose, initialize_config_dir
 from torch import nn
@@ -53,6 +53,10 @@ TRANSCRIBED = {
     "dp_adamw_bc": (dict(weight_decay=0.1), partial(adam, lr=3e-3, corrected=True, floor=1e-6, decay=0.1)),
     "dp_signsgd": (dict(momentum=0.8), partial(sign_sgd, lr=3e-3, momentum=0.8)),
     "dp_lamb": (dict(weight_decay=0.1), partial(lamb, lr=1e-2, decay=0.1)),
+    "dp_adam_mini": (
+        dict(bits=32, bucket=8, dense_size=0, weight_decay=0.1),
+        partial(adam_mini, lr=3e-3, bucket=8, decay=0.1),
+    ),
     "dp_nsgd": (dict(), partial(noise_normalized, lr=1e-3, momentum=0.9)),
     "dp_psasc_momentum": (dict(plain_steps=5), partial(averaged_sgd, lr=1.0, momentum=0.9, plain_steps=5)),
     "dp_microadam": (PAPER, partial(micro_adam, lr=3e-3, density=0.1, window=10)),
