@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import dpopt
+from dpopt.runs.provenance import device_name
 
 LR = 1e-3
 VARIANTS: dict[str, Any] = {
@@ -99,20 +100,44 @@ def figure(rows: list[tuple[str, float, float, float, float]], path: Path) -> No
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     fig, ax = plt.subplots(figsize=(7, 0.36 * len(rows) + 1.6))
     at = np.arange(len(rows))[::-1]
     ax.scatter([row[3] for row in rows], at, color="#0072B2", label="predicted from the response to a push", zorder=3)
     ax.scatter([row[4] for row in rows], at, color="#D55E00", marker="D", label="measured", zorder=3)
     ax.set_xscale("log")
+    ax.set_xticks(ticks := [0.2, 0.5, 1, 2, 5], [f"{tick:g}" for tick in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_yticks(at, [row[0] for row in rows])
-    ax.set_xlabel("lr · curvature · ΣR / s at which as much of a push comes back as it was")
+    ax.set_xlabel("threshold of lr · curvature · ΣR / s")
     ax.grid(alpha=0.3, axis="x")
     ax.set_axisbelow(True)
     fig.legend(*ax.get_legend_handles_labels(), fontsize=8, ncol=2, loc="lower center", frameon=False)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
+
+
+def page(rows: list[tuple[str, float, float, float, float]], size: int, seed: int) -> str:
+    """Write the page that shows table and figure."""
+    where = f"{device_name(torch.device('cpu'))} with torch {torch.__version__.partition('+')[0]}"
+    lines = ["| {} | {:.2f} | {:.1f} | {:.2f} | {:.2f} |".format(*row) for row in rows]
+    return f"""# How sharp a direction an optimizer's delay allows
+
+Noise of deviation s is most of the gradient, and a direction has curvature h. A push of its gradient by one moves it by
+lr · ΣR / s in the end; the mean age is that of the gradients that a move applies. The threshold is the lr · h · ΣR / s
+at which later gradients give back as much as the push was. *Predicted* is from the response to a push alone, *measured*
+on two curvatures, of which one is a hundredth of the other.
+
+By `python scripts/delay_model.py`, {size:,} coordinates, seed {seed}, on {where}.
+
+| | ΣR | mean age, steps | predicted | measured |
+|---|---:|---:|---:|---:|
+{chr(10).join(lines)}
+
+![thresholds](delay.png)
+"""
 
 
 def main() -> None:
@@ -123,8 +148,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=Path("experiments/results/momentum"))
     arguments = parser.parse_args()
-    rows, lines = [], ["| | ΣR | mean age, steps | predicted | measured |", "|---|---:|---:|---:|---:|"]
-    print("\n".join(lines))
+    rows = []
     for name in arguments.variants:
         make = VARIANTS[name]
         kernel = np.diff(pushed(make, 4 * arguments.size, arguments.seed), prepend=0.0)
@@ -132,10 +156,9 @@ def main() -> None:
         predicted = threshold(partial(predicted_gain, kernel))
         found = threshold(partial(measured_gain, make, arguments.size, arguments.seed + 1))
         rows.append((name, total, age, predicted * total, found * total))
-        lines.append("| {} | {:.2f} | {:.1f} | {:.2f} | {:.2f} |".format(*rows[-1]))
-        print(lines[-1], flush=True)
+        print("{}: ΣR {:.2f}, mean age {:.1f}, predicted {:.2f}, measured {:.2f}".format(*rows[-1]), flush=True)
     figure(rows, arguments.output / "delay.png")
-    (arguments.output / "delay.md").write_text("\n".join(lines) + "\n")
+    (arguments.output / "delay.md").write_text(page(rows, arguments.size, arguments.seed))
 
 
 if __name__ == "__main__":
