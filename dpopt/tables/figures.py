@@ -40,6 +40,7 @@ STYLES = {
     "lamb": ("#332288", "p"),
     "averagedsgd": ("#117733", "h"),
     "noisenormalizedsgd": ("#999933", "<"),
+    "adammini": ("#CC6677", (6, 1, 0)),
     "mada": ("#AA4499", "H"),
     "fedsofim": ("#44AA99", "8"),
 }
