@@ -6,10 +6,11 @@ the noise, which is public and needs no storage. With it in the place of √v̂ 
     m ← β·m + (1 − β)·g,   m̂ = m/(1 − βᵗ)
     θ ← θ(1 − lr·weight_decay) − lr·m̂/s
 
-that of DP-SGD with momentum whose learning rate is divided by s = σS/(qN), so that one rate serves every ε, C and batch
-as Adam's does. The momentum is kept in 4 bits by default, rounded stochastically, with a range for every `bucket`
-values: 4/8 + 4/256 bytes of state per parameter. This is our own combination; its rates are
-chosen by experiments/momentum_tuning.yaml.
+that of DP-SGD with momentum whose learning rate is divided by s = σS/(qN). One rate then serves every ε, C and batch
+where the noise is most of the gradient. Where the signal is far above it the step grows with it, and may diverge,
+as on the transformer of experiments/momentum.yaml; `AdamMini` does not have that weakness. The momentum is kept in 4
+bits by default, rounded stochastically, with a range for every `bucket` values: 4/8 + 4/256 bytes of state per
+parameter. This is our own combination.
 """
 
 from typing import Any
