@@ -5,7 +5,7 @@
 
 A second moment per block instead of per value is Adam-mini's (Zhang et al., 2406.16793), whose blocks are rows and
 heads; states in 4 bits are those of Li et al., 2309.01507. Here both go by consecutive values. Under noise Adam's √v̂ is
-nearly the same in all of them: what a value of its own would add is mostly error. Where the signal is most of the
+nearly the same in all of them: what one per value would add is mostly error. Where the signal is most of the
 gradient, v follows it and the step stays bounded, unlike a step over the noise's deviation. A bucket of 64 keeps
 4/8 + 4/64 bytes per parameter for m, and 4/64 for v.
 """
