@@ -7,7 +7,7 @@ A second moment per block instead of per value is Adam-mini's (Zhang et al., 240
 heads; states in 4 bits are those of Li et al., 2309.01507. Here both go by consecutive values. Under noise Adam's √v̂ is
 nearly the same in all of them: what one per value would add is mostly error. Where the signal is most of the
 gradient, v follows it and the step stays bounded, unlike a step over the noise's deviation. A bucket of 64 keeps
-4/8 + 4/64 bytes per parameter for m, and 4/64 for v.
+4/8 + 4/64 bytes per parameter for m, and 4/64 for v. A gradient's value that is not finite spoils its bucket.
 """
 
 from typing import Any
@@ -49,8 +49,7 @@ class AdamMini(PerTensorOptimizer):
         dense_size: int = 1024,
     ) -> None:
         check_options(lr=(lr, 0, 1e6), eps=(eps, 0, 1e6), weight_decay=(weight_decay, 0, 1e6))
-        for index in (0, 1):
-            check_options(**{f"betas[{index}]": (betas[index], 0, BELOW_ONE)})
+        check_options(**{f"betas[{i}]": (beta, 0, BELOW_ONE) for i, beta in enumerate(betas)})
         check_bits(bits, bucket)
         options = dict(eps=eps, weight_decay=weight_decay, bits=bits, bucket=bucket, dense_size=dense_size)
         super().__init__(params, dict(lr=lr, betas=tuple(betas), **options))
@@ -67,7 +66,7 @@ class AdamMini(PerTensorOptimizer):
         root = (v / (1 - b2 ** state["step"])).sqrt().add_(group["eps"])
         root = root.repeat_interleave(bucket)[: g.numel()].view_as(p)
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.addcdiv_(m, root.to(p.dtype), value=-group["lr"] / (1 - b1 ** state["step"]))
+        p.addcdiv_(m, root, value=-group["lr"] / (1 - b1 ** state["step"]))  # in v's dtype: ε is 0 in float16
 
     def first_moment(self, p: Tensor) -> Tensor:
         """Copy m, in the shape of the parameter."""
