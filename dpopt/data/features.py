@@ -4,7 +4,7 @@ They are computed once, kept next to the images in half precision, and read from
 one example each, so they cost no privacy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from dpopt.data.datasets import ChannelStatistics, DataSpec, Loaded, cifar10, fashion_mnist, mnist
-from dpopt.data.scattering import VERSION, scatter, scattering_channels
+from dpopt.data.scattering import VERSION, mirrored_channels, scatter, scattering_channels
 from dpopt.data.sources import TensorSource
 from dpopt.files import one_process, replace_durably
 
 
-def cifar10_scattering(groups: int | None = 27, statistics: Mapping[str, float] | None = None) -> DataSpec:
+def cifar10_scattering(
+    groups: int | None = 27, statistics: Mapping[str, float] | None = None, augment: bool = False
+) -> DataSpec:
     """CIFAR-10 as scattering features (J = 2, 8 orientations), each example normalized over groups of channels.
 
     1.9 GB. Setting: Tramèr & Boneh, 2011.11660.
@@ -26,8 +28,12 @@ def cifar10_scattering(groups: int | None = 27, statistics: Mapping[str, float] 
         groups: number of groups of channels; null leaves the features as they are.
         statistics: releases means and deviations of the channels with noise, in ε, and standardizes by them: the
             arguments of `ChannelStatistics`; null for none.
+        augment: mirror, for which `groups` must be null; with two views, one is the mirror image of the other.
+
+    Raises:
+        ValueError: for `augment` with groups.
     """
-    return _scattering(cifar10(augment=False), groups, statistics)
+    return _scattering(cifar10(augment=False), groups, statistics, augment)
 
 
 def mnist_scattering(groups: int | None = 27, statistics: Mapping[str, float] | None = None) -> DataSpec:
@@ -75,14 +81,22 @@ def cifar10_squeezenet(weights: str = "squeezenet1_1.safetensors", image_size: i
     return DataSpec("cifar10_squeezenet", 50_000, 10, (512, 1, 1), load, constants, images.collection)
 
 
-def _scattering(images: DataSpec, groups: int | None, statistics: Mapping[str, float] | None) -> DataSpec:
+def _scattering(
+    images: DataSpec, groups: int | None, statistics: Mapping[str, float] | None, mirror: bool = False
+) -> DataSpec:
     """Describe scattering features of images in memory."""
+    if mirror and groups:
+        raise ValueError(
+            f"dataset.groups={groups} cannot be mirrored, as a group holds some of the wavelets' directions: set "
+            "dataset.groups=null, or dataset.augment=false"
+        )
     channels, side = scattering_channels(images.shape[0]), images.shape[-1] // 4
 
     def features(_: Path) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: F.group_norm(scatter(x), groups) if groups else scatter(x)
 
-    load = _features(images, f"scattering_v{VERSION}_{groups or 'raw'}", features)
+    mirrored = mirrored_channels(images.shape[0]) if mirror else ()
+    load = _features(images, f"scattering_v{VERSION}_{groups or 'raw'}", features, mirrored)
     constants = images.constants + ("; then each example by its own groups of channels" if groups else "")
     try:
         released = ChannelStatistics(**statistics) if statistics else None
@@ -103,9 +117,15 @@ def _scattering(images: DataSpec, groups: int | None, statistics: Mapping[str, f
 
 
 def _features(
-    images: DataSpec, name: str, network: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]]
+    images: DataSpec,
+    name: str,
+    network: Callable[[Path], Callable[[torch.Tensor], torch.Tensor]],
+    mirrored: Sequence[int] = (),
 ) -> Callable[[Path, torch.device, int], Loaded]:
-    """Load features of images, which the first process computes and all read from a file, in half precision."""
+    """Load features of images, which the first process computes and all read from a file, in half precision.
+
+    With `mirrored` channels, training examples are mirrored.
+    """
 
     def load(data_dir: Path, device: torch.device, workers: int) -> Loaded:
         path = data_dir / f"{images.name}_{name}.pt"
@@ -123,7 +143,7 @@ def _features(
             _make_once(path, features)
         parts = _read(path)
         train, test = (TensorSource(parts[p].to(device), parts[f"{p}_targets"].to(device)) for p in ("train", "test"))
-        return train, test
+        return replace(train, flip=bool(mirrored), flip_channels=mirrored), test
 
     return load
 

@@ -26,6 +26,21 @@ def scattering_channels(channels: int, scales: int = 2, orientations: int = 8) -
     return channels * paths
 
 
+def mirrored_channels(channels: int, scales: int = 2, orientations: int = 8) -> list[int]:
+    """For each feature map of an image, the number of the one that it becomes in the mirror image.
+
+    A wavelet at the angle α turns into that at π − α. The maps themselves are mirrored about the middle of their grid,
+    which keeps every 2^J-th pixel: that is the mirror image, shifted by 2^J − 1 pixels.
+    """
+    turned = [(2 * (orientations // 2 - 1) - direction) % orientations for direction in range(orientations)]
+    paths = [0]
+    for _ in range(scales):
+        paths += [len(paths) + direction for direction in turned]
+    for _ in range(scales * (scales - 1) // 2):
+        paths += [len(paths) + first * orientations + second for first in turned for second in turned]
+    return [color * len(paths) + path for color in range(channels) for path in paths]
+
+
 def scatter(images: Tensor, scales: int = 2, orientations: int = 8) -> Tensor:
     """Compute the scattering features of images.
 

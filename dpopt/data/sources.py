@@ -75,18 +75,19 @@ class TensorSource:
     """Inputs and targets in memory, on one device, with batched augmentation.
 
     Attributes:
-        inputs: (N, C, H, W) as uint8, or float of any trailing shape (no augmentation then).
+        inputs: (N, C, H, W) as uint8, or float of any trailing shape; only (N, C, H, W) can be augmented.
         targets: (N, …).
         mean: per channel, subtracted from inputs scaled to [0, 1]; uint8 only.
         std: per channel.
         crop: shift by up to this many pixels in each direction (reflected at the border); 0 for none.
-        flip: mirror horizontally with probability ½.
+        flip: mirror horizontally with probability ½; where `crop` is 0, one view is the mirror of the one before.
         image_size: resize (bilinear) to this many pixels after augmentation.
         groups: the group of each example, a user for instance; None for none.
         announced: the public number of examples; None for the number there is.
         trimmed: whether inputs are token ids (N, T) with -1 for padding on the right; a micro-batch is then as long as
             its longest text, rounded up to a power of two, and so are targets (N, T).
         whole: fingerprint of the source that this one is a subset of, and of what was selected.
+        flip_channels: the channel that each channel of a mirror image is taken from; () where all stay.
     """
 
     inputs: Tensor
@@ -100,6 +101,7 @@ class TensorSource:
     announced: int | None = None
     trimmed: bool = False
     whole: str = ""
+    flip_channels: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
@@ -108,6 +110,8 @@ class TensorSource:
             )
         if self.trimmed:
             _check_padding(self.inputs, self.targets)
+        if self.crop and self.flip_channels:
+            raise ValueError("crop and flip_channels cannot be combined: set crop=0, or leave the channels as they are")
         if self.inputs.dtype == torch.uint8:
             channels = self.inputs.shape[1] if self.inputs.ndim == 4 else 0
             if not channels or len(self.mean) != channels or len(self.std) != channels or 0 in self.std:
@@ -138,7 +142,11 @@ class TensorSource:
             draws = share.of(key.uniform(3 * views * len(drawn), "augment", step).view(-1, views, 3))
             draws = sent(draws, indices.device)
             for at, piece in zip(indices.split(micro_batch), draws.split(micro_batch), strict=True):
-                images = self._finish(_crop_flip(self.inputs, at, piece, self.crop, self.flip))
+                if self.crop:
+                    images = _crop_flip(self.inputs, at, piece, self.crop, self.flip)
+                else:
+                    images = _flip(self.inputs.index_select(0, at), piece[..., 2], self.flip_channels)
+                images = self._finish(images)
                 yield images.view(len(at), views, *images.shape[1:]), self.targets[at]
 
     def plain(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,7 +164,7 @@ class TensorSource:
         """Hash every byte, also of examples outside this subset."""
         if self.whole:
             return self.whole
-        settings = str((tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size))
+        settings = str((tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size, *self.flip_channels))
         return combine("tensors", tensor_digest(self.inputs), tensor_digest(self.targets), settings)
 
     def contents(self) -> list[bytes]:
@@ -277,6 +285,16 @@ def _crop_flip(images: Tensor, at: Tensor, draws: Tensor, crop: int, flip: bool)
     example = at.repeat_interleave(views)[:, None, None, None]
     channel = torch.arange(images.shape[1], device=at.device)[None, :, None, None]
     return images[example, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _flip(images: Tensor, draws: Tensor, channels: Sequence[int]) -> Tensor:
+    """Images and mirror images (n·K, C, H, W) in turn, as draws (n, K), uniform in [0, 1), say of the first view."""
+    views = torch.arange(draws.shape[1], device=draws.device)
+    mirrored = (draws[:, :1] < 0.5) ^ (views % 2 == 1)
+    other = images.flip(-1)
+    if channels:
+        other = other.index_select(1, torch.tensor(channels, device=images.device))
+    return torch.where(mirrored[..., None, None, None], other[:, None], images[:, None]).flatten(0, 1)
 
 
 def _shift(uniform: Tensor, crop: int) -> Tensor:

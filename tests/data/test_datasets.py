@@ -136,6 +136,11 @@ def test_scattering_features_are_computed_once(tmp_path, monkeypatch):
         assert inputs.shape == (8, *features.shape) and targets.tolist() == list(range(8))
         groups = inputs.float().unflatten(1, (27, 9)).flatten(2)
         assert groups.mean(2).abs().max() < 2e-3 and (groups.std(2) - 1).abs().max() < 0.1  # GroupNorm's ε is felt
+        assert not train.flip
+    train, test = load(data.cifar10_scattering(groups=None, augment=True), tmp_path)
+    assert train.flip and sorted(train.flip_channels) == list(range(243)) and not test.flip
+    with pytest.raises(ValueError, match="cannot be mirrored"):
+        data.cifar10_scattering(augment=True)
 
 
 def test_features_of_a_network_are_computed_once(tmp_path, monkeypatch):

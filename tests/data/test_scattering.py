@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpopt.data.scattering import scatter, scattering_channels
+from dpopt.data.scattering import mirrored_channels, scatter, scattering_channels
 
 
 def literal(image: np.ndarray, orientations: int) -> np.ndarray:
@@ -72,6 +72,18 @@ def test_constant_images_have_no_waves_and_shifts_hardly_matter() -> None:
     one, two = scatter(smooth[..., :32]), scatter(smooth[..., 1:33])
     pixels = float((smooth[..., :32] - smooth[..., 1:33]).norm() / smooth[..., :32].norm())
     assert float((one - two).norm() / one.norm()) < 0.6 * pixels
+
+
+@pytest.mark.parametrize(("scales", "orientations"), [(2, 8), (3, 3)])
+def test_maps_of_a_mirror_image_are_mirrored_maps_in_another_order(scales: int, orientations: int) -> None:
+    images = torch.randn(2, 2, 96, 96, generator=torch.Generator().manual_seed(0))
+    mirror = images.flip(3).roll(1 - 2**scales, 3)
+    order = mirrored_channels(2, scales, orientations)
+    maps, expected = (scatter(x, scales, orientations) for x in (images, mirror))
+    inner = slice(4, -4)  # away from the border, where the shift by 2^J − 1 pixels brings other pixels in
+    torch.testing.assert_close(maps.flip(3)[:, order][..., inner], expected[..., inner], rtol=1e-3, atol=1e-3)
+    assert sorted(order) == list(range(maps.shape[1]))
+    assert [order[at] for at in order] == list(range(maps.shape[1]))
 
 
 def test_images_that_do_not_fit_are_refused() -> None:

@@ -69,6 +69,24 @@ def test_crop_and_flip_by_hand():
     assert torch.equal(_crop_flip(image, at, right, crop=1, flip=True)[0, 0], image[0, 0][:, [1, 2, 3, 2]])
 
 
+def test_without_shifts_every_second_view_is_the_mirror_image_of_the_one_before():
+    maps = torch.arange(24.0).view(2, 2, 2, 3)
+    source = TensorSource(maps, torch.arange(2), flip=True, flip_channels=(1, 0))
+    order = torch.arange(2).repeat(50)
+    views = torch.cat([images for images, _ in source.views([(0, order)], RandomKey.from_seed(0), 3, 7)])
+    mirror = maps.flip(3)[:, [1, 0]]
+    first = [torch.equal(view, maps[at]) for view, at in zip(views[:, 0], order, strict=True)]
+    assert 30 < sum(first) < 70
+    for view, at, plain in zip(views, order, first, strict=True):
+        pair = (maps[at], mirror[at]) if plain else (mirror[at], maps[at])
+        assert torch.equal(view, torch.stack([*pair, pair[0]]))
+    other = TensorSource(maps, torch.arange(2), flip=True)
+    assert other.fingerprint() != source.fingerprint()
+    assert torch.equal(next(source.plain(2))[0], maps)
+    with pytest.raises(ValueError, match="crop=0"):
+        TensorSource(maps, torch.arange(2), crop=1, flip=True, flip_channels=(1, 0))
+
+
 def test_normalization_and_resizing():
     images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
     source = TensorSource(images, torch.zeros(2), (0.5, 0.0, 1.0), (0.5, 1.0, 2.0), image_size=16)
