@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
 
 def tanh_cnn(
     num_classes: int = 10,
@@ -16,6 +18,7 @@ def tanh_cnn(
     image_size: int = 28,
     layers: Sequence[Sequence[int]] = ((16, 8, 2, 2), (2, 1), (32, 4, 2, 0), (2, 1)),
     hidden: int = 32,
+    activation: str = "tanh",
 ) -> nn.Module:
     """Convolutions, each with tanh, and max pooling; then one hidden layer with tanh, and a linear one.
 
@@ -26,10 +29,14 @@ def tanh_cnn(
         layers: in their order; four numbers are a convolution (channels, kernel, stride, padding), two numbers max
             pooling (kernel, stride).
         hidden: units of the hidden layer; 0 for none.
+        activation: tanh, or relu to compare with.
 
     Raises:
-        ValueError: for a layer of another length, or images that are too small.
+        ValueError: for a layer of another length, images that are too small, or another activation.
     """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not known: use {' or '.join(_ACTIVATIONS)}")
+    nonlinear = _ACTIVATIONS[activation]
     body: list[nn.Module] = []
     width = in_channels
     for layer in layers:
@@ -42,7 +49,7 @@ def tanh_cnn(
             body.append(nn.MaxPool2d(layer[0], layer[1]))
             continue
         out, kernel, stride, padding = layer
-        body += [nn.Conv2d(width, out, kernel, stride, padding), nn.Tanh()]
+        body += [nn.Conv2d(width, out, kernel, stride, padding), nonlinear()]
         width = out
     features = nn.Sequential(*body, nn.Flatten())
     try:
@@ -51,5 +58,5 @@ def tanh_cnn(
     except RuntimeError as error:
         raise ValueError(f"images of {image_size} pixels are too small for these layers ({error}): drop one") from error
     if hidden:
-        return nn.Sequential(*features, nn.Linear(size, hidden), nn.Tanh(), nn.Linear(hidden, num_classes))
+        return nn.Sequential(*features, nn.Linear(size, hidden), nonlinear(), nn.Linear(hidden, num_classes))
     return nn.Sequential(*features, nn.Linear(size, num_classes))

@@ -64,6 +64,10 @@ def test_networks_with_tanh_refuse_what_does_not_fit():
         models.tanh_cnn(image_size=4, layers=[[16, 8, 2, 0]])
     with pytest.raises(ValueError, match=r"the layer \[2, 2, 2\] must have four numbers"):
         models.tanh_cnn(layers=[[2, 2, 2]])
+    with pytest.raises(ValueError, match="'gelu' is not known: use tanh or relu"):
+        models.tanh_cnn(activation="gelu")
+    parts = {type(part) for part in models.tanh_cnn(activation="relu")}
+    assert torch.nn.ReLU in parts and torch.nn.Tanh not in parts
 
 
 def test_standardized_convolution_by_hand():
