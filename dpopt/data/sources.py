@@ -110,8 +110,13 @@ class TensorSource:
             )
         if self.trimmed:
             _check_padding(self.inputs, self.targets)
-        if self.crop and self.flip_channels:
-            raise ValueError("crop and flip_channels cannot be combined: set crop=0, or leave the channels as they are")
+        shape = tuple(self.inputs.shape)
+        if (self.crop or self.flip) and len(shape) != 4:
+            raise ValueError(f"inputs of shape {shape} are not (N, C, H, W): set crop=0 and flip=False")
+        if self.flip_channels and (self.crop or sorted(self.flip_channels) != list(range(shape[1]))):
+            raise ValueError(
+                f"flip_channels must name each of the channels of inputs {shape} once, and needs crop=0: correct one"
+            )
         if self.inputs.dtype == torch.uint8:
             channels = self.inputs.shape[1] if self.inputs.ndim == 4 else 0
             if not channels or len(self.mean) != channels or len(self.std) != channels or 0 in self.std:

@@ -87,6 +87,21 @@ def test_without_shifts_every_second_view_is_the_mirror_image_of_the_one_before(
         TensorSource(maps, torch.arange(2), crop=1, flip=True, flip_channels=(1, 0))
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 5), (4, 3, 5, 5, 5)])
+def test_only_images_are_augmented(shape):
+    """Rows would be broadcast over each other: an example would hold others."""
+    TensorSource(torch.zeros(shape), torch.zeros(4))
+    for augmentation in ({"flip": True}, {"crop": 1}):
+        with pytest.raises(ValueError, match=r"are not \(N, C, H, W\): set crop=0 and flip=False"):
+            TensorSource(torch.zeros(shape), torch.zeros(4), **augmentation)
+
+
+@pytest.mark.parametrize("channels", [(0,), (0, 0, 1), (1, 2, 3), (0, 1, 2, 3)])
+def test_mirrored_channels_are_an_order_of_all(channels):
+    with pytest.raises(ValueError, match="each of the channels"):
+        TensorSource(torch.zeros(4, 3, 5, 5), torch.zeros(4), flip=True, flip_channels=channels)
+
+
 def test_normalization_and_resizing():
     images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
     source = TensorSource(images, torch.zeros(2), (0.5, 0.0, 1.0), (0.5, 1.0, 2.0), image_size=16)
