@@ -111,7 +111,7 @@ class TensorSource:
         if self.trimmed:
             _check_padding(self.inputs, self.targets)
         shape = tuple(self.inputs.shape)
-        if (self.crop or self.flip) and len(shape) != 4:
+        if (self.crop or self.flip or self.flip_channels) and len(shape) != 4:
             raise ValueError(f"inputs of shape {shape} are not (N, C, H, W): set crop=0 and flip=False")
         if self.flip_channels and (self.crop or sorted(self.flip_channels) != list(range(shape[1]))):
             raise ValueError(

@@ -91,7 +91,7 @@ def test_without_shifts_every_second_view_is_the_mirror_image_of_the_one_before(
 def test_only_images_are_augmented(shape):
     """Rows would be broadcast over each other: an example would hold others."""
     TensorSource(torch.zeros(shape), torch.zeros(4))
-    for augmentation in ({"flip": True}, {"crop": 1}):
+    for augmentation in ({"flip": True}, {"crop": 1}, {"flip_channels": (0, 1, 2)}):
         with pytest.raises(ValueError, match=r"are not \(N, C, H, W\): set crop=0 and flip=False"):
             TensorSource(torch.zeros(shape), torch.zeros(4), **augmentation)
 
