@@ -40,7 +40,8 @@ def check_components(config: Config) -> None:
             if parameter is None:
                 accepted = [name for name in parameters if name not in ("self", "params", "optimizer")]
                 raise ValueError(
-                    f"{group}.{key} is not an argument of {node['_target_']}: it takes {', '.join(accepted) or 'none'}"
+                    f"{group}.{key} is not an argument of {node['_target_']}, which takes "
+                    f"{', '.join(accepted) or 'none'}: leave it out, and where a preset sets it, add '~{group}.{key}'"
                 )
             hint = hints.get(key, type(parameter.default) if parameter.default not in (None, parameter.empty) else Any)
             if not _fits(value, hint) and not (group == "schedule" and value is None):

@@ -189,6 +189,14 @@ def test_names_are_safe_file_names():
     )
 
 
+def test_a_presets_key_goes_as_the_message_says():
+    config = configure(
+        "experiment=cifar10_eps3", "optimizer=dp_adam", "model=linear", "~optimizer.momentum", "~model.widths"
+    )
+    check_components(config)
+    assert config.optimizer["_target_"] == "torch.optim.Adam"
+
+
 def test_identity_survives_yaml():
     config = configure("experiment=quickstart")
     again = Config(**OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(asdict(config)))))
@@ -200,6 +208,8 @@ def test_identity_survives_yaml():
     [
         (["+no_such_key=1"], "unknown key no_such_key"),
         (["+optimizer.windw=3"], r"optimizer.windw is not an argument of .*window"),
+        (["experiment=cifar10_eps3", "optimizer=dp_adam"], r"optimizer.momentum .* add '~optimizer.momentum'"),
+        (["experiment=cifar10_eps1", "size=smoke"], r"dataset.augment .* add '~dataset.augment'"),
         (["optimizer.lr=abc"], r"optimizer.lr=abc does not fit .* float"),
         (["optimizer.window=1.5"], "optimizer.window=1.5 does not fit .* int"),
         (["optimizer.betas=[0.9]"], "optimizer.betas"),
