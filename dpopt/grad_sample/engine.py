@@ -49,6 +49,7 @@ from dpopt.grad_sample.fallback import (
 from dpopt.grad_sample.hooks import BackwardCollector, LayerHooks
 from dpopt.grad_sample.layout import Layout, RowProbe, UnsureLayoutError
 from dpopt.grad_sample.losses import per_example_loss
+from dpopt.grad_sample.modes import autocast
 from dpopt.grad_sample.modules import UnsupportedLayerError, find_layers, has_forward
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.outputs import example_losses, same_outputs
@@ -346,5 +347,4 @@ class GradSampler:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Make the context of forward passes."""
-        kind = next(self.model.parameters()).device.type
-        return torch.autocast(kind, dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return autocast(self.model, self.precision)

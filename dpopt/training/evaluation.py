@@ -1,20 +1,18 @@
 """A model's outputs on examples, and its metrics over all of them."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpopt.data.sources import Source
-from dpopt.grad_sample.modes import eval_mode
+from dpopt.grad_sample.modes import autocast, eval_mode
 
 
 def outputs_of(model: nn.Module, inputs: Tensor, precision: str) -> Tensor:
     """Return the outputs of a batch of inputs, in the model's dtype or under autocast."""
     reference = next(model.parameters())
-    autocast = torch.autocast(reference.device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-    with autocast:
+    with autocast(model, precision):
         outputs: Tensor = model(inputs.to(reference.dtype) if inputs.is_floating_point() else inputs)
     return outputs
 

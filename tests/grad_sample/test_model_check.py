@@ -1,4 +1,10 @@
-"""What is refused before any data are seen, frozen BatchNorm, and modes that come back one by one."""
+"""What is refused before any data are seen, frozen BatchNorm, modes that come back one by one, and precision."""
+
+import os
+import platform
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
@@ -8,6 +14,7 @@ from torch import nn
 
 from dpopt.data.datasets import digits
 from dpopt.data.sources import TensorSource
+from dpopt.grad_sample import modes
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.modes import eval_mode
 from dpopt.privacy.clipping import Flat
@@ -90,3 +97,23 @@ def test_modes_come_back_one_by_one():
     task.check(model)
     evaluate(model, task, TensorSource(torch.randn(4, 1, 8, 8).double(), torch.arange(4)))
     assert modes == [m.training for m in model.modules()] and model.training and not model[1].training
+
+
+@pytest.mark.parametrize("slow, precision, times", [(True, "bf16", 1), (True, "fp32", 0), (False, "bf16", 0)])
+def test_bf16_without_instructions_is_told_once(monkeypatch, slow, precision, times):
+    monkeypatch.setattr(modes, "emulates_bf16", lambda: slow)
+    modes._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with modes.autocast(nn.Linear(2, 2), precision):
+                pass
+    assert [str(w.message).startswith("bf16 is slower") for w in found] == [True] * times
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's limit is one of x86")
+def test_a_processor_kept_from_bf16_emulates_it():
+    code = "from dpopt.grad_sample.modes import emulates_bf16; print(emulates_bf16())"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "True"
