@@ -22,7 +22,7 @@ def evaluate(words: Sequence[str]) -> int:
         "--write", type=int, metavar="N", help="let a language model complete N prompts of the test set"
     )
     parser.add_argument(
-        "--beams", type=int, default=1, help="of the search that writes (1: the likeliest token each time)"
+        "--beams", type=int, help="of the search that writes (1, the default: the likeliest token each time)"
     )
     arguments = parser.parse_args(words)
     try:
@@ -34,8 +34,10 @@ def evaluate(words: Sequence[str]) -> int:
     return 0
 
 
-def _measure(run: Path, data_dir: str | None, count: int | None, beams: int) -> list[str]:
+def _measure(run: Path, data_dir: str | None, count: int | None, beams: int | None) -> list[str]:
     """Load a run's model and test set; say the metrics."""
+    if beams is not None and count is None:
+        raise ValueError(f"--beams {beams} is of the search that --write starts: add --write N, or leave it out")
     import dpopt
     from dpopt.runs.directory import read_config
     from dpopt.training import trainer
@@ -48,7 +50,7 @@ def _measure(run: Path, data_dir: str | None, count: int | None, beams: int) -> 
     task = make_task(config)
     test = load_test_set(config, task)
     if count is not None:
-        return _write(model, config.dataset.get("tokenizer"), test, count, beams)
+        return _write(model, config.dataset.get("tokenizer"), test, count, 1 if beams is None else beams)
     values = trainer.evaluate(model, task, test, config.precision)
     return [f"accuracy {values['accuracy']:.4%}, loss {values['loss']:.6f}"]
 

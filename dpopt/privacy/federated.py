@@ -36,7 +36,7 @@ class Federated(PrivateGradient):
         ValueError: for no local step, a learning rate that is not positive, a filter, or class weights.
     """
 
-    takes_clients = True
+    takes = "updates"
 
     def __init__(self, *arguments: Any, local_steps: int = 1, local_lr: float = 0.1, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -41,6 +41,8 @@ class LeastSquares(PrivateGradient):
             and a clip by layer, a count, a scale or a filter, which the statistics do not have.
     """
 
+    takes = "features"
+
     def __init__(self, *arguments: Any, eigenvalue_floor: float = 3.0, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if not eigenvalue_floor >= 0:

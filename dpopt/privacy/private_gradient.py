@@ -18,7 +18,7 @@ and what they need to know of the step flows right, as `step_info`, all of it pu
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class PrivateGradient:
             without a clip, or a count that the plan does not pay for.
     """
 
-    takes_gradients = True
+    takes: ClassVar[str] = "gradients"  # of an example; of others it is losses, features, or updates (of a client)
 
     def __init__(
         self,
@@ -279,8 +279,8 @@ class PrivateGradient:
 
     def _validate(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> None:
         """Validate model and loss before the first micro-batch, and after every change."""
-        if not covered(self.engine, inputs, self.takes_gradients):
-            validate(self.engine, inputs, targets, mask, self.takes_gradients)
+        if not covered(self.engine, inputs, self.takes != "losses"):
+            validate(self.engine, inputs, targets, mask, self.takes != "losses")
 
     def _per_sample_gradients(
         self, inputs: Tensor, targets: Tensor, scale: Gradients | None, points: list[Point]

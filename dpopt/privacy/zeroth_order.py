@@ -36,7 +36,7 @@ class ZerothOrder(PrivateGradient):
             and noise that is correlated over steps.
     """
 
-    takes_gradients = False
+    takes = "losses"
 
     def __init__(self, *arguments: Any, smoothing: float = 1e-3, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -23,6 +23,11 @@ from dpopt.runs.result import HOLDOUT, REPRODUCIBLE, Estimate
 from dpopt.runs.sweep import duration, size
 
 _HOUR = 3600
+_TAKEN = {
+    "losses": "two losses per example",
+    "features": "features of each example, once",
+    "updates": "the update of each client",
+}
 _SILENCE = 60  # seconds after which a log file gets a line although nothing was evaluated
 
 
@@ -109,10 +114,10 @@ def _state(guess: Estimate) -> str:
 def _gradients(about: RunDescription, engine: GradSampler, micro_batch: int) -> str:
     """Say how gradients are taken, and which layers no rule covers."""
     size = f"micro-batches of {micro_batch:,}"
+    if about.takes != "gradients":
+        return f"none: {_TAKEN[about.takes]}, {size}"
     if not about.private:
         return f"of whole {size}"
-    if not about.per_sample:
-        return f"none: two losses per example, {size}"
     whole = {"vmap": "by vmap", "loop": "by a loop"}
     how = whole.get(engine.policy, f"by per-layer rules ({engine.policy})")
     if engine.policy not in whole and engine.fallbacks:

@@ -20,7 +20,7 @@ class RunDescription:
         mechanism_call: the mechanism of the noise with what is not a default.
         filter_call: the filter with what is not a default; empty for none.
         schedule_call: the schedule likewise; empty for a constant rate.
-        per_sample: whether the estimator takes per-sample gradients, not just losses.
+        takes: what the estimator takes of each example: gradients, losses, features, or updates (of clients).
         ema: decay of the weight average, None for none.
         views: augmented views per example.
         holdout: fraction of the training set that is not trained on.
@@ -46,7 +46,7 @@ class RunDescription:
     mechanism_call: str
     filter_call: str
     schedule_call: str
-    per_sample: bool
+    takes: str
     ema: float | None
     views: int
     holdout: float

@@ -130,7 +130,7 @@ def describe(config: Config) -> RunDescription:
         mechanism_call=call_words(config.mechanism, "bands", "lam"),
         filter_call=call_words(config.filter) if config.filter else "",
         schedule_call=schedule if component_name(config.schedule) != "constantlr" else "",
-        per_sample=bool(locate_target("estimator", config.estimator).takes_gradients),  # type: ignore[attr-defined]
+        takes=str(locate_target("estimator", config.estimator).takes),  # type: ignore[attr-defined]
         ema=config.ema,
         views=config.views,
         holdout=config.holdout,

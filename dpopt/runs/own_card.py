@@ -112,7 +112,7 @@ def _describe(private: PrivateGradient, stated: Stated) -> RunDescription:
         mechanism_call=", ".join(f"{key} {value}" for key, value in mechanism.items() if key != "coefficients"),
         filter_call="",
         schedule_call="",
-        per_sample=private.takes_gradients,
+        takes=private.takes,
         ema=None,
         views=1,
         holdout=0.0,

@@ -93,9 +93,9 @@ class Components:
         """
         config, scale = self.config, getattr(self.optimizer, "pre_clip_scale", None)
         make = build("estimator", config.estimator)
-        per_sample = bool(make.func.takes_gradients)  # type: ignore[attr-defined]
-        if config.compile and (self.filter or scale is not None or not per_sample):
-            raise ValueError("compile=true does not go with a scale, a filter or estimator=zeroth_order: drop it")
+        takes = make.func.takes  # type: ignore[attr-defined]
+        if config.compile and (self.filter or scale is not None or takes != "gradients"):
+            raise ValueError("compile=true does not go with a scale, a filter or another estimator: drop it")
         made: PrivateGradient = make(
             self.model,
             self.task.loss_fn,
@@ -198,7 +198,7 @@ def _prepare_engine(components: Components) -> int:
     estimator = build("estimator", config.estimator).func  # type: ignore[attr-defined]
     if config.private:  # on noise; the first batch is validated, too
         no_data = torch.zeros(1, dtype=torch.bool, device=inputs.device)
-        validate(engine, inputs[None], target[None], no_data, estimator.takes_gradients)
+        validate(engine, inputs[None], target[None], no_data, estimator.takes != "losses")
     budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
     share = math.ceil(config.batch_size / world_size())
     most = _enough(share, inputs.device)
@@ -252,7 +252,7 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     classes = getattr(getattr(train, "dataset", None), "classes", ())
     if config.private:
         check_initial_weights(config, spec, classes)
-    if isinstance(train, ClientSource) != hasattr(build("estimator", config.estimator).func, "takes_clients"):  # type: ignore[attr-defined]
+    if isinstance(train, ClientSource) != (build("estimator", config.estimator).func.takes == "updates"):  # type: ignore[attr-defined]
         raise ValueError("dataset=clients and estimator=federated go together: choose both, or neither")
     for part, source in (("training", train), ("test", test)):
         if not len(source):

@@ -73,6 +73,8 @@ def test_the_stack_is_shown_where_it_is_asked_for_and_that_of_a_bug_always(comma
         (["filter=kalman", "optimizer=dp_adambc"], "choose another optimizer"),
         (["estimator=zeroth_order", "clipping=per_layer"], "one number per example"),
         (["optimizer=dp_adam_stp", "compile=true"], "compile=true does not go with"),
+        (["experiment=federated", "compile=true"], "compile=true does not go with"),
+        (["experiment=least_squares", "compile=true"], "compile=true does not go with"),
     ],
     ids=str,
 )

@@ -72,6 +72,8 @@ def test_result_and_files(command, tmp_path):
     seen = command("evaluate", str(run))
     assert f"accuracy {result['test_accuracy']:.4%}" in seen.stdout, seen.stderr
     assert command("evaluate", str(run), "nowhere").stdout == seen.stdout  # digits need no folder
+    beams = command("evaluate", str(run), "--beams", "4")
+    assert beams.returncode == 1 and "add --write N" in beams.stderr
     missing = command("evaluate", str(tmp_path))
     assert missing.returncode == 1 and "holds no model.safetensors" in missing.stderr
 
