@@ -28,6 +28,13 @@ class TemperedSigmoid(nn.Module):
         return self.scale * torch.sigmoid(self.inverse_temperature * x) - self.offset
 
 
+class ChannelsLast(nn.Sequential):
+    """A sequence of layers on images, with the channels last in memory: so processors pool several times as fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))  # a copy that vmap knows, too
+
+
 _ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "tempered_sigmoid": TemperedSigmoid}
 
 
@@ -53,4 +60,4 @@ def cnn5(
         layers += [nn.Conv2d(width, out, 3, padding=min(number, 1)), make()]
         layers += [nn.MaxPool2d(2)] if number < 3 else []
         width = out
-    return nn.Sequential(*layers, nn.Conv2d(width, num_classes, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return ChannelsLast(*layers, nn.Conv2d(width, num_classes, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
