@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dpopt.models.cnn5 import ChannelsLast
+
 WIDTH = 512  # channels of the last map
 _MEANS = (123.68, 116.779, 103.939)
 
@@ -75,7 +77,7 @@ def squeezenet(
         features.requires_grad_(False)
     if train == "fires":
         features[-2:].requires_grad_(True)
-    return nn.Sequential(_Rescale(mean, std), features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    return ChannelsLast(_Rescale(mean, std), features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
 def load_weights(network: nn.Module, weights: str) -> None:
