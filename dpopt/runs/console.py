@@ -115,7 +115,7 @@ def _gradients(about: RunDescription, engine: GradSampler, micro_batch: int) -> 
     """Say how gradients are taken, and which layers no rule covers."""
     size = f"micro-batches of {micro_batch:,}"
     if about.takes != "gradients":
-        return f"none: {_TAKEN[about.takes]}, {size}"
+        return f"none: {_TAKEN.get(about.takes, about.takes)}, {size}"
     if not about.private:
         return f"of whole {size}"
     whole = {"vmap": "by vmap", "loop": "by a loop"}
