@@ -56,7 +56,7 @@ $(error SCALE is now SIZE: make $(MAKECMDGOALS) SIZE=$(SCALE))
 endif
 # A process per GPU, or per core where there is none.
 JOBS ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -gt 0 ] && echo $$gpus || nproc)
-TABLE = $(PY) -m dpopt.cli.table --size $(SIZE)
+TABLE = $(DPOPT) table --size $(SIZE)
 RUN_TABLES = OMP_NUM_THREADS=1 $(TABLE) --run --jobs $(JOBS)
 
 tables: $(READY)  ## run what is missing of all tables, SIZE=smoke|cpu|full, in JOBS processes, and write them

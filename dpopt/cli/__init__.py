@@ -4,7 +4,9 @@ dpopt train experiment=quickstart
 dpopt --help
 """
 
+import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -26,7 +28,10 @@ VERBS = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the verb that stands first; return the exit code."""
+    """Run the verb that stands first; return the exit code.
+
+    What is refused is printed in one sentence; HYDRA_FULL_ERROR=1 shows the stack.
+    """
     words = sys.argv[1:] if words is None else words
     first, *rest = words or ["--help"]
     if first in ("-h", "--help", "help"):
@@ -44,7 +49,21 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     module, _, name = VERBS[first][0].partition(":")
     run: Callable[[Sequence[str]], int] = getattr(import_module(module), name)
-    return run(rest)
+    try:
+        return run(rest)
+    except (ValueError, OSError) as error:  # a refusal, in one sentence
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def verb_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a verb's arguments; its help shows the docstring as it is."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"dpopt {verb}", description=description, formatter_class=kind)
 
 
 def overview() -> str:

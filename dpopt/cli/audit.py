@@ -11,35 +11,24 @@ The black-box audit compares the model's loss on training examples with its loss
 is weak: real examples are easy to learn together, and one final model shows next to nothing of each.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dpopt.cli import verb_parser
 from dpopt.config.schema import CONF, Config
 
 
 def audit(words: Sequence[str]) -> int:
     """Audit a run directory, or the run that overrides name; return the exit code."""
-    parser = argparse.ArgumentParser(
-        "dpopt audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("audit", __doc__)
     parser.add_argument("run", nargs="+", help="a run directory, or overrides as of dpopt train")
     parser.add_argument("--black-box", action="store_true", help="see only the final model of a finished run")
     arguments = parser.parse_args(words)
-    from hydra.errors import HydraException
-
-    try:
-        if arguments.black_box:
-            print(_black_box(Path(arguments.run[0])))
-            return 0
-        return _white_box(arguments.run)
-    except (ValueError, OSError, HydraException) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if arguments.black_box:
+        print(_black_box(Path(arguments.run[0])))
+        return 0
+    return _white_box(arguments.run)
 
 
 def _white_box(words: Sequence[str]) -> int:
@@ -70,12 +59,18 @@ def _compose(words: Sequence[str]) -> Config:
         ValueError: for unknown keys or a bad configuration.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    from dpopt.config.overrides import check_overrides, from_hydra
+    from dpopt.cli.refusals import sentence
+    from dpopt.config.overrides import check_overrides, from_hydra, with_weights
 
     check_overrides(words)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return from_hydra(compose("config", list(words)))
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return from_hydra(compose("config", with_weights(words)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(sentence(error)) from error
 
 
 def _black_box(directory: Path) -> str:

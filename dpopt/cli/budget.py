@@ -9,9 +9,10 @@ counts. A batch is the expected one.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from dpopt.cli import verb_parser
 
 Grid = list[list[float]]  # a row per batch size, a column per number of epochs
 
@@ -19,23 +20,15 @@ Grid = list[list[float]]  # a row per batch size, a column per number of epochs
 def budget(words: Sequence[str]) -> int:
     """Print the table and draw the heat map; return the exit code."""
     arguments = _parser().parse_args(words)
-    try:
-        grid = values(arguments)
-        title, symbol = _title(arguments)
-        show(grid, arguments.batch, arguments.epochs, title)
-        draw(grid, arguments, title, symbol)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    grid = values(arguments)
+    title, symbol = _title(arguments)
+    show(grid, arguments.batch, arguments.epochs, title)
+    draw(grid, arguments, title, symbol)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "dpopt budget", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("budget", __doc__)
     parser.add_argument("--size", type=int, required=True, help="N, the number of training examples")
     parser.add_argument("--delta", type=float, required=True, help="δ, below 1/N")
     given = parser.add_mutually_exclusive_group(required=True)

@@ -3,19 +3,19 @@
 dpopt evaluate runs/digits-cnn-microadam-eps8-seed0-… [DATA_DIR] [--write 64]
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from dpopt.cli import verb_parser
 
 _SHOWN = 3  # texts
 
 
 def evaluate(words: Sequence[str]) -> int:
     """Print test accuracy and loss of a finished run's model; return the exit code."""
-    parser = argparse.ArgumentParser("dpopt evaluate", description="Evaluate a finished run on its test set.")
+    parser = verb_parser("evaluate", __doc__)
     parser.add_argument("run", type=Path, help="a run directory with a model.safetensors")
     parser.add_argument("data_dir", nargs="?", help="where the dataset is; by default where the run found it")
     parser.add_argument(
@@ -25,12 +25,7 @@ def evaluate(words: Sequence[str]) -> int:
         "--beams", type=int, help="of the search that writes (1, the default: the likeliest token each time)"
     )
     arguments = parser.parse_args(words)
-    try:
-        lines = _measure(arguments.run, arguments.data_dir, arguments.write, arguments.beams)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print("\n".join(lines))
+    print("\n".join(_measure(arguments.run, arguments.data_dir, arguments.write, arguments.beams)))
     return 0
 
 

@@ -4,24 +4,18 @@ dpopt ledger
 dpopt ledger --delta 1e-5 --runs
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
+
+from dpopt.cli import verb_parser
 
 
 def ledger(words: Sequence[str]) -> int:
     """Compose the runs on each dataset and print the totals; return the exit code."""
-    parser = argparse.ArgumentParser(
-        "dpopt ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("ledger", __doc__)
     parser.add_argument("--delta", type=float, help="δ of all runs together; by default the largest of the runs")
     parser.add_argument("--runs", action="store_true", help="list the runs, too")
     arguments = parser.parse_args(words)
-    try:
-        print(overview(arguments.delta, arguments.runs))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    print(overview(arguments.delta, arguments.runs))
     return 0
 
 

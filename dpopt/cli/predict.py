@@ -8,28 +8,23 @@ Writes path, class and probability as CSV; a row's path is FILE:ROW. Inputs are 
 What cannot be read is named on stderr, a sentence each; the others are predicted, and the exit code is then 1.
 """
 
-import argparse
 import csv
 import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpopt.cli import verb_parser
+
 
 def predict(words: Sequence[str]) -> int:
     """Write predictions as CSV; return the exit code."""
-    parser = argparse.ArgumentParser(
-        "dpopt predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("predict", __doc__)
     parser.add_argument("run", type=Path, help="a run directory with a model.safetensors, or an exported folder")
     parser.add_argument("source", type=Path, help="a folder of images, an image, or a table")
     parser.add_argument("-o", "--output", type=Path, help="the CSV file; by default it goes to stdout")
     arguments = parser.parse_args(words)
-    try:
-        return _write(arguments.run, arguments.source, arguments.output)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    return _write(arguments.run, arguments.source, arguments.output)
 
 
 def _write(run: Path, source: Path, output: Path | None) -> int:

@@ -7,17 +7,16 @@ The page loads nothing: send it, or open it anywhere. Runs that differ only in t
 compared with the first one, as by dpopt runs compare. The configurations name folders of this machine.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpopt.cli import verb_parser
+
 
 def report(words: Sequence[str]) -> int:
     """Write the page; return the exit code."""
-    parser = argparse.ArgumentParser(
-        "dpopt report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("report", __doc__)
     parser.add_argument("globs", nargs="+", metavar="GLOB", help="run directories, or folders of them")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"))
     parser.add_argument("--measure", default="test_accuracy", help="a key of result.json (default: test_accuracy)")
@@ -26,12 +25,8 @@ def report(words: Sequence[str]) -> int:
     from dpopt.runs.comparison import find_runs
     from dpopt.runs.report import report as written
 
-    try:
-        found, others = find_runs(arguments.globs)
-        files.write_atomic(arguments.output, written(found, arguments.measure))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    found, others = find_runs(arguments.globs)
+    files.write_atomic(arguments.output, written(found, arguments.measure))
     print(f"wrote {arguments.output}: {len(found)} runs")
     if others:
         print(f"left out, because they are not finished: {', '.join(path.name for path in others)}", file=sys.stderr)

@@ -8,29 +8,23 @@ by no more than three standard errors of an accuracy on the test set, âˆš(2p(1 â
 to the configuration, or of another noise version, draws other noise today: then its figures can agree, its bits cannot.
 """
 
-import argparse
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpopt.cli import verb_parser
+
 
 def rerun(words: Sequence[str]) -> int:
     """Train a run again and say whether the result agrees; return the exit code."""
-    parser = argparse.ArgumentParser(
-        "dpopt rerun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("rerun", __doc__)
     parser.add_argument("run", type=Path, help="a run directory with a result.json")
     parser.add_argument("--output", type=Path, help="where to train; by default a folder that is removed afterwards")
     arguments = parser.parse_args(words)
-    try:
-        agrees, text = _compare(arguments.run, arguments.output)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    agrees, text = _compare(arguments.run, arguments.output)
     print(text)
     return 0 if agrees else 1
 

@@ -9,11 +9,12 @@ paired difference, with its 95% interval (Student's t; from three values on). A 
 of them. To choose hyper-parameters, take --measure private/holdout_accuracy: a choice by the test set uses it up.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dpopt.cli import verb_parser
 
 if TYPE_CHECKING:
     from dpopt.runs.comparison import FinishedRun, Group
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
 def runs(words: Sequence[str]) -> int:
     """List runs, compare groups of them, or draw their curves; return the exit code."""
-    parser = argparse.ArgumentParser(
-        "dpopt runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("runs", __doc__)
     parser.add_argument("what", choices=("list", "compare", "curves"))
     parser.add_argument("globs", nargs="+", metavar="GLOB", help="run directories, or folders of them")
     parser.add_argument("--measure", default="test_accuracy", help="a key of result.json (default: test_accuracy)")
@@ -31,18 +30,14 @@ def runs(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     from dpopt.runs.comparison import find_runs, group_runs, summarize, table
 
-    try:
-        found, others = find_runs(arguments.globs)
-        if arguments.what == "list":
-            _print(*overview(found, arguments.measure))
-        elif arguments.what == "compare":
-            _print(*table(summarize(group_runs(found), arguments.measure), arguments.measure))
-        else:
-            draw(group_runs(found), arguments.measure, arguments.output)
-            print(f"wrote {arguments.output}")
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    found, others = find_runs(arguments.globs)
+    if arguments.what == "list":
+        _print(*overview(found, arguments.measure))
+    elif arguments.what == "compare":
+        _print(*table(summarize(group_runs(found), arguments.measure), arguments.measure))
+    else:
+        draw(group_runs(found), arguments.measure, arguments.output)
+        print(f"wrote {arguments.output}")
     if others:
         print(f"left out, because they are not finished: {', '.join(path.name for path in others)}", file=sys.stderr)
     return 0

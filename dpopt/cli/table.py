@@ -6,7 +6,6 @@ dpopt table cifar10 --commands          # the commands of its missing runs
 dpopt table cifar10 --size full --plan  # what its runs would cost on this machine
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -14,15 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpopt.cli import verb_parser
 from dpopt.tables import spec
 from dpopt.tables.launch import launch
 
 
 def table(arguments: Sequence[str]) -> int:
     """Do what the arguments say; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="dpopt table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = verb_parser("table", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="a file of experiments/; by default all of the size")
     parser.add_argument("--size", choices=spec.SIZES, default="cpu")
     parser.add_argument("--output", type=Path, help="experiments/results, or runs/tables for size smoke")
@@ -32,27 +30,21 @@ def table(arguments: Sequence[str]) -> int:
     parser.add_argument("--plan", action="store_true", help="print what the runs would cost here, and stop")
     parser.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
     options = parser.parse_args(arguments)
-    try:
-        names = options.names or spec.names_at(options.size)
+    names = options.names or spec.names_at(options.size)
+    for name in names:
+        spec.check_size(spec.read(name), options.size)
+    if options.commands:
+        lines = [line for name in names for line in spec.commands(name, options.size)]
+        print("\n".join(dict.fromkeys(lines)))
+    elif options.plan:
         for name in names:
-            spec.check_size(spec.read(name), options.size)
-        if options.commands:
-            lines = [line for name in names for line in spec.commands(name, options.size)]
-            print("\n".join(dict.fromkeys(lines)))
-        elif options.plan:
-            for name in names:
-                print(plan(name, options.size))
-        else:
-            if options.run:
-                launch(names, options.size, max(1, options.jobs))
-            output = options.output or (spec.ROOT / "runs/tables" if options.size == "smoke" else spec.RESULTS)
-            for name in names:
-                write(name, options.size, output, options.force)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+            print(plan(name, options.size))
+    else:
+        if options.run:
+            launch(names, options.size, max(1, options.jobs))
+        output = options.output or (spec.ROOT / "runs/tables" if options.size == "smoke" else spec.RESULTS)
+        for name in names:
+            write(name, options.size, output, options.force)
     return 0
 
 
@@ -92,7 +84,3 @@ def plan(name: str, size: str) -> str:
     expected = about.get("hours", {}).get(size, {})
     hours = [f"expected hours on {hardware}: {hours}" for hardware, hours in expected.items()]
     return " · ".join([f"{name}, size {size}: {cost(list(found.values()))}", *hours])
-
-
-if __name__ == "__main__":
-    sys.exit(table(sys.argv[1:]))

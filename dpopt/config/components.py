@@ -97,6 +97,18 @@ def _defaults(target: str) -> dict[str, Any]:
     return {name: p.default for name, p in parameters.items() if isinstance(p.default, plain)}
 
 
+def estimator_takes(config: Config) -> str:
+    """Say what the estimator takes of each example: `gradients`, `losses`, `features`, or `updates` of clients.
+
+    Raises:
+        ValueError: for an estimator that does not say it.
+    """
+    target = locate_target("estimator", config.estimator)
+    if not hasattr(target, "takes"):
+        raise ValueError(f"{config.estimator['_target_']} has no `takes`: make it a subclass of dpopt.PrivateGradient")
+    return str(target.takes)
+
+
 def locate_target(group: str, node: Mapping[str, Any]) -> Callable[..., Any]:
     """Import the function or class that a component names.
 

@@ -63,7 +63,7 @@ class Config:
     precision: str = "fp32"  # fp32, bf16 (autocast) or fp64
     seed: int = 0  # of splits, weights, sampling and noise
     tag: str = ""  # label that separates otherwise identical runs
-    # Running. None of these changes a result, and none but eval_every and diagnostics changes what is recorded.
+    # Running. None of these changes a result, except that eval_every and audit draw other noise.
     eval_every: int = 50  # steps between evaluations on the test set
     checkpoint_every: int = 50  # steps between checkpoints; at most so many are lost
     time_limit: Optional[float] = None  # noqa: UP045 (seconds, after which the run stops with a result, to be continued)

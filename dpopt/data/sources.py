@@ -160,7 +160,8 @@ class TensorSource:
 
     def subset(self, indices: Tensor, public_size: int | None = None) -> "TensorSource":
         at = indices.to(self.inputs.device)
-        groups = None if self.groups is None else [list(self.groups)[int(i)] for i in indices]
+        everyone = None if self.groups is None else list(self.groups)
+        groups = None if everyone is None else [everyone[i] for i in indices.tolist()]
         whole = combine("subset", self.fingerprint(), tensor_digest(indices))
         part = replace(self, inputs=self.inputs[at], targets=self.targets[at], groups=groups)
         return replace(part, announced=public_size, whole=whole)

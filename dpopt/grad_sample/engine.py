@@ -39,7 +39,6 @@ from dpopt.grad_sample.choices import Choices
 from dpopt.grad_sample.compiled import compile_sampler
 from dpopt.grad_sample.data_flow import Answers, DataFlow
 from dpopt.grad_sample.fallback import (
-    LossFn,
     call_module,
     fails_alone,
     looped_gradients,
@@ -47,12 +46,11 @@ from dpopt.grad_sample.fallback import (
     without_inference_kernels,
 )
 from dpopt.grad_sample.hooks import BackwardCollector, LayerHooks
-from dpopt.grad_sample.layout import Layout, RowProbe, UnsureLayoutError
-from dpopt.grad_sample.losses import per_example_loss
+from dpopt.grad_sample.layout import Layout, RowProbe, UnsureLayoutError, same_outputs
+from dpopt.grad_sample.losses import LossFn, example_losses, per_example_loss
 from dpopt.grad_sample.modes import autocast
 from dpopt.grad_sample.modules import UnsupportedLayerError, find_layers, has_forward
 from dpopt.grad_sample.norms import Gradients
-from dpopt.grad_sample.outputs import example_losses, same_outputs
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients
 from dpopt.grad_sample.policies import choose_policies
 from dpopt.grad_sample.rules import BY_VMAP
@@ -240,7 +238,7 @@ class GradSampler:
         with unsaved, hooks, torch.enable_grad(), self.autocast():
             with answers if self._branching else nullcontext():
                 outputs = self.forward({**values, **copies}, inputs.flatten(0, 1))
-            losses = example_losses(self.loss_fn, outputs, targets, examples, views)
+            losses = example_losses(self.loss_fn, outputs, targets, views)
         calls = hooks.calls
         key = (batch, *answers.values, *(call.signature() for call in calls))
         if key in self._layouts and not self.data_dependent:
@@ -251,7 +249,7 @@ class GradSampler:
             del self._layouts[batch]
             return self._attempt(values, inputs, targets, scale, policy)
         else:
-            collector.probe = RowProbe(examples, examples * views, losses.detach(), self.precision != "fp32")
+            collector.probe = RowProbe(examples, examples * views, losses.detach(), self.precision == "bf16")
             if key not in self._layouts:
                 self._follow(values, inputs, outputs, calls)
             for call, hint in zip(calls, self._layouts.get(key, [None] * len(calls)), strict=True):
@@ -282,7 +280,7 @@ class GradSampler:
             raise UnsureLayoutError  # once more, with the answers
         if flow.used_outside:
             raise UnsupportedLayerError(flow.used_outside, "has a parameter that is used outside of the layer")
-        if (self.bare or self._expanded) and not same_outputs(outputs, plain, self.precision != "fp32"):
+        if (self.bare or self._expanded) and not same_outputs(outputs, plain, self.precision == "bf16"):
             raise RuntimeError("a parameter or an output with a copy for every view changes what the model returns")
 
     def _record(self, batch: Any, key: Any, calls: list[LayerCall], unsure: set[str]) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vjp, vmap
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from dpopt.grad_sample.losses import LossFn
+from dpopt.grad_sample.nested import output_tensors
 from dpopt.grad_sample.norms import Gradients
-
-LossFn = Callable[[Any, Tensor], Tensor]
 
 
 @contextmanager
@@ -44,11 +44,6 @@ def call_module(module: nn.Module, tensors: Gradients, arguments: tuple[Any, ...
         if id(x) in by_id
     }
     return functional_call(module, places, arguments, keywords, tie_weights=False)
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """List the floating-point tensors in what a layer returns."""
-    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 class LayerFunction:

@@ -4,21 +4,16 @@ import torch
 from torch import Tensor
 
 from dpopt.grad_sample.engine import GradSampler
-from dpopt.grad_sample.fallback import output_tensors
 from dpopt.grad_sample.forward_check import places, replacements
 from dpopt.grad_sample.losses import loss_in_float64
 from dpopt.grad_sample.modules import copy_shapes
-from dpopt.grad_sample.nested import map_tensors
+from dpopt.grad_sample.nested import map_tensors, output_tensors
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
 from dpopt.grad_sample.snapshot import Snapshot, undisturbed
 from dpopt.grad_sample.trial import differ, float64_copy, in_float64, perturb, trials
 
 Pair = tuple[Tensor, Tensor]  # two examples (2, K, …) and their targets
-
-
-class _NotTakenError(Exception):
-    """A model in one dtype takes none of the trial inputs."""
 
 
 def validate_against_autograd(engine: GradSampler, inputs: Tensor, targets: Tensor) -> None:
@@ -262,9 +257,9 @@ def _act_alone(engine: GradSampler, shapes: dict[str, tuple[int, ...]], inputs: 
 
 def _compare(engine: GradSampler, pair: Pair, references: list[Gradients], per_sample: PerSampleGradients) -> None:
     """Refuse gradients that differ by more than rounding explains."""
-    wrong = _wrong(engine, references, per_sample, _tolerance(engine))
+    wrong = _wrong(references, per_sample, _tolerance(engine))
     if wrong and _tolerance(engine) < (rounding := 30 * _rounding(engine, pair, references)):
-        wrong = _wrong(engine, references, per_sample, min(rounding, 0.03))
+        wrong = _wrong(references, per_sample, min(rounding, 0.03))
     if wrong:
         named = ", ".join(wrong[:3])
         raise ValueError(
@@ -277,9 +272,7 @@ def _compare(engine: GradSampler, pair: Pair, references: list[Gradients], per_s
         )
 
 
-def _wrong(
-    engine: GradSampler, references: list[Gradients], per_sample: PerSampleGradients, relative: float
-) -> list[str]:
+def _wrong(references: list[Gradients], per_sample: PerSampleGradients, relative: float) -> list[str]:
     """Names of parameters whose gradients differ; a comparison with what is not finite fails."""
     for i, gradients in enumerate(references):
         dtype, device = per_sample.norms.dtype, per_sample.norms.device

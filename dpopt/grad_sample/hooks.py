@@ -1,18 +1,20 @@
 """Collect per-sample gradients layer by layer while one backward pass runs."""
 
+import itertools
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten
 
 from dpopt.grad_sample.choices import Choices, using
-from dpopt.grad_sample.fallback import is_plain, output_tensors
+from dpopt.grad_sample.fallback import is_plain
 from dpopt.grad_sample.fit import fit_layout
 from dpopt.grad_sample.layout import RowProbe, UnsureLayoutError
 from dpopt.grad_sample.modules import TrackedLayer, UnsupportedLayerError, size_of
+from dpopt.grad_sample.nested import map_tensors, output_tensors
 from dpopt.grad_sample.norms import Gradients, at_once, exact
 from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients, apply_rule, split_examples, squares_of
 from dpopt.grad_sample.rules import BY_VMAP
@@ -209,18 +211,18 @@ class LayerHooks:
             for x in leaves:
                 if not is_plain(x):
                     raise UnsupportedLayerError(tracked.name, f"takes an argument of type {type(x).__name__}")
-            results, form = tree_flatten(output)
-            several = len(output_tensors(results)) > 1
-            index = 0
-            for i, result in enumerate(results):
-                if isinstance(result, Tensor) and result.is_floating_point():
-                    # One output may be computed from another: a view gets only what comes from behind the layer.
-                    result = result.view_as(result) if several else result
-                    results[i] = self._attach(self._call(tracked, tuple(leaves), result, structure, index), result)
-                    index += 1
-            if not index:
+            several, numbers = len(output_tensors(output)) > 1, itertools.count()
+            if not output_tensors(output):
                 raise UnsupportedLayerError(tracked.name, f"returns no tensor but a {type(output).__name__}")
-            return tree_unflatten(results, form)
+
+            def handed(result: Tensor) -> Tensor:
+                if not result.is_floating_point():
+                    return result
+                # One output may be computed from another: a view gets only what comes from behind the layer.
+                result = result.view_as(result) if several else result
+                return self._attach(self._call(tracked, tuple(leaves), result, structure, next(numbers)), result)
+
+            return map_tensors(handed, output)
 
         return hook
 

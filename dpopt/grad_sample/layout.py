@@ -9,9 +9,12 @@ examples apart, two passes 1024.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from dpopt.grad_sample.nested import output_tensors
 
 # How far two gradients of one graph may differ where the order of additions is not fixed (atomics on a GPU): relative
 # to themselves, and to the largest of the example. A row of another example differs by half of itself at least.
@@ -121,6 +124,20 @@ def close(one: Tensor, other: Tensor, tolerance: float) -> bool:
     finite = other[other.isfinite()]
     size = float(finite.abs().max()) if len(finite) else 0.0
     return bool(torch.isclose(one, other.to(one.dtype), rtol=tolerance, atol=tolerance * size, equal_nan=True).all())
+
+
+def same_outputs(one: Any, other: Any, coarse: bool) -> bool:
+    """Whether two forward passes returned the same, but for rounding.
+
+    Args:
+        one: returned by a model.
+        other: returned by a model.
+        coarse: whether they were computed in 16 bits somewhere.
+    """
+    pairs = list(itertools.zip_longest(output_tensors(one), output_tensors(other)))
+    return bool(pairs) and all(
+        x is not None and y is not None and close(x, y, rounding_of_outputs(y.dtype, coarse)) for x, y in pairs
+    )
 
 
 def rounding_of_outputs(dtype: torch.dtype, coarse: bool) -> float:

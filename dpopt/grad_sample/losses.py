@@ -109,7 +109,13 @@ def check_loss(loss_fn: LossFn, model: nn.Module, outputs: Any, targets: Tensor,
                         "it a function of outputs and targets alone"
                     )
                 if number == 0:
-                    by_vmap = losses_by_vmap(loss_fn, outputs, chosen, views).detach()
+                    try:
+                        by_vmap = example_losses(loss_fn, outputs, chosen, views).detach()
+                    except (RuntimeError, ValueError) as error:
+                        raise ValueError(
+                            f"the loss cannot be taken for many examples at once ({type(error).__name__} in "
+                            "torch.func.vmap): write it without .item(), in-place writes and branches on values"
+                        ) from error
                     if not _close(by_vmap, singles, outputs):
                         raise ValueError(_NO_MEAN)
     finally:
@@ -146,11 +152,14 @@ def _compare(loss_fn: LossFn, model: nn.Module, outputs: Any, targets: Tensor, v
     return torch.stack(singles)
 
 
-def losses_by_vmap(loss_fn: LossFn, outputs: Any, targets: Tensor, views: int) -> Tensor:
-    """Return the losses (B,) of all examples in one call.
+def example_losses(loss_fn: LossFn, outputs: Any, targets: Tensor, views: int) -> Tensor:
+    """Return the losses (B,) of all examples in one call, each the mean over its views.
 
-    Raises:
-        ValueError: for a loss that `torch.func.vmap` cannot batch.
+    Args:
+        loss_fn: (outputs (K, …), targets (K, …)) → a scalar.
+        outputs: of the model for B·K views.
+        targets: (B, …).
+        views: K.
     """
     count = len(targets) * views
     rows = [x.unflatten(0, (-1, views)) for x in tensors_in(outputs) if x.ndim > 0 and len(x) == count]
@@ -160,14 +169,7 @@ def losses_by_vmap(loss_fn: LossFn, outputs: Any, targets: Tensor, views: int) -
         own = map_tensors(lambda x: next(left) if x.ndim > 0 and len(x) == count else x, outputs)
         return loss_fn(own, target).reshape(())
 
-    try:
-        found: Tensor = vmap(one)(targets[:, None].expand(len(targets), views, *targets.shape[1:]), *rows)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the loss cannot be taken for many examples at once ({type(error).__name__} in torch.func.vmap): write it "
-            "without .item(), in-place writes and branches on values"
-        ) from error
-    return found
+    return vmap(one)(targets[:, None].expand(len(targets), views, *targets.shape[1:]), *rows)
 
 
 _NO_MEAN = (

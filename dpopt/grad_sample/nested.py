@@ -19,6 +19,11 @@ def tensors_in(outputs: Any) -> list[Tensor]:
     return found
 
 
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """Return the floating-point tensors of a nested output, in order: those that have gradients."""
+    return [x for x in tensors_in(outputs) if x.is_floating_point()]
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], outputs: Any) -> Any:
     """Replace each tensor of a nested output by a function of it."""
 

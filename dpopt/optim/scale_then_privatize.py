@@ -21,11 +21,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpopt.optim.base import check_options
+from dpopt.optim.base import check_options, check_origin
 from dpopt.optim.microadam import MicroAdam
 
 
-class AdamSTP(torch.optim.Adam):
+class _ScaleThenPrivatize(torch.optim.Optimizer):
+    """What both optimizers share: the options of the scale in every parameter group, and what is refused."""
+
+    def _offer_scale(self, eps_scale: float, eps_root: float) -> None:
+        """Add the options, and one that `PrivateGradient.update_param_groups` sets once it knows the scale."""
+        check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
+        options = {"eps_scale": eps_scale, "eps_root": eps_root, "pre_clip_scaled": None}
+        self.defaults.update(options)
+        for group in self.param_groups:
+            group.update({name: group.get(name, value) for name, value in options.items()})
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Take one step; raises ValueError where gradients were not scaled before the clip."""
+        if any(group["pre_clip_scaled"] is not True for group in self.param_groups):
+            raise ValueError(
+                f"{type(self).__name__} steps on gradients that were not scaled before the clip: pass "
+                "pre_clip_scale=optimizer.pre_clip_scale to PrivateGradient, and call "
+                "private.update_param_groups(optimizer) after private.backward(batch)"
+            )
+        return super().step(closure)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_origin(self, state_dict)
+        super().load_state_dict(state_dict)
+
+    def pre_clip_scale(self, parameter: Tensor) -> Tensor | None:
+        """s, of the parameter's shape; None before its first step."""
+        if (v := self._second_moment(parameter)) is None:
+            return None
+        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+        return scale_of(v.view(parameter.shape), group["eps_scale"], group["eps_root"])
+
+    def _second_moment(self, parameter: Tensor) -> Tensor | None:
+        raise NotImplementedError
+
+
+class AdamSTP(_ScaleThenPrivatize, torch.optim.Adam):
     """torch's Adam, with a scale for the gradients to come.
 
     Args:
@@ -48,23 +84,15 @@ class AdamSTP(torch.optim.Adam):
         eps_scale: float = 0.1,
         eps_root: float = 0.0,
     ) -> None:
-        check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.eps_scale, self.eps_root = eps_scale, eps_root
-        _await_scaled_gradients(self)
+        self._offer_scale(eps_scale, eps_root)
 
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; raises ValueError where gradients were not scaled before the clip."""
-        _check_scaled(self)
-        return super().step(closure)
-
-    def pre_clip_scale(self, parameter: Tensor) -> Tensor | None:
-        """s, of the parameter's shape; None before its first step."""
-        state = self.state.get(parameter)
-        return None if not state else scale_of(state["exp_avg_sq"], self.eps_scale, self.eps_root)
+    def _second_moment(self, parameter: Tensor) -> Tensor | None:
+        found: Tensor | None = self.state.get(parameter, {}).get("exp_avg_sq")
+        return found
 
 
-class MicroAdamSTP(MicroAdam):
+class MicroAdamSTP(_ScaleThenPrivatize, MicroAdam):
     """MicroAdam, with a scale from the second moment over its window: s is 1/eps_scale outside of it.
 
     Args:
@@ -75,36 +103,11 @@ class MicroAdamSTP(MicroAdam):
     """
 
     def __init__(self, params: Any, eps_scale: float = 0.1, eps_root: float = 0.0, **options: Any) -> None:
-        check_options(eps_scale=(eps_scale, 1e-12, 1e6), eps_root=(eps_root, 0, 1e6))
         super().__init__(params, **options)
-        self.eps_scale, self.eps_root = eps_scale, eps_root
-        _await_scaled_gradients(self)
+        self._offer_scale(eps_scale, eps_root)
 
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; raises ValueError where gradients were not scaled before the clip."""
-        _check_scaled(self)
-        return super().step(closure)
-
-    def pre_clip_scale(self, parameter: Tensor) -> Tensor | None:
-        """s, of the parameter's shape; None before its first step."""
-        if not self.state.get(parameter, {}).get("step"):
-            return None
-        return scale_of(self.second_moment(parameter), self.eps_scale, self.eps_root).view(parameter.shape)
-
-
-def _await_scaled_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Give the groups an option that `PrivateGradient.update_param_groups` sets once it knows the scale."""
-    for group in optimizer.param_groups:
-        group.setdefault("pre_clip_scaled", None)
-
-
-def _check_scaled(optimizer: torch.optim.Optimizer) -> None:
-    if any(group.get("pre_clip_scaled") is not True for group in optimizer.param_groups):
-        raise ValueError(
-            f"{type(optimizer).__name__} steps on gradients that were not scaled before the clip: pass "
-            "pre_clip_scale=optimizer.pre_clip_scale to PrivateGradient, and call "
-            "private.update_param_groups(optimizer) after private.backward(batch)"
-        )
+    def _second_moment(self, parameter: Tensor) -> Tensor | None:
+        return self.second_moment(parameter) if self.state.get(parameter, {}).get("step") else None
 
 
 def scale_of(v: Tensor, eps_scale: float, eps_root: float) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dpopt import ranks
 from dpopt.grad_sample.engine import GradSampler, LossFn
-from dpopt.grad_sample.losses import ExampleWeighted, losses_by_vmap, per_example_loss
+from dpopt.grad_sample.losses import ExampleWeighted, example_losses, per_example_loss
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.norms import Gradients
 from dpopt.grad_sample.per_sample import PerSampleGradients
@@ -328,7 +328,7 @@ class PrivateGradient:
                 with self.engine.autocast():
                     outputs = self.model(inputs.flatten(0, 1))
                     if isinstance(self.loss_fn, ExampleWeighted):
-                        loss = losses_by_vmap(self.loss_fn, outputs, targets, views).mean()
+                        loss = example_losses(self.loss_fn, outputs, targets, views).mean()
                     else:
                         loss = self.loss_fn(outputs, targets.repeat_interleave(views, 0))
                 gradients = torch.autograd.grad(weight * loss * count, parameters, materialize_grads=True)

@@ -6,7 +6,7 @@ from dpopt import ranks
 
 
 class RawStatistics:
-    """Sums of private statistics over the micro-batches of one step; kept only for diagnostics."""
+    """Sums of private statistics over the micro-batches of one step; one of them, a count, is released under noise."""
 
     ROOM = 6  # of these sums and a wish to stop, behind the gradients, where ranks add them up
 

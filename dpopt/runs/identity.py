@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpopt import files
-from dpopt.config.components import call_words, component_defaults, component_name, locate_target, safe_name
+from dpopt.config.components import call_words, component_defaults, component_name, estimator_takes, safe_name
 from dpopt.config.schema import COMPONENTS, Config, renamed_keys
 from dpopt.runs.description import RunDescription
 from dpopt.runs.directory import RESULT
@@ -130,7 +130,7 @@ def describe(config: Config) -> RunDescription:
         mechanism_call=call_words(config.mechanism, "bands", "lam"),
         filter_call=call_words(config.filter) if config.filter else "",
         schedule_call=schedule if component_name(config.schedule) != "constantlr" else "",
-        takes=str(locate_target("estimator", config.estimator).takes),  # type: ignore[attr-defined]
+        takes=estimator_takes(config),
         ema=config.ema,
         views=config.views,
         holdout=config.holdout,

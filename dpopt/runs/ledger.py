@@ -27,7 +27,7 @@ class Spending:
     """One run's mechanism.
 
     Attributes:
-        run: identifies the run: a random number, kept in its checkpoint.
+        run: identifies the run, by its key.
         name: of the run directory.
         dataset: name of the dataset.
         data: MAC of the dataset's fingerprint.

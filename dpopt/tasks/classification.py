@@ -31,8 +31,9 @@ class Classification:
 
     def model_arguments(self) -> dict[str, Any]:
         """Return what a model may take from the dataset; it gets those that it has arguments for."""
-        shape = self.spec.shape  # (channels, height, width), or (features,) of a table
-        return {"num_classes": self.spec.classes, "in_channels": shape[0], "image_size": shape[-1]}
+        shape = self.spec.shape  # (channels, height, width), or (features,) of a table: images of one pixel
+        size = shape[-1] if len(shape) > 1 else 1
+        return {"num_classes": self.spec.classes, "in_channels": shape[0], "image_size": size}
 
     def example(self, views: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Make one input (views, …) and its target (), in the dtype and on the device of `like`, to measure with."""

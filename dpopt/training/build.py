@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpopt.config.components import accepted, build
+from dpopt.config.components import accepted, build, estimator_takes
 from dpopt.config.schema import Config
 from dpopt.data.clients import ClientSource
 from dpopt.data.datasets import DataSpec
@@ -93,8 +93,7 @@ class Components:
         """
         config, scale = self.config, getattr(self.optimizer, "pre_clip_scale", None)
         make = build("estimator", config.estimator)
-        takes = make.func.takes  # type: ignore[attr-defined]
-        if config.compile and (self.filter or scale is not None or takes != "gradients"):
+        if config.compile and (self.filter or scale is not None or estimator_takes(config) != "gradients"):
             raise ValueError("compile=true does not go with a scale, a filter or another estimator: drop it")
         made: PrivateGradient = make(
             self.model,
@@ -128,10 +127,6 @@ class Components:
             by = {"content": "a coin per example, keyed by its content", "position": "position, as papers split"}
             facts["hold-out"] = f"{self.config.holdout:g} of the examples, by {by[self.config.holdout_by]}"
         return facts
-
-    def tracker(self) -> Any:
-        """Make the tracker that watches the run."""
-        return make_tracker(self.config)
 
 
 @dataclass(frozen=True)
@@ -195,10 +190,9 @@ def _prepare_engine(components: Components) -> int:
     """Validate the engine of a private run; return the size of a micro-batch."""
     config, engine = components.config, components.engine
     inputs, target = components.example
-    estimator = build("estimator", config.estimator).func  # type: ignore[attr-defined]
     if config.private:  # on noise; the first batch is validated, too
         no_data = torch.zeros(1, dtype=torch.bool, device=inputs.device)
-        validate(engine, inputs[None], target[None], no_data, estimator.takes != "losses")
+        validate(engine, inputs[None], target[None], no_data, estimator_takes(config) != "losses")
     budget = _memory(inputs.device) if config.memory is None else int(config.memory * 1e9)
     share = math.ceil(config.batch_size / world_size())
     most = _enough(share, inputs.device)
@@ -229,7 +223,11 @@ def build_model(config: Config, task: Task, offline: bool) -> nn.Module:
     """Build the model for a task, initialized by the seed; `offline` leaves pretrained weights out."""
     node, runs = split_weights(config.model, offline)
     make = build("model", node)
-    options = task.model_arguments() | ({"pretrained": False, "weights": None} if offline or runs else {})
+    options = task.model_arguments()
+    for name, value in options.items():
+        if node.get(name, value) not in (None, value):
+            raise ValueError(f"model.{name}={node[name]} contradicts the dataset, which has {value}: leave it out")
+    options |= {"pretrained": False, "weights": None} if offline or runs else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RandomKey.from_seed(config.seed).seed("init"))
         model: nn.Module = make(**{name: options[name] for name in accepted(make, options)})
@@ -252,7 +250,7 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
     classes = getattr(getattr(train, "dataset", None), "classes", ())
     if config.private:
         check_initial_weights(config, spec, classes)
-    if isinstance(train, ClientSource) != (build("estimator", config.estimator).func.takes == "updates"):  # type: ignore[attr-defined]
+    if isinstance(train, ClientSource) != (estimator_takes(config) == "updates"):
         raise ValueError("dataset=clients and estimator=federated go together: choose both, or neither")
     for part, source in (("training", train), ("test", test)):
         if not len(source):

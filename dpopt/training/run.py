@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dpopt import files, ranks
-from dpopt.config.components import check_components, locate_target
+from dpopt.config.components import check_components, estimator_takes
 from dpopt.config.schema import Config
 from dpopt.data.fingerprint import FingerprintKey, combine
 from dpopt.data.views import check_views
@@ -154,7 +154,7 @@ def _estimate(components: Components) -> Estimate:
         components.config.ema is not None,
         gradients_per_step,
     )
-    if locate_target("estimator", components.config.estimator).takes in ("features", "updates"):  # type: ignore[attr-defined]
+    if estimator_takes(components.config) in ("features", "updates"):
         return replace(guess, seconds=None, memory_bytes=None)  # what was measured is the cost of gradients
     # The ranks share the work.
     return guess if guess.seconds is None else replace(guess, seconds=guess.seconds / ranks.share().world)

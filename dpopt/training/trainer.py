@@ -37,7 +37,7 @@ from dpopt.runs.provenance import device_name, git_commit, versions
 from dpopt.runs.result import HOLDOUT, Result
 from dpopt.runs.tracking import Metrics, warn
 from dpopt.training import checkpoint
-from dpopt.training.build import Components, Data
+from dpopt.training.build import Components, Data, make_tracker
 from dpopt.training.cost import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from dpopt.training.evaluation import evaluate
 from dpopt.training.signals import stop_signals
@@ -205,7 +205,7 @@ class Trainer:
         text = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
         files.write_atomic(self.directory / run_files.CONFIG, text)
         path, rows = self.directory / run_files.METRICS, self.progress["metrics_rows"]
-        metrics = Metrics(path, rows, self.components.tracker(), self.directory.name, asdict(self.config))
+        metrics = Metrics(path, rows, make_tracker(self.config), self.directory.name, asdict(self.config))
         reset_peak_memory(self.device)
         self._began = time.perf_counter()
         self._clock = self._began - self.progress["wall_seconds"]

@@ -85,6 +85,12 @@ def test_identity():
         ((*SHORT, "audit=3"), "audit=3 must be true"),
         (("experiment=quickstart", "privacy=none"), "drop audit"),
         (("experiment=quickstart", "epslon=8"), "epslon is no key"),
+        (("experiment=quickstart", "optimizer=none_such"), "Could not find 'optimizer/none_such'"),
+        (("experiment=quickstart", "model.weights=nowhere"), "nowhere is no directory of a run"),
+        (
+            ("experiment=quickstart", "+model.num_classes=7"),
+            "model.num_classes=7 contradicts the dataset, which has 10",
+        ),
         (("--black-box", "nowhere"), "nowhere holds no"),
     ],
     ids=str,

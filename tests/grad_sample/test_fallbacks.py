@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.layout import same_outputs
 from dpopt.grad_sample.validate import validate_against_autograd
 from dpopt.privacy.clipping import PerLayer
 from dpopt.privacy.private_gradient import PrivateGradient
@@ -179,6 +180,65 @@ def test_outputs_of_a_dataclass(policy):
         norms.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm())
     torch.testing.assert_close(per_sample.norms, torch.stack(norms), rtol=1e-12, atol=0)
     assert engine.policy == policy and per_sample.layers in (["first", "head"], ["head", "first"])
+
+
+class Pair(nn.Module):
+    """A layer of one's own, without a rule, whose outputs come in a dataclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4) / 2)
+
+    def forward(self, x):
+        return Answer(x @ self.weight.T, torch.tanh(x @ self.weight.T))
+
+
+class Paired(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair, self.head = Pair(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        answer = self.pair(x)
+        return self.head(answer.logits + answer.hidden)
+
+
+def test_a_layer_that_returns_a_dataclass():
+    plans = assert_exact(Paired(), torch.randn(4, 2, 4), torch.arange(4) % 3)
+    assert plans["auto"][1] == ["pair"]
+
+
+@pytest.mark.parametrize("policy", ["auto", "vmap", "loop"])
+def test_a_loss_of_one_number_of_a_dataclass_in_a_tuple(policy):
+    """The check of the loss and the engine open outputs alike."""
+    model = nn.Linear(4, 3).double()
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return (Answer(self.inner(x), x),)
+
+    def loss(outputs, y):
+        return F.cross_entropy(outputs[0].logits, y).reshape(1)
+
+    engine = GradSampler(Wrapped(), loss, policy, precision="fp64")
+    x, y = torch.randn(4, 2, 4, dtype=torch.float64), torch.arange(4) % 3
+    validate_against_autograd(engine, x, y)
+    total = {name: torch.zeros_like(p) for name, p in engine.model.named_parameters()}
+    engine(x, y).add_weighted_sum(total, torch.ones(4, dtype=torch.float64))
+    for name, gradients in oracle(model, x, y).items():
+        torch.testing.assert_close(total[f"inner.{name}"], gradients.sum(0))
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_outputs_are_compared_wherever_they_are(coarse):
+    one, other = torch.zeros(2, 3, dtype=torch.float64), torch.full((2, 3), 1e-4, dtype=torch.float64)
+    assert same_outputs((Answer(one + 1, one),), (Answer(one + 1, one),), coarse)
+    assert same_outputs((Answer(one + 1, one + 1),), (Answer(other + 1, other + 1),), coarse) == coarse
+    assert not same_outputs((Answer(one + 1, one),), (one + 1,), coarse)
 
 
 class Checkpointed(nn.Module):

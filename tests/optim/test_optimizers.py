@@ -1,6 +1,7 @@
 """Every optimizer of conf/: against NumPy transcriptions of its equations, and what any optimizer has to do."""
 
 import copy
+import pickle
 from functools import partial
 
 import numpy as np
@@ -210,6 +211,19 @@ def test_save_load_continue(name, dtype, tmp_path):
     steps(again, other, 4, start=4)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q) and p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_goes_on_alike(name):
+    """Copied or pickled with its model, an optimizer keeps every option."""
+    model = small_model()
+    optimizer = make(name, list(model.parameters()))
+    steps(model, optimizer, 3)
+    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    steps(model, optimizer, 3, start=3)
+    for other, its_optimizer in copies:
+        steps(other, its_optimizer, 3, start=3)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)

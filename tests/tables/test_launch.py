@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers import fake_jobs, finish_run
 
-from dpopt.cli.table import table
+from dpopt.cli import main
 from dpopt.runs import directory as run_files
 from dpopt.tables import launch, spec
 
@@ -40,7 +40,7 @@ def staged(tmp_path, monkeypatch):
 
 
 def test_progress_names_runs_done_all_runs_and_the_time_left(staged, capsys):
-    assert table(["mine", "--run", "--jobs", "2", "--output", str(staged / "pages")]) == 0
+    assert main(["table", "mine", "--run", "--jobs", "2", "--output", str(staged / "pages")]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "1 of 4 runs done"
     assert any(re.fullmatch(r"[23] of 4 runs done(, 1 failed)?, [01] s, about [01] s left", line) for line in lines), (
@@ -57,5 +57,5 @@ def test_an_interrupted_table_waits_for_its_runs(staged, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch.Progress, "show", interrupt)
-    assert table(["mine", "--run", "--jobs", "2", "--output", str(staged / "pages")]) == 130
+    assert main(["table", "mine", "--run", "--jobs", "2", "--output", str(staged / "pages")]) == 130
     assert len((staged / "numbers").read_text().split()) == 2 and not (staged / "pages").exists()

@@ -269,7 +269,7 @@ def _fits(rows: dict[str, Tensor], state: dict[str, Any]) -> bool:
 def _step_packed(
     packed: PackedState, active: dict[Tensor, int], group: dict[str, Any], step: Callable[..., None]
 ) -> None:
-    """One step on the active parameters of a table."""
+    """One step on the active parameters of a packed state."""
     # Copies where parameter or gradient is not contiguous; the parameter's is written back at the end.
     flat = {p: (p.detach().contiguous(), p.grad.contiguous()) for p in active if p.grad is not None}
     step(packed, active, flat, group)
