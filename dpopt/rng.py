@@ -6,10 +6,15 @@ CPU, and whose block n is found without the blocks before it. How far the draws 
 the key alone. A key from the operating system gives secret randomness that still replays after a crash. A key derived
 from a seed gives reproducible research randomness: whoever knows the seed knows the noise.
 
-Uniform draws have 53 bits. Gaussian draws are Box–Muller transforms, in chunks of 131,072 draws: the first half of a
-chunk's words belongs to radii, the second to angles; pair j gives draws j and 65,536 + j of the chunk. In float32 a
-pair takes two words of 32 bits, 40 bits for the radius and 24 for the angle (at most 7.5 standard deviations, one
-draw in 10¹³ would be beyond); in float64 two words of 64 bits, 53 for each.
+Uniform draws have 53 bits. Gaussian draws are sums of two Box–Muller transforms of half the variance, in chunks of
+131,072 draws: a quarter of a chunk's words belongs to the first transform's radii, the next to its angles, then follow
+those of the second; pair j gives draws j and 65,536 + j of the chunk. In float32 a transform takes two words of 32
+bits, 40 bits for the radius and 24 for the angle; in float64 two words of 64 bits, 53 for each.
+
+One transform would have gaps. In float32 its radius is never below 2⁻¹¹, the next radii are farther apart than what is
+released is fine, and so are those above 6.4. Of a million pairs some lie there in a run, and whoever knows a sum that
+puts them into a gap can rule it out. The sum of two has no gap up to 9 standard deviations, beyond which one pair in
+10¹⁷ lies: what one cannot reach, the other fills (Holohan & Braghin, 2107.10138, add several draws for the same end).
 """
 
 import hashlib
@@ -169,14 +174,14 @@ class _Float32Pairs:
     radius_bits, angle_unit = 40, math.pi * 2.0**-23
 
     def __init__(self, stream: _Stream, std: float = 1.0) -> None:
-        self.stream, self.factor = stream, -2.0 * std**2  # radius² = factor·log(uniform)
+        self.stream, self.factor = stream, -(std**2)  # radius² = factor·log(uniform), of half the variance
         size = self.width * _HALF + _BLOCK
         self.raw = [np.empty(size, np.uint8) for _ in range(2)]
         kind = np.int32 if self.width == 4 else np.int64
         self.first, self.second = (torch.from_numpy(r[: self.width * _HALF].view(kind)) for r in self.raw)
         self.work = torch.empty(_HALF, dtype=self.integers)
         self.radius, self.angle = (torch.empty(_HALF, dtype=self.dtype) for _ in range(2))
-        self.out = torch.empty(CHUNK, dtype=self.dtype)
+        self.out, self.wave = torch.empty(CHUNK, dtype=self.dtype), torch.empty(_HALF, dtype=self.dtype)
         # Added to what has been scaled: half a unit of the radius's uniform, and of the angle.
         self.half_radius = torch.tensor(0.5 * 2.0**-self.radius_bits, dtype=self.dtype)
         self.half_angle = torch.tensor(0.5 * self.angle_unit, dtype=self.dtype)
@@ -186,14 +191,17 @@ class _Float32Pairs:
         first, last = (0, _HALF) if low < _HALF < high else (low % _HALF, (high - 1) % _HALF + 1)
         first, last = first // _ALIGN * _ALIGN, min(_HALF, -(-last // _ALIGN) * _ALIGN)
         at, bytes_of = slice(first, last), self.width * (last - first)
-        for raw, half in zip(self.raw, (0, 1), strict=True):
-            block = (self.width * (chunk * CHUNK + half * _HALF + first)) // _BLOCK
-            self.stream.read_into(block, memoryview(raw)[self.width * first :], bytes_of)
-        radius, angle = self.transform(at)
-        if low < _HALF:
-            self.apply("cos", angle, self.out[at]).mul_(radius)
-        if high > _HALF:
-            self.apply("sin", angle, self.out[_HALF + first : _HALF + last]).mul_(radius)
+        cosines, sines = self.out[at], self.out[_HALF + first : _HALF + last]
+        for part in (0, 1):
+            for raw, half in zip(self.raw, (0, 1), strict=True):
+                block = (self.width * ((2 * chunk + part) * CHUNK + half * _HALF + first)) // _BLOCK
+                self.stream.read_into(block, memoryview(raw)[self.width * first :], bytes_of)
+            radius, angle = self.transform(at)
+            for name, out, wanted in (("cos", cosines, low < _HALF), ("sin", sines, high > _HALF)):
+                if wanted and part == 0:
+                    self.apply(name, angle, out).mul_(radius)
+                elif wanted:
+                    out.add_(self.apply(name, angle, self.wave[at]).mul_(radius))
         return self.out[low:high]
 
     def apply(self, name: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -208,7 +216,7 @@ class _Float32Pairs:
         radius.copy_(first.view(torch.uint32))
         torch.bitwise_and(second, 255, out=work)
         radius.add_(angle.copy_(work), alpha=2.0**-8)
-        # The largest words would round to a uniform of 1, and to no noise at all.
+        # The largest words would round to a uniform of 1.
         torch.add(self.half_radius, radius, alpha=2.0**-32 * (1 - 2.0**-23), out=radius)
         self.apply("log", radius, radius).mul_(self.factor).sqrt_()
         torch.bitwise_right_shift(second, 8, out=work)

@@ -3,7 +3,7 @@
 `dataset=clients dataset.of=dpopt.data.cifar10` draws a Dirichlet partition: for every class, the shares of the clients
 are drawn from Dirichlet(α), so that a small α gives clients of few classes (Hsu et al., 1909.06335). With
 `dataset.alpha=null` the clients are the groups of the source, its users for instance. A client with more than
-`per_client` examples keeps as many; whoever has none takes part with an update of zero. Examples are not augmented. The
+`per_client` examples keeps as many, chosen by a hash of each; whoever has none takes part with an update of zero. Examples are not augmented. The
 test set stays as it is.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dpopt.data.datasets import DataSpec, Loaded
-from dpopt.data.fingerprint import Kind, combine, tensor_digest
+from dpopt.data.fingerprint import Kind, combine, row_digests, tensor_digest
 from dpopt.data.items import Expected
 from dpopt.data.map_source import Request, group_names
 from dpopt.data.sources import TensorSource
@@ -121,7 +121,7 @@ def clients(
         if not isinstance(train, TensorSource):
             raise ValueError(f"{base.name} is not in memory as tensors: dataset=clients cuts a TensorSource")
         owner = _dirichlet(train.targets, clients, alpha, seed) if alpha is not None else _groups(train, clients)
-        order = torch.argsort(RandomKey.from_seed(seed, "clients").uniform(len(train), "order"))
+        order = _by_content(train, seed)
         rows = torch.full((clients, per_client), -1)
         for client in range(clients):
             own = order[owner[order] == client][:per_client]
@@ -130,6 +130,13 @@ def clients(
 
     unit = f"one client with all of its examples, at most {per_client:,}"
     return replace(base, name=f"{base.name}_clients", train_size=clients, load=load, unit=unit)
+
+
+def _by_content(train: TensorSource, seed: int) -> Tensor:
+    """Order examples by a hash of what they are, so that no client decides which examples another one keeps."""
+    digests = zip(row_digests(train.inputs), row_digests(train.targets), strict=True)
+    names = [combine("clients", str(seed), x, y) for x, y in digests]
+    return torch.tensor(sorted(range(len(names)), key=names.__getitem__))
 
 
 def _dirichlet(targets: Tensor, clients: int, alpha: float, seed: int) -> Tensor:

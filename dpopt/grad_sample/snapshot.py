@@ -1,7 +1,7 @@
 """Record everything that a model holds, compare it after a forward pass, and put it back to the bit.
 
 Parameters, buffers, and what lies in attributes of modules: tensors, arrays, numbers, generators, also inside lists,
-dicts, tuples and plain objects.
+dicts, tuples and plain objects, in slots or not.
 """
 
 import types
@@ -73,6 +73,11 @@ class Snapshot:
             elif isinstance(container, set | deque):
                 container.clear()
                 (container.update if isinstance(container, set) else container.extend)(copy)
+            else:  # an object with slots
+                for name in _slots(container).keys() - copy.keys():
+                    object.__delattr__(container, name)
+                for name, value in copy.items():
+                    object.__setattr__(container, name, value)  # of a frozen dataclass, too
         for tensor, copy in self._tensors:
             if tensor.shape != copy.shape:
                 tensor.data = copy.to(tensor.device)
@@ -131,6 +136,18 @@ def _frozen(value: Any) -> Any:
     return value.get_state() if isinstance(value, torch.Generator) else value
 
 
+def _slots(value: Any) -> dict[str, Any]:
+    """Values of the attributes that an object keeps in slots."""
+    found: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            name = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
 def _leaves(model: nn.Module, containers: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
     """All tensors, arrays, numbers and generators by path; containers are recorded on the way."""
     visited: dict[int, Any] = {}  # keeps what it has seen alive, so that no id comes twice
@@ -171,11 +188,12 @@ def _leaves(model: nn.Module, containers: list[tuple[Any, Any]]) -> Iterator[tup
             containers.append((value, set(value)))
             for index, one in enumerate(sorted(value, key=repr)):
                 yield from leaves(f"{path}[{index}]", one, depth + 1)
-        elif type(value).__module__.partition(".")[0] not in ("torch", "builtins", "functools") and hasattr(
-            value, "__dict__"
-        ):
-            containers.append((value.__dict__, dict(value.__dict__)))
-            for key, one in list(value.__dict__.items()):
+        elif type(value).__module__.partition(".")[0] not in ("torch", "builtins", "functools"):
+            if hasattr(value, "__dict__"):
+                containers.append((value.__dict__, dict(value.__dict__)))
+            if slots := _slots(value):
+                containers.append((value, slots))
+            for key, one in (getattr(value, "__dict__", {}) | slots).items():
                 yield from leaves(f"{path}.{key}", one, depth + 1)
 
     yield from leaves("", model, 0)

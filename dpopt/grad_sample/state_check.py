@@ -1,7 +1,8 @@
 """Refuse a model whose forward writes what it saw into itself, or draws random numbers.
 
 What a forward leaves in the model escapes clip and noise: an EMA of activations, a codebook, a renormalized embedding,
-a cache of the last features. What depends on shapes alone, a counter or cached positions, is harmless.
+a cache of the last features. What depends on shapes alone, cached positions say, is harmless. A counter is not: a later
+call could do what none of these checks has seen, as a warm-up does.
 """
 
 from collections.abc import Callable
@@ -56,6 +57,32 @@ def check_state(model: nn.Module, forward: Forward, inputs: Tensor, other: Tenso
                 "clip and noise: keep it in a local variable, or freeze it with module.eval()"
             )
     return set(one)
+
+
+def check_settled(model: nn.Module, forward: Forward, inputs: Tensor) -> None:
+    """Refuse a model that a second forward on the same inputs changes once more, but for buffers.
+
+    The engine discards what a forward writes to buffers.
+
+    Raises:
+        ValueError: naming the module and the attribute.
+    """
+    before, buffers = Snapshot(model), {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    left = []
+    try:
+        for _ in range(2):
+            torch.manual_seed(0)
+            forward(inputs)
+            left.append(before.differences())
+    finally:
+        before.restore()
+    one, two = left
+    for path in {**one, **two}:
+        if path not in buffers and not (path in one and path in two and same(one[path], two[path])):
+            raise ValueError(
+                f"the forward of {owner(model, path)} changes {path} with every call, so that a later call could do "
+                "what was not checked: drop it, or derive it from the inputs"
+            )
 
 
 def check_repeatable(model: nn.Module, forward: Forward, inputs: Tensor, outputs: Any) -> Any:

@@ -28,7 +28,7 @@ from dpopt.grad_sample.losses import check_loss, loss_in_float64
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.nested import map_tensors
 from dpopt.grad_sample.snapshot import undisturbed
-from dpopt.grad_sample.state_check import check_repeatable, check_state
+from dpopt.grad_sample.state_check import check_repeatable, check_settled, check_state
 from dpopt.grad_sample.trial import accepted, float64_copy, in_float64, other_than, perturb, trials
 
 __all__ = ["covered", "validate", "validate_against_autograd"]
@@ -86,7 +86,8 @@ def validate(
                 check_gradient_independence(engine, examples, targets, rounding)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        engine.validations.written |= {(module, key) for key in module.__dict__ if prefix + key in written}
+        names = [*module.__dict__, *module._buffers]
+        engine.validations.written |= {(module, key) for key in names if prefix + key in written}
     if not empty:
         engine.validations.add(model, engine.loss_fn, inputs, gradients)
 
@@ -109,6 +110,7 @@ def _validate_forward(engine: GradSampler, limits: Limits, rows: Tensor, count: 
     examples, outputs = accepted(model, forward, outputs_of, trials(model, rows, count))
     written = check_state(model, direct, examples, other_than(examples, forward))
     outputs = check_repeatable(model, forward, examples, outputs)
+    check_settled(model, direct, examples)
     check_independence(model, forward, examples, outputs, replacements(examples), limits)
     check_places(model, forward, examples, outputs, limits)
     return examples, written

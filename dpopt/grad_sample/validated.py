@@ -18,12 +18,24 @@ class _Shapes:
     high: tuple[int, ...]
 
 
+@dataclass(eq=False)
+class _Held:
+    """A tensor as it is: equal to itself, until it is written to."""
+
+    tensor: Tensor
+    version: int
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and self.tensor is other.tensor and self.version == other.version
+
+
 class Validated:
     """The model as it was validated last, and the shapes of inputs that passed.
 
     Attributes:
-        written: (module, attribute) of the numbers that forward itself changes, such as a counter of its calls; they
-            are left out of the comparison. `validate` fills it.
+        written: (module, attribute) of the numbers that forward itself changes with the shape of its inputs, which are
+            left out of the comparison; and of the buffers that it changes, in which nobody else may write. `validate`
+            fills it.
     """
 
     def __init__(self) -> None:
@@ -72,6 +84,8 @@ def _parts(model: nn.Module, written: set[tuple[nn.Module, str]]) -> tuple[Any, 
         attributes = module.__dict__
         found += (module, type(module), type(module).forward)
         if written:
+            buffers = attributes["_buffers"].items()
+            found += [_Held(x, x._version) for name, x in buffers if x is not None and (module, name) in written]
             found += [v for k, v in attributes.items() if type(v) in _PLAIN and (module, k) not in written]
         else:
             found += [v for v in attributes.values() if type(v) in _PLAIN]

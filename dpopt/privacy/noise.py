@@ -5,8 +5,9 @@ registers on a GPU, and each piece is added where it belongs at once. It depends
 of all parameters only. A float32 sum gets float32 noise, a float64 sum float64 noise.
 
 Floating-point noise has gaps: a value that the noise cannot reach from a sum gives the sum away (Mironov, 2012). Sum
-plus noise is therefore rounded, after the noise, to a grid of about std·2⁻¹², on which every point can be reached from
-every sum in thousands of ways. Rounding what is private already is post-processing: it costs no privacy.
+plus noise is therefore rounded, after the noise, to a grid of about std·2⁻¹². Every point of it can be reached from
+every sum in thousands of ways, in one coordinate and in the two that share their words (`dpopt.rng`). Rounding what is
+private already is post-processing: it costs no privacy.
 
 Noise that is correlated over steps (`dpopt.privacy.correlated`) is released on the same grid. Given all earlier noise,
 what is new in it has the deviation σS or more, so the grid is as fine to it: whoever knows the past finds every point
@@ -25,8 +26,9 @@ from dpopt.machine import have_triton
 from dpopt.rng import RandomKey
 
 # How randomness is drawn and released. Raised when the same key would give other draws or another release:
-# 1 AES words, float32 noise, released as it is; 2 ChaCha20 words, noise in the dtype of the sum, released on a grid.
-NOISE_VERSION = 2
+# 1 AES words, float32 noise, released as it is; 2 ChaCha20 words, noise in the dtype of the sum, released on a grid;
+# 3 the same words, two Box–Muller transforms for each draw.
+NOISE_VERSION = 3
 _GRID_BITS = 12
 _FINE = 2.0**-32  # rounds a float32 draw below 2⁻⁹ only, and no further than a draw near 2⁻⁹ is
 

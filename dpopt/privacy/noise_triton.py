@@ -1,6 +1,7 @@
 """Gaussian noise added to a vector in one launch: ChaCha20 words by block counter, Box–Muller in registers.
 
-The words are those of `dpopt.rng`: a lane computes one block of 16 words for radii and one for angles, hence 32 draws.
+The words are those of `dpopt.rng`: a lane computes 32 draws: twice one block of 16
+words for radii and one for angles.
 """
 
 import torch
@@ -49,13 +50,16 @@ def _noise_kernel(
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     chunk = first + (lane // _BLOCKS).to(tl.int64)
     block = lane % _BLOCKS
-    radii = _chacha(2 * chunk * _BLOCKS + block, k0, k1, k2, k3, k4, k5, k6, k7)
-    angles = _chacha((2 * chunk + 1) * _BLOCKS + block, k0, k1, k2, k3, k4, k5, k6, k7)
+    radii = _chacha(4 * chunk * _BLOCKS + block, k0, k1, k2, k3, k4, k5, k6, k7)
+    angles = _chacha((4 * chunk + 1) * _BLOCKS + block, k0, k1, k2, k3, k4, k5, k6, k7)
+    more_radii = _chacha((4 * chunk + 2) * _BLOCKS + block, k0, k1, k2, k3, k4, k5, k6, k7)
+    more_angles = _chacha((4 * chunk + 3) * _BLOCKS + block, k0, k1, k2, k3, k4, k5, k6, k7)
     at = chunk * _CHUNK + 16 * block - start
     for i in tl.static_range(16):
         cosine, sine = _pair(radii[i], angles[i])
-        _add(total, at + i, count, cosine, into, std, back)
-        _add(total, at + _CHUNK // 2 + i, count, sine, into, std, back)
+        more_cosine, more_sine = _pair(more_radii[i], more_angles[i])
+        _add(total, at + i, count, cosine + more_cosine, into, std, back)
+        _add(total, at + _CHUNK // 2 + i, count, sine + more_sine, into, std, back)
 
 
 @triton.jit
@@ -110,10 +114,10 @@ def _rotate(x, bits: tl.constexpr):
 
 @triton.jit
 def _pair(first, second):
-    """Two Gaussians from two words: 40 bits for the radius, 24 for the angle, as in `dpopt.rng`."""
+    """Two Gaussians of variance 1/2 from two words: 40 bits for the radius, 24 for the angle, as in `dpopt.rng`."""
     uniform = first.to(tl.float32) + (second & 255).to(tl.float32) * 0.00390625  # 2⁻⁸
     uniform = 4.547473508864641e-13 + uniform * 2.3283061589829401e-10  # 2⁻⁴¹, 2⁻³²·(1 − 2⁻²³)
-    radius = tl.sqrt(-2.0 * tl.log(uniform))
+    radius = tl.sqrt(-tl.log(uniform))
     angle = (second.to(tl.int32, bitcast=True) >> 8).to(tl.float32)
     angle = 1.8725351414619643e-07 + angle * 3.7450702829239286e-07  # π·2⁻²⁴, π·2⁻²³
     return radius * tl.cos(angle), radius * tl.sin(angle)

@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -106,6 +107,33 @@ class Features(nn.Module):
         return x
 
 
+@dataclass(slots=True)
+class Slots:
+    calls: int = 0
+
+
+class Warming(nn.Module):
+    """Normalizes by the batch after a warm-up, which it counts in a place of `kind`."""
+
+    def __init__(self, kind, after=40):
+        super().__init__()
+        self.kind, self.after, self.calls, self.state, self.slots = kind, after, 0, {"calls": 0}, Slots()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        if self.kind == "attribute":
+            self.calls += 1
+        elif self.kind == "dict":
+            self.state["calls"] += 1
+        elif self.kind == "slots":
+            self.slots.calls += 1
+        else:
+            self.count += 1
+        calls = max(self.calls, self.state["calls"], self.slots.calls, int(self.count))
+        return x - x.mean(0) if calls > self.after else x
+
+
+COUNTERS = {"attribute": "0.calls", "dict": r"0.state\['calls'\]", "slots": "0.slots.calls"}
 WRITING = {
     Codebook: "layer '0' \\(Codebook\\) writes the parameter 0.code",
     Renormalized: "layer '0' \\(Renormalized\\) writes the parameter 0.scale",
@@ -167,6 +195,27 @@ def test_a_forward_that_writes_is_refused(kind, engine):
     assert all(torch.equal(p, before._values[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+@pytest.mark.parametrize("kind", COUNTERS)
+def test_a_counter_is_refused(kind, engine):
+    """A layer that mixes examples from its fortieth call on looks honest in the first."""
+    with pytest.raises(ValueError, match=rf"'0' \(Warming\) changes {COUNTERS[kind]} with every call"):
+        step(network(Warming(kind)), engine=engine)
+
+
+def test_a_counter_in_a_buffer_counts_no_step_and_is_validated_once_others_count():
+    model, plan = network(Warming("buffer")), make_plan(sigma=0.0, steps=60)
+    inputs, targets = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
+    private = PrivateGradient(model, F.cross_entropy, plan, Flat(1.0), engine="vmap")
+    for number in range(50):
+        private.backward(batch_of(plan, inputs, targets, number))
+    assert model[0].count == 0
+    for _ in range(41):
+        model(inputs)
+    with pytest.raises(ValueError, match="mixes the examples"):
+        private.backward(batch_of(plan, inputs, targets, 50))
+
+
 def test_writing_in_train_mode_alone_is_fine_in_eval_mode():
     step(network(Buffer()).eval())
     with pytest.raises(ValueError, match=r"buffer 0\.mean"):
@@ -200,11 +249,13 @@ def test_embeddings_that_renormalize_are_refused(trained):
 def test_a_snapshot_restores_everything():
     model = nn.Sequential(Center(), Queue(), Hidden(), nn.BatchNorm1d(8), Noisy(lambda layer, x: 0))
     model[0].cache, model[0].nested = [torch.ones(2), {"a": 1}], {"b": [np.ones(3)]}
+    model[0].slots = Slots(2)
     before = Snapshot(model)
     state = model[4].generator.get_state()
     assert not before.differences()
     model[0].center, model[0].extra = torch.ones(8), 3
     model[0].cache[0].mul_(2)
+    model[0].slots.calls = 3
     model[0].cache.append(4)
     model[0].nested["b"][0][1] = 7.0
     model[1].keys["queue"].append(torch.ones(8))
@@ -217,5 +268,10 @@ def test_a_snapshot_restores_everything():
     assert {"0.center", "0.extra", "0.cache[0]", "0.nested['b'][0]", "2.bank.values", "3.weight"} <= changed.keys()
     before.restore()
     assert set(before.differences()) == {"3.weight"}  # written to, and the value that it had
-    assert not hasattr(model[0], "extra") and len(model[0].cache) == 2 and (model[3].weight == 1).all()
+    assert (
+        not hasattr(model[0], "extra")
+        and model[0].slots.calls == 2
+        and len(model[0].cache) == 2
+        and (model[3].weight == 1).all()
+    )
     assert torch.equal(state, model[4].generator.get_state())

@@ -1,6 +1,7 @@
 """Invariants of data: no two datasets share noise, no example decides over another, every step sees one data."""
 
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from dpopt.data.holdout import split_holdout
 from dpopt.data.sources import MapSource, TensorSource, as_source
 from dpopt.privacy import sampling
 from dpopt.rng import RandomKey
+
+clients = import_module("dpopt.data.clients")  # dpopt.data.clients is the function
 
 CPU = torch.device("cpu")
 
@@ -197,7 +200,7 @@ def check_workers_get_no_key_of_noise():
 
 
 def items_fetched_once(patch):
-    patch.setattr(items, "same", lambda a, b: True)
+    patch.setattr(items, "tensor_digest", lambda tensor: b"")
 
 
 def workers_unchecked(patch):
@@ -206,6 +209,33 @@ def workers_unchecked(patch):
 
 def workers_with_the_whole_key(patch):
     patch.setattr(RandomKey, "for_workers", lambda self, label: RandomKey(self.material))
+
+
+# A client is protected as a whole, so that no client decides which examples of another one are taken.
+
+
+def check_no_client_decides_what_another_one_keeps():
+    users, inputs = torch.arange(600) % 20, rows(600)
+    kept = []
+    for there in (users >= 0, users > 0):
+        names = [f"user{int(user):02}" for user in users[there]]
+        source = TensorSource(inputs[there], torch.zeros(int(there.sum()), dtype=torch.long), groups=names)
+        spec = dpopt.data.DataSpec("people", 1, 1, (3,), lambda *_, source=source: (source, source))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dpopt.data, "people", lambda spec=spec: spec, raising=False)
+            size = len(set(names))
+            made = clients.clients("dpopt.data.people", clients=size, per_client=5, alpha=None)
+            train, _ = made.load(Path(), CPU, 0)
+        kept.append({inputs[there][row].numpy().tobytes() for row in train.clients})
+    assert len(kept[0]) == 20 and len(kept[0] - kept[1]) == 1
+
+
+def examples_of_a_client_by_position(patch):
+    patch.setattr(
+        clients,
+        "_by_content",
+        lambda train, seed: torch.argsort(RandomKey.from_seed(seed).uniform(len(train), "order")),
+    )
 
 
 # What is written down about private data cannot be tested against a guess.
@@ -242,5 +272,6 @@ MUTANTS = {
     check_the_sizes_of_a_holdout_are_public: [the_realized_size_for_the_public_one, coins_for_as_many_as_announced],
     check_items_are_replayable: [items_fetched_once, workers_unchecked],
     check_workers_get_no_key_of_noise: [workers_with_the_whole_key],
+    check_no_client_decides_what_another_one_keeps: [examples_of_a_client_by_position],
     check_written_fingerprints_need_the_key: [mac_without_the_key, mac_is_the_fingerprint],
 }

@@ -87,14 +87,23 @@ def check_noise_ignores_the_default_dtype():
 
 
 def check_radii_have_more_than_32_bits():
-    """The smallest words give 7.5 standard deviations; 32 bits would end at 6.7."""
+    """The smallest words give 10.6 standard deviations; 32 bits would end at 9.5."""
 
     class Zeros:
         def read_into(self, start, out, size):
             out[:size] = bytes(size)
 
-    assert float(rng._Float32Pairs(Zeros()).draws(0, 0, rng.CHUNK).abs().max()) > 7.5
-    assert float(rng._Float64Pairs(Zeros()).draws(0, 0, rng.CHUNK).abs().max()) > 8.6
+    assert float(rng._Float32Pairs(Zeros()).draws(0, 0, rng.CHUNK).abs().max()) > 10.6
+    assert float(rng._Float64Pairs(Zeros()).draws(0, 0, rng.CHUNK).abs().max()) > 12.2
+
+
+def check_no_pair_has_a_hole(chunks=1200, hole=2.0**-11):
+    """As many pairs lie near the origin, closer than one transform in float32 comes to it, as there should be."""
+    near, half = 0, rng.CHUNK // 2
+    for piece in RandomKey.from_seed(0).gaussians(chunks * rng.CHUNK, "noise", 0):
+        near += int((piece[:half].square() + piece[half:].square() < 0.999 * hole**2).sum())
+    expected = chunks * half * hole**2 / 2
+    assert expected > 9 and expected / 3 < near < 3 * expected
 
 
 def released_as_it_is(patch):
@@ -119,10 +128,23 @@ def radii_of_32_bits(patch):
     patch.setattr(rng._Float64Pairs, "radius_bits", 33)
 
 
+def one_transform(patch, real=rng._Float32Pairs.transform):
+    """As in version 2: the second transform adds nothing."""
+    calls = []
+
+    def transform(self, at):
+        radius, angle = real(self, at)
+        calls.append(None)
+        return radius * (2**0.5 if len(calls) % 2 else 0), angle
+
+    patch.setattr(rng._Float32Pairs, "transform", transform)
+
+
 MUTANTS = {
     check_a_float64_sum_stays_hidden: [released_as_it_is],
     check_a_float32_sum_stays_hidden: [released_as_it_is],
     check_the_count_stays_hidden: [released_as_it_is],
     check_noise_ignores_the_default_dtype: [noise_in_the_default_dtype],
     check_radii_have_more_than_32_bits: [radii_of_32_bits],
+    check_no_pair_has_a_hole: [one_transform],
 }

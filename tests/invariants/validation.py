@@ -135,6 +135,24 @@ def writes_unseen(patch):
     patch.setattr(validate, "check_state", lambda *arguments: set())
 
 
+class WarmUp(nn.Module):
+    """Mixes examples from its thousandth call on."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x - x.mean(0) if self.calls > 1000 else x
+
+
+def check_what_may_begin_later_is_refused():
+    refused(network(WarmUp()), words="changes 0.calls with every call")
+
+
+def calls_unseen(patch):
+    patch.setattr(validate, "check_settled", lambda *arguments: None)
+
+
 def check_losses_are_means_over_examples():
     inputs, targets = data()
     refused(nn.Linear(8, 3), inputs, targets, lambda o, t: F.cross_entropy(o, t, reduction="sum"), words="not the mean")
@@ -210,6 +228,7 @@ MUTANTS = {
     check_changes_are_seen: [validated_once, modes_unseen],
     check_pads_prove_nothing: [pads_taken_for_examples],
     check_forwards_that_write_are_refused: [writes_unseen],
+    check_what_may_begin_later_is_refused: [calls_unseen],
     check_losses_are_means_over_examples: [losses_on_trust, class_weights_that_cancel],
     check_small_errors_of_gradients_are_seen: [three_percent_of_tolerance],
     check_validation_leaves_no_trace: [nothing_restored, one_mode_for_all],
