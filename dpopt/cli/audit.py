@@ -85,7 +85,8 @@ def _black_box(directory: Path) -> str:
     from dpopt import files
     from dpopt.privacy.audit import gaussian_dp_bound
     from dpopt.runs.directory import RESULT, read_config
-    from dpopt.training.build import load_data, make_task
+    from dpopt.training.build import make_task
+    from dpopt.training.loading import load_data
 
     model, config = dpopt.load(directory), read_config(directory)
     if not config.holdout:

@@ -3,8 +3,8 @@
 `dataset=clients dataset.of=dpopt.data.cifar10` draws a Dirichlet partition: for every class, the shares of the clients
 are drawn from Dirichlet(α), so that a small α gives clients of few classes (Hsu et al., 1909.06335). With
 `dataset.alpha=null` the clients are the groups of the source, its users for instance. A client with more than
-`per_client` examples keeps as many, chosen by a hash of each; whoever has none takes part with an update of zero. Examples are not augmented. The
-test set stays as it is.
+`per_client` examples keeps as many, chosen by a hash of each; whoever has none takes part with an update of zero.
+Examples are not augmented. The test set stays as it is.
 """
 
 from collections.abc import Iterable, Iterator
@@ -75,9 +75,10 @@ class ClientSource:
         whole = combine("subset", self.fingerprint(), tensor_digest(indices))
         return replace(self, clients=self.clients[indices.cpu()], announced=public_size, whole=whole)
 
-    def fingerprint(self, kind: Kind = "content") -> str:
+    def fingerprint(self, kind: Kind = "content", settings: bool = True) -> str:
         """Hash every example, also of no client, and who has it."""
-        return self.whole or combine("clients", self.examples.fingerprint(kind), tensor_digest(self.clients))
+        examples = self.examples.fingerprint(kind, settings)
+        return self.whole or combine("clients", examples, tensor_digest(self.clients))
 
     def contents(self) -> list[bytes]:
         """Hash each client's examples."""

@@ -86,8 +86,8 @@ class MapSource:
     def subset(self, indices: Tensor, public_size: int | None = None) -> "MapSource":
         return replace(self, indices=self._at(indices.cpu()), announced=public_size)
 
-    def fingerprint(self, kind: Kind = "content") -> str:
-        """Hash the whole Dataset and, of a subset, what was selected."""
+    def fingerprint(self, kind: Kind = "content", settings: bool = True) -> str:
+        """Hash the whole Dataset and, of a subset, what was selected; settings are the Dataset's own."""
         declared = getattr(self.dataset, "fingerprint", None)
         own = [str(declared())] if callable(declared) else []
         folder = _image_folder(self.dataset)

@@ -57,8 +57,11 @@ class Source(Protocol):
         """Restrict the source to these examples; its fingerprint covers all."""
         ...
 
-    def fingerprint(self, kind: Kind = "content") -> str:
-        """Hash the data; `quick` believes a Dataset that declares a fingerprint."""
+    def fingerprint(self, kind: Kind = "content", settings: bool = True) -> str:
+        """Hash the data, with or without how they are normalized, cropped and flipped.
+
+        `quick` believes a Dataset that declares a fingerprint.
+        """
         ...
 
     def contents(self) -> list[bytes]:
@@ -166,12 +169,13 @@ class TensorSource:
         part = replace(self, inputs=self.inputs[at], targets=self.targets[at], groups=groups)
         return replace(part, announced=public_size, whole=whole)
 
-    def fingerprint(self, kind: Kind = "content") -> str:
+    def fingerprint(self, kind: Kind = "content", settings: bool = True) -> str:
         """Hash every byte, also of examples outside this subset."""
         if self.whole:
             return self.whole
-        settings = str((tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size, *self.flip_channels))
-        return combine("tensors", tensor_digest(self.inputs), tensor_digest(self.targets), settings)
+        how = (tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size, *self.flip_channels)
+        parts = [str(how)] if settings else []
+        return combine("tensors", tensor_digest(self.inputs), tensor_digest(self.targets), *parts)
 
     def contents(self) -> list[bytes]:
         """Hash each example; equal inputs and records of one group agree."""

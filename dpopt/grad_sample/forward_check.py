@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dpopt.grad_sample.nested import tensors_in
+from dpopt.grad_sample.modes import eval_mode
+from dpopt.grad_sample.nested import output_tensors, tensors_in
 from dpopt.grad_sample.state_check import called, equal_outputs, first_difference
 from dpopt.grad_sample.trial import in_float64
 
@@ -189,6 +190,32 @@ def check_outputs(model: nn.Module, outputs: Any, count: int) -> None:
 def has_rows(tensor: Tensor, count: int) -> bool:
     """Tell whether a tensor has a row per example; one that has not must be the same for all batches."""
     return tensor.ndim > 0 and len(tensor) == count
+
+
+@torch.no_grad()
+def check_padding(model: nn.Module, tokens: Tensor) -> None:
+    """Refuse a model of tokens whose outputs depend on the padding behind a text.
+
+    How long a micro-batch is depends on its longest text, so padding would make one text change what others contribute.
+
+    Args:
+        model: reads tokens (N, T), with -1 for padding on the right.
+        tokens: (N, T), without padding; their first halves are padded.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    short = tokens[:, : max(1, tokens.shape[1] // 2)]
+    padded = torch.cat([short, torch.full_like(tokens[:, short.shape[1] :], -1)], 1)
+    with eval_mode(model):
+        alone, behind = output_tensors(model(short)), output_tensors(model(padded))
+    for one, other in zip(alone, behind, strict=True):
+        other = other[:, : one.shape[1]] if one.ndim > 2 else other  # of each position
+        if one.shape != other.shape or not bool((one - other).abs().max() <= 1e-4 * one.abs().max()):
+            raise ValueError(
+                "the model's output for a text depends on the padding behind it, so one text would change what others "
+                "of its micro-batch contribute: set model.pooling=mean, or choose another model"
+            )
 
 
 def replacements(inputs: Tensor) -> Iterator[Tensor]:

@@ -36,7 +36,7 @@ class _ScaleThenPrivatize(torch.optim.Optimizer):
         for group in self.param_groups:
             group.update({name: group.get(name, value) for name, value in options.items()})
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Take one step; raises ValueError where gradients were not scaled before the clip."""
         if any(group["pre_clip_scaled"] is not True for group in self.param_groups):
             raise ValueError(

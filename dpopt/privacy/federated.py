@@ -46,7 +46,7 @@ class Federated(PrivateGradient):
             raise ValueError("a client's update is taken at the weights themselves, from a loss without class weights")
         self.local_steps, self.local_lr = local_steps, local_lr
 
-    def _validate(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> None:
+    def _validate(self, inputs: Tensor, targets: Tensor, mask: Tensor, trimmed: bool = False) -> None:
         """Validate the model on examples of clients: no forward may keep anything of one client for the next."""
         present = (targets >= 0) & mask[:, None]
         few = slice(0, len(mask))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dpopt import ranks
 from dpopt.grad_sample.engine import GradSampler, LossFn
+from dpopt.grad_sample.forward_check import check_padding
 from dpopt.grad_sample.losses import ExampleWeighted, example_losses, per_example_loss
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.norms import Gradients
@@ -219,7 +220,7 @@ class PrivateGradient:
                 if self.clip is None:
                     self._add_plain(sums, inputs[mask], targets[mask], points, raw)
                     continue
-                self._validate(inputs, targets, mask)
+                self._validate(inputs, targets, mask, batch.trimmed)
                 few = len(inputs) if len(points) == 1 else self._explicit(total)
                 for x, y, present in zip(inputs.split(few), targets.split(few), mask.split(few), strict=True):
                     per_sample = self._per_sample_gradients(x, y, by_name, points)
@@ -277,10 +278,13 @@ class PrivateGradient:
             self.clip.observe(count, self.plan.batch_size)
         self.step_info["clip_rate"] = self.clip.clip_rate
 
-    def _validate(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> None:
+    def _validate(self, inputs: Tensor, targets: Tensor, mask: Tensor, trimmed: bool = False) -> None:
         """Validate model and loss before the first micro-batch, and after every change."""
         if not covered(self.engine, inputs, self.takes != "losses"):
             validate(self.engine, inputs, targets, mask, self.takes != "losses")
+            if trimmed:
+                tokens = inputs[:, 0]
+                check_padding(self.model, tokens.where(tokens >= 0, tokens[:, :1].clamp(min=0)))
 
     def _per_sample_gradients(
         self, inputs: Tensor, targets: Tensor, scale: Gradients | None, points: list[Point]

@@ -37,6 +37,7 @@ class PoissonBatch:
         used: whether it was read or passed over.
         data: fingerprint of the dataset, where there are several ranks to compare it.
         share: which part of it this process has.
+        trimmed: whether micro-batches of texts are as long as their longest one.
     """
 
     plan: PrivacyPlan
@@ -46,6 +47,7 @@ class PoissonBatch:
     used: bool = False
     data: str = ""
     share: ranks.Share = ranks.WHOLE
+    trimmed: bool = False
 
     def __iter__(self) -> Iterator[MicroBatch]:
         if self.used:
@@ -114,7 +116,8 @@ def _batches(source: Source, plan: PrivacyPlan, start: int, views: int, micro_ba
     for step, drawn in ours:
         indices = share.of(drawn)
         pieces = (_pad(*next(loaded), micro_batch) for _ in indices.split(micro_batch))  # nothing: one empty piece
-        batch = PoissonBatch(plan, step, indices, pieces, data=data, share=share)
+        trimmed = getattr(source, "trimmed", False)
+        batch = PoissonBatch(plan, step, indices, pieces, data=data, share=share, trimmed=trimmed)
         yield batch
         batch.used = True
         for _ in pieces:  # a caller that broke off must not shift the stream for the next step

@@ -75,7 +75,7 @@ class ZerothOrder(PrivateGradient):
             inputs, targets, mask = (sent(x, reference.device) for x in (inputs, targets, mask))
             inputs = inputs.to(reference.dtype) if inputs.is_floating_point() else inputs
             if self.clip is not None:
-                self._validate(inputs, targets, mask)
+                self._validate(inputs, targets, mask, batch.trimmed)
             sides = []
             for sign in (1, -1):
                 with displaced({p: sign * self.smoothing * piece for p, piece in z.items()}):

@@ -131,7 +131,7 @@ def _data_rows(private: PrivateGradient, data: Any, about: RunDescription) -> di
     if data is None:
         return {"training data": _UNHASHED, "ledger of who trained": "not read, because the data were not hashed"}
     key = FingerprintKey.load()
-    mac = key.mac(as_source(data).fingerprint("quick" if private.plan.key.secure else "content"))  # as runs do
+    mac = key.mac(as_source(data).fingerprint("quick" if private.plan.key.secure else "content", settings=False))
     rows = data_row(mac, key.key_id)
     if private.clip is not None and private.plan.noise_multiplier:
         names = {"run": "", "name": about.name, "dataset": about.dataset, "data": mac, "key_id": key.key_id}

@@ -1,17 +1,24 @@
 """Where a result comes from: the commit of the code, the versions of libraries, the device."""
 
+import hashlib
 import platform
 import subprocess
+import sys
+import sysconfig
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from dpopt.config.schema import COMPONENTS, Config
 from dpopt.machine import processor
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, if it is one
+PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALLED = [Path(path).resolve() for path in sysconfig.get_paths().values()]
 _CODE = ("dpopt", "conf", "run.py")  # what can change a result; README, tests and results cannot
 
 
@@ -34,6 +41,27 @@ def git_commit() -> str | None:
         return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--", *_CODE) else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def code_hash(config: Config) -> str:
+    """Hash the source of dpopt, of the modules that a configuration names, and of those that these import.
+
+    Installed packages are left out.
+    """
+    files, seen = {*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c")}, set()
+    words = [value for group in COMPONENTS for value in (getattr(config, group) or {}).values()]
+    names = [word.rpartition(".")[0] for word in words if isinstance(word, str)]
+    while names:
+        module = sys.modules.get(names.pop())
+        file = Path(getattr(module, "__file__", None) or "")
+        if module is None or module in seen or not file.is_file() or any(map(file.is_relative_to, _INSTALLED)):
+            continue
+        seen.add(module)
+        files.add(file)
+        for value in list(vars(module).values()):
+            names.append(str(getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "")))
+    digests = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _git(*words: str) -> str:

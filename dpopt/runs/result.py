@@ -18,7 +18,7 @@ class Result:
             were recorded, `private/holdout_accuracy`.
         guarantee: what the run may claim, in a sentence.
         noise_version: how randomness was drawn and released (`dpopt.privacy.noise`).
-        data_mac: MAC of the fingerprint of the training set.
+        data_mac: MAC of the fingerprint of the training set, before a hold-out is split off.
         fingerprint_key: names the key of the MAC.
         epsilon: spent, by the plan's accountant.
         epsilon_rdp: spent, by Rényi accounting.

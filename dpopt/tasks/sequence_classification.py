@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpopt.grad_sample.modes import eval_mode
+from dpopt.grad_sample.forward_check import check_padding
 from dpopt.tasks.classification import Classification
 
 
@@ -57,24 +57,14 @@ def check_tokens(model: nn.Module, source: Any) -> None:
     )
 
 
-@torch.no_grad()
 def check_width(model: nn.Module, length: int) -> None:
-    """Check that padding changes nothing: how long a micro-batch is depends on its longest text.
+    """Check that padding changes no output of a model for texts of this length.
 
     Raises:
         ValueError: for a model whose outputs depend on the padding behind a text.
     """
     vocabulary, device = getattr(model, "vocabulary", None) or 2, next(model.parameters()).device
-    short = torch.arange(2 * max(1, length // 2), device=device).view(2, -1) % (vocabulary - 1) + 1
-    padded = torch.cat([short, short.new_full((2, length - short.shape[1]), -1)], 1)
-    with eval_mode(model):
-        alone, behind = model(short), model(padded)
-    behind = behind[:, : short.shape[1]] if behind.ndim == 3 else behind
-    if float((alone - behind).abs().max()) > 1e-4 * float(alone.abs().max()):
-        raise ValueError(
-            "the model's output for a text depends on the padding behind it, so one text would change what others of "
-            "its micro-batch contribute: set model.pooling=mean, or choose another model"
-        )
+    check_padding(model, torch.arange(2 * length, device=device).view(2, -1) % (vocabulary - 1) + 1)
 
 
 def check_length(model: nn.Module, length: int) -> None:

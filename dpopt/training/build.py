@@ -5,9 +5,8 @@ Each function refuses, in one sentence, what could not be trained as asked, befo
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,8 @@ from torch import Tensor, nn
 
 from dpopt.config.components import accepted, build, estimator_takes
 from dpopt.config.schema import Config
-from dpopt.data.clients import ClientSource
 from dpopt.data.datasets import DataSpec
-from dpopt.data.fingerprint import Kind, module_fingerprint
-from dpopt.data.holdout import check_holdout, split_holdout
-from dpopt.data.sources import Source, as_source
+from dpopt.data.fingerprint import module_fingerprint
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.model_check import check_model
 from dpopt.grad_sample.validate import validate
@@ -30,15 +26,11 @@ from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
-from dpopt.privacy.statistics import check_channels
 from dpopt.rng import RandomKey
-from dpopt.runs.identity import is_secret
 from dpopt.tasks import TASKS, Task
 from dpopt.training.cost import fit_micro_batch
 from dpopt.training.distributed import local_rank, world_size
 from dpopt.training.initial_weights import (
-    check_fingerprint,
-    check_initial_weights,
     describe_initial_weights,
     load_run,
     model_node,
@@ -129,25 +121,6 @@ class Components:
         return facts
 
 
-@dataclass(frozen=True)
-class Data:
-    """Training, test and held-out examples.
-
-    Attributes:
-        train: what is trained on.
-        test: what is evaluated on.
-        held_out: the examples split off from the training set; None for none.
-        fingerprint: of the training set before the split, and of the split; never written down but as a MAC.
-        classes: their names, of the DataSpec or of class folders; empty for none.
-    """
-
-    train: Source
-    test: Source
-    held_out: Source | None
-    fingerprint: str
-    classes: Sequence[str]
-
-
 def build_components(config: Config) -> Components:
     """Build a run's components; a dry run builds its model without pretrained weights.
 
@@ -235,43 +208,6 @@ def build_model(config: Config, task: Task, offline: bool) -> nn.Module:
     if runs:
         load_run(model, runs[0], keep_head=runs[0].spec.name == task.spec.name)
     return model.double() if config.precision == "fp64" else model
-
-
-def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
-    """Load, check and fingerprint training and test data; split off the hold-out.
-
-    Raises:
-        ValueError: when the examples are not what was announced or cannot be trained on; OSError for unreadable files.
-    """
-    loaded = spec.load(Path(config.data_dir).expanduser(), device, config.workers)
-    if not isinstance(loaded, tuple | list) or len(loaded) != 2:
-        raise ValueError(f"the load function of {spec.name} must return a pair (train, test)")
-    train, test = (as_source(part, device, config.workers) for part in loaded)
-    classes = getattr(getattr(train, "dataset", None), "classes", ())
-    if config.private:
-        check_initial_weights(config, spec, classes)
-    if isinstance(train, ClientSource) != (estimator_takes(config) == "updates"):
-        raise ValueError("dataset=clients and estimator=federated go together: choose both, or neither")
-    for part, source in (("training", train), ("test", test)):
-        if not len(source):
-            raise ValueError(f"{spec.name} has no {part} examples: give it at least one")
-    if len(train) != spec.train_size:
-        raise ValueError(
-            f"{spec.name} has {len(train):,} training examples, not {spec.train_size:,} as announced: correct "
-            "train_size in the DataSpec"
-        )
-    train, test = train.check(spec.expected, "training"), test.check(spec.expected, "test")
-    if spec.statistics:
-        check_channels(train)
-    if config.private and config.holdout:
-        check_holdout(spec, config.holdout_by)
-    train, held_out = split_holdout(train, config.holdout, config.seed, config.holdout_by)
-    # Without a secret key only the content keeps the noise of two runs on neighboring datasets apart.
-    kind: Kind = "quick" if is_secret(config) else "content"
-    fingerprint = train.fingerprint(kind)
-    if config.private:
-        check_fingerprint(config, fingerprint)
-    return Data(train, test, held_out, fingerprint, spec.class_names or classes)
 
 
 def make_device(name: str) -> torch.device:

@@ -5,7 +5,7 @@ on the same dataset is refused, by the names of the datasets and by the MACs of 
 the classes of a dataset; it is drawn again where the dataset is another.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def check_initial_weights(config: Config, spec: DataSpec, classes: Sequence[str]
     check_pretraining(spec, node, classes)
 
 
-def check_fingerprint(config: Config, fingerprint: str) -> None:
+def check_fingerprint(config: Config, fingerprints: Collection[str]) -> None:
     """Check the same by the datasets' fingerprints, where both were recorded under this user's key.
 
     Raises:
@@ -101,7 +101,8 @@ def check_fingerprint(config: Config, fingerprint: str) -> None:
     runs = earlier_runs(model_node(config))
     key = FingerprintKey.load() if runs else None
     for run in runs:
-        if key and run.result.get("fingerprint_key") == key.key_id and run.result["data_mac"] == key.mac(fingerprint):
+        macs = [] if key is None or run.result.get("fingerprint_key") != key.key_id else map(key.mac, fingerprints)
+        if run.result["data_mac"] in macs:
             raise _same(run, "the very dataset of this run, by its fingerprint")
 
 

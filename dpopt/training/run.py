@@ -22,9 +22,10 @@ from dpopt.runs.identity import describe, failure_note, locate
 from dpopt.runs.provenance import git_commit
 from dpopt.runs.result import Estimate
 from dpopt.runs.tracking import log_finished
-from dpopt.training.build import Components, build_components, load_data, make_task, make_tracker
+from dpopt.training.build import Components, build_components, make_task, make_tracker
 from dpopt.training.cost import estimate_cost, keep_freed_memory
 from dpopt.training.distributed import Watch, process_group
+from dpopt.training.loading import load_data
 from dpopt.training.trainer import Trainer
 
 
@@ -130,7 +131,7 @@ def _compare_data(config: Config, done: dict[str, Any], path: str) -> str:
         data = load_data(config, make_task(config).spec, torch.device("cpu"))
     except OSError as error:
         return f"its data were not compared: {error}"
-    if key.mac(data.fingerprint) != done.get("data_mac"):
+    if done.get("data_mac") not in (key.mac(data.records), key.mac(data.fingerprint)):  # the latter: earlier versions
         raise ValueError(
             f"{path} was trained on other data than there are now, so its result is out of date: fresh=true trains it "
             "again, tag=NAME makes another run"

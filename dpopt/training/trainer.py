@@ -33,13 +33,14 @@ from dpopt.runs.identity import describe, identity, identity_hash, is_secret
 from dpopt.runs.ledger import Ledger, Spending, describe_total, spending
 from dpopt.runs.origin import code_rows, data_row, initial_file, weights_row
 from dpopt.runs.privacy_card import CardFacts, guarantee, privacy_card, write_card
-from dpopt.runs.provenance import device_name, git_commit, versions
+from dpopt.runs.provenance import code_hash, device_name, git_commit, versions
 from dpopt.runs.result import HOLDOUT, Result
 from dpopt.runs.tracking import Metrics, warn
 from dpopt.training import checkpoint
-from dpopt.training.build import Components, Data, make_tracker
+from dpopt.training.build import Components, make_tracker
 from dpopt.training.cost import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from dpopt.training.evaluation import evaluate
+from dpopt.training.loading import Data
 from dpopt.training.signals import stop_signals
 
 
@@ -75,7 +76,7 @@ class Trainer:
             "choices": {},
         }
         key = FingerprintKey.load()
-        self._data_mac, self._key_id = key.mac(data.fingerprint), key.key_id
+        self._data_mac, self._key_id = key.mac(data.records), key.key_id
         initial = components.initial_weights()  # before a checkpoint replaces them
         self._facts = {
             "noise_version": NOISE_VERSION,
@@ -84,6 +85,8 @@ class Trainer:
             "plan": components.plan.to_dict(),
             "fingerprint_key": self._key_id,
             "dataset": self._data_mac,
+            # Steps after the last checkpoint are taken again under the same noise: so the same code takes them.
+            **({"code": code_hash(self.config)} if is_secret(self.config) else {}),
             **({} if self.task.spec.statistics is None else {"statistics": str(self.task.spec.statistics)}),
         }
         self._restore()
@@ -209,6 +212,8 @@ class Trainer:
         reset_peak_memory(self.device)
         self._began = time.perf_counter()
         self._clock = self._began - self.progress["wall_seconds"]
+        if not (self.directory / run_files.CHECKPOINT).exists():
+            self.save(metrics)  # what the first steps must find again
         return metrics
 
     def _log(self, metrics: Metrics, measured: StepMetrics) -> dict[str, float]:
@@ -270,8 +275,8 @@ class Trainer:
             optimizer_state_bytes=optimizer_state_bytes(self.optimizer),
             adam_state_bytes=8 * trainable,
             peak_memory_bytes=peak_memory_bytes(self.device),
-            examples_per_second=self._speed(),
-            wall_seconds=self._wall_seconds(),
+            examples_per_second=_two_digits(self._speed()),
+            wall_seconds=_two_digits(self._wall_seconds()),
             seed=self.config.seed,
             git_commit=self.commit,
             versions=versions(),

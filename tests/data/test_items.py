@@ -15,7 +15,8 @@ import dpopt
 from dpopt.data import DataSpec
 from dpopt.data.items import Expected
 from dpopt.data.sources import MapSource, TensorSource, as_source
-from dpopt.training.build import build_components, load_data
+from dpopt.training.build import build_components
+from dpopt.training.loading import load_data
 
 CPU = torch.device("cpu")
 SPEC = Expected((3,), 4)
@@ -266,9 +267,10 @@ def blobs(case: str = "") -> DataSpec:
 
     def load(data_dir, device, workers):
         inputs, labels = torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
-        good = (inputs, labels)
+        good, other = (inputs, labels), (-inputs, labels)
         return {
-            "": (good, good),
+            "": (good, other),
+            "twice": (good, good),
             "no test": (good, (inputs[:0], labels[:0])),
             "no training": ((inputs[:0], labels[:0]), good),
             "not a pair": good + good[:1],
@@ -290,6 +292,7 @@ def blobs(case: str = "") -> DataSpec:
     [
         ("no test", "blobs has no test examples: give it at least one"),
         ("no training", "blobs has no training examples: give it at least one"),
+        ("twice", "the training set of blobs is its test set, too"),
         ("not a pair", "the load function of blobs must return a pair (train, test)"),
         ("other length", "there are 40 inputs but 39 targets: give one for each"),
         ("classes", "training example 2 has the label 3 where 3 classes"),

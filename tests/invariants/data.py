@@ -1,6 +1,7 @@
 """Invariants of data: no two datasets share noise, no example decides over another, every step sees one data."""
 
 import tempfile
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from dpopt.data import holdout, image_files, items, map_source
 from dpopt.data.fingerprint import FingerprintKey, combine, tensor_digest
 from dpopt.data.holdout import split_holdout
 from dpopt.data.sources import MapSource, TensorSource, as_source
-from dpopt.privacy import sampling
+from dpopt.privacy import private_gradient, sampling
+from dpopt.privacy.zeroth_order import ZerothOrder
 from dpopt.rng import RandomKey
 
 clients = import_module("dpopt.data.clients")  # dpopt.data.clients is the function
@@ -238,6 +240,39 @@ def examples_of_a_client_by_position(patch):
     )
 
 
+# A micro-batch of texts is as long as its longest one, which must change nothing for the others.
+
+
+class Words(torch.nn.Module):
+    """The mean over as many words as there are, or over the width."""
+
+    def __init__(self, counted):
+        super().__init__()
+        self.counted, self.table, self.head = counted, torch.nn.Embedding(30, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, tokens):
+        there = (tokens >= 0)[..., None]
+        total = self.table(tokens.clamp(min=0)).where(there, 0.0).sum(1)
+        return self.head(total / (there.sum(1).clamp(min=1) if self.counted else tokens.shape[1]))
+
+
+def check_no_text_decides_how_long_another_one_is():
+    tokens = torch.randint(0, 30, (16, 64), generator=torch.Generator().manual_seed(0))
+    tokens[torch.arange(64) >= torch.arange(4, 20)[:, None]] = -1
+    source = TensorSource(tokens, torch.arange(16) % 2, trimmed=True)
+    for estimator in (dpopt.PrivateGradient, ZerothOrder):
+        for counted in (True, False):
+            plan = make_plan(1.0, size=16, batch=8, steps=1)
+            private = estimator(Words(counted), torch.nn.functional.cross_entropy, plan, dpopt.clipping.Flat(1.0))
+            with nullcontext() if counted else pytest.raises(ValueError, match="depends on the padding behind it"):
+                for batch in dpopt.poisson_batches(source, plan, micro_batch=4):
+                    private.backward(batch)
+
+
+def padding_unchecked(patch):
+    patch.setattr(private_gradient, "check_padding", lambda model, tokens: None)
+
+
 # What is written down about private data cannot be tested against a guess.
 
 
@@ -273,5 +308,6 @@ MUTANTS = {
     check_items_are_replayable: [items_fetched_once, workers_unchecked],
     check_workers_get_no_key_of_noise: [workers_with_the_whole_key],
     check_no_client_decides_what_another_one_keeps: [examples_of_a_client_by_position],
+    check_no_text_decides_how_long_another_one_is: [padding_unchecked],
     check_written_fingerprints_need_the_key: [mac_without_the_key, mac_is_the_fingerprint],
 }

@@ -136,7 +136,7 @@ def test_runs_of_a_sweep_share_no_noise(config, monkeypatch):
     for changed in (config, replace(config, clip_norm=2.0), replace(config, tag="x"), replace(config, seed=1)):
         run(changed)
     fingerprint = TensorSource.fingerprint  # another data set under the same configuration
-    monkeypatch.setattr(TensorSource, "fingerprint", lambda self, *kind: fingerprint(self) + "'")
+    monkeypatch.setattr(TensorSource, "fingerprint", lambda self, *_, **options: fingerprint(self) + "'")
     run(replace(config, fresh=True))
     secret = replace(config, randomness="secret")
     monkeypatch.setattr(run_files, "erase_key", lambda directory: None)  # the same secret, and two data sets
@@ -212,13 +212,12 @@ def test_a_failure_is_recorded_without_a_result(config, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("out of something")
 
-    monkeypatch.setattr(trainer, "evaluate", fail)
-    with pytest.raises(RuntimeError):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(trainer, "evaluate", fail)
         run(config)
     directory = locate(config)
     assert (directory / "error.txt").read_text() == "RuntimeError: out of something\n"
     assert not (directory / "result.json").exists()
-    monkeypatch.undo()
     run(config)
     assert not (directory / "error.txt").exists() and run_files.finished(directory)
 

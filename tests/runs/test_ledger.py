@@ -50,6 +50,13 @@ def test_private_runs_are_in_it_finished_or_not(config, monkeypatch):
     assert f"3 runs, together ε = {total:.4g}" in text and "training only" in text and 1 < total < 3
 
 
+def test_other_hold_outs_of_one_dataset_are_added_up(config):
+    for seed in range(3):
+        run(replace(config, seed=seed, holdout=0.1))
+    runs = Ledger(home()).runs()
+    assert len(by_data(runs)) == 1 and len({one.run for one in runs}) == 3
+
+
 def test_runs_on_different_data_are_not_added_up():
     plan = make_plan()
     book = Ledger(home())

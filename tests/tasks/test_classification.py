@@ -23,6 +23,6 @@ def test_a_linear_model_of_images_and_of_tables(shape):
 
 def test_a_key_that_contradicts_the_dataset_is_refused():
     config = configure("model=linear", "+model.image_size=28")
-    with pytest.raises(ValueError, match="model.image_size=28 contradicts the dataset, which has 8: leave it out"):
+    with pytest.raises(ValueError, match=r"model\.image_size=28 contradicts the dataset, which has 8: leave it out"):
         build_model(config, Classification(spec(3, 8, 8)), offline=False)
     build_model(config, Classification(spec(3, 28, 28)), offline=False)
