@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from scipy import stats
 
-from dpopt.rng import RandomKey
+from dpopt.rng import CHUNK, RandomKey
 
 BOUNDS = (3.0, 4.0, 4.5, 5.0, 5.5, 6.0)
+RADII = (2.0**-12, 2.0**-11, 2.0**-10, 2.0**-9)  # one transform in float32 is never closer than the second
 LEVEL = 0.01
 STREAMS = 10
 KEY = RandomKey.from_seed(0, "check")
@@ -97,11 +98,17 @@ def print_battery() -> None:
 
 
 def print_draws(count: int) -> None:
-    """Print tails and moments of `count` draws of one stream."""
-    counts = dict.fromkeys(BOUNDS, 0)
+    """Print tails, pairs near the origin and moments of `count` draws of one stream."""
+    counts, near, pairs = dict.fromkeys(BOUNDS, 0), dict.fromkeys(RADII, 0), 0
     sums = torch.zeros(4, dtype=torch.float64)
     for piece in KEY.gaussians(count, "noise", 0):
         size = piece.abs()
+        if len(piece) == CHUNK:
+            squares = piece[: CHUNK // 2].square() + piece[CHUNK // 2 :].square()
+            squares = squares[squares < RADII[-1] ** 2]
+            pairs += CHUNK // 2
+            for radius in RADII:
+                near[radius] += int((squares < radius**2).sum())
         large = size[size > BOUNDS[0]]
         for bound in BOUNDS:
             counts[bound] += int((large > bound).sum())
@@ -114,6 +121,14 @@ def print_draws(count: int) -> None:
         low, high = stats.poisson.ppf((5e-4, 1 - 5e-4), expected)
         inside = "yes" if low <= counts[bound] <= high else "NO"
         print(f"| {bound} σ | {counts[bound]:,} | {expected:,.1f} | {low:,.0f} to {high:,.0f} | {inside} |")
+    print(f"\n{pairs:,} pairs that share their words\n")
+    print("| closer to the origin than | found | expected | 99.9% bounds | inside |\n|---|---:|---:|---|---|")
+    for radius in RADII:
+        expected = -pairs * math.expm1(-(radius**2) / 2)
+        low, high = stats.poisson.ppf((5e-4, 1 - 5e-4), expected)
+        inside = "yes" if low <= near[radius] <= high else "NO"
+        name = f"2^{round(math.log2(radius))} σ"
+        print(f"| {name} | {near[radius]:,} | {expected:,.1f} | {low:,.0f} to {high:,.0f} | {inside} |")
     print("\n| moment | found − expected, in standard errors |\n|---|---:|")
     for power, (expected, variance) in enumerate(((0, 1), (1, 2), (0, 15), (3, 96)), start=1):
         error = (float(sums[power - 1]) / count - expected) / math.sqrt(variance / count)

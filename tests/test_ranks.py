@@ -20,6 +20,8 @@ def found():
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_ranks_release_what_one_process_does(kind, precision, tolerance, world):
     (alone,), together = found()[1], found()[world]
+    if kind == "zeroth order" and precision == "float32":
+        tolerance = 4 * 2**-23 / 2e-3  # losses near 1 that differ in their last bit, over twice the smoothing
     for number, one in enumerate(alone[kind, precision]):
         several = [answers[kind, precision][number] for answers in together]
         drawn = torch.cat([step["indices"] for step in several]).sort().values

@@ -104,6 +104,12 @@ def nondefault_components(config: Config) -> list[str]:
     return [name for name in names if name not in _STANDARD]
 
 
+def named(config: Config) -> list[str]:
+    """List the strings in a configuration's components: among them the names of functions and classes."""
+    values = [value for group in COMPONENTS for value in (getattr(config, group) or {}).values()]
+    return [value for value in values if isinstance(value, str)]
+
+
 def is_secret(config: Config) -> bool:
     """Tell whether a run's draws are keyed by the operating system."""
     return config.private and config.randomness == "secret"

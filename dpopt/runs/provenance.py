@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 
-from dpopt.config.schema import COMPONENTS, Config
 from dpopt.machine import processor
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, if it is one
@@ -43,14 +43,13 @@ def git_commit() -> str | None:
         return None
 
 
-def code_hash(config: Config) -> str:
-    """Hash the source of dpopt, of the modules that a configuration names, and of those that these import.
+def code_hash(named: Iterable[str]) -> str:
+    """Hash the source of dpopt, of the modules of these functions and classes, and of those that these import.
 
     Installed packages are left out.
     """
     files, seen = {*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c")}, set()
-    words = [value for group in COMPONENTS for value in (getattr(config, group) or {}).values()]
-    names = [word.rpartition(".")[0] for word in words if isinstance(word, str)]
+    names = [name.rpartition(".")[0] for name in named]
     while names:
         module = sys.modules.get(names.pop())
         file = Path(getattr(module, "__file__", None) or "")

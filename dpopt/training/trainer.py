@@ -29,7 +29,7 @@ from dpopt.rng import RandomKey
 from dpopt.runs import directory as run_files
 from dpopt.runs.audit_report import write_audit
 from dpopt.runs.console import Progress
-from dpopt.runs.identity import describe, identity, identity_hash, is_secret
+from dpopt.runs.identity import describe, identity, identity_hash, is_secret, named
 from dpopt.runs.ledger import Ledger, Spending, describe_total, spending
 from dpopt.runs.origin import code_rows, data_row, initial_file, weights_row
 from dpopt.runs.privacy_card import CardFacts, guarantee, privacy_card, write_card
@@ -86,7 +86,7 @@ class Trainer:
             "fingerprint_key": self._key_id,
             "dataset": self._data_mac,
             # Steps after the last checkpoint are taken again under the same noise: so the same code takes them.
-            **({"code": code_hash(self.config)} if is_secret(self.config) else {}),
+            **({"code": code_hash(named(self.config))} if is_secret(self.config) else {}),
             **({} if self.task.spec.statistics is None else {"statistics": str(self.task.spec.statistics)}),
         }
         self._restore()
@@ -148,6 +148,8 @@ class Trainer:
         status = "finished"
         with stop_signals() as stop, Progress(self.plan, self.step, self.first) as live:
             try:
+                if self.step == 0:
+                    self.save(metrics)  # with the code that the first steps must find again
                 views, micro_batch = self.config.views, self.components.micro_batch
                 for batch in poisson_batches(self.data.train, self.plan, self.step, views, micro_batch):
                     measured = self.train_step(batch)
@@ -212,8 +214,6 @@ class Trainer:
         reset_peak_memory(self.device)
         self._began = time.perf_counter()
         self._clock = self._began - self.progress["wall_seconds"]
-        if not (self.directory / run_files.CHECKPOINT).exists():
-            self.save(metrics)  # what the first steps must find again
         return metrics
 
     def _log(self, metrics: Metrics, measured: StepMetrics) -> dict[str, float]:

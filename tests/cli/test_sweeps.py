@@ -50,7 +50,7 @@ def test_a_rerun_agrees_and_says_when_it_does_not(command, tmp_path):
     other = verdict(result, result | {"run": "another", "test_loss": 0.0}, False, 360)
     assert other[0] and other[1].endswith(" now (the draws are others: they are keyed by the configuration)")
     older = verdict(result | {"noise_version": 1}, result, False, 360)
-    assert older[0] and older[1].endswith(" now (the draws are others: noise version 1 then, 2 now)")
+    assert older[0] and older[1].endswith(" now (the draws are others: noise version 1 then, 3 now)")
     missing = command("rerun", str(tmp_path))
     assert missing.returncode == 1 and "no finished run" in missing.stderr
 

@@ -149,7 +149,7 @@ def check_the_card_says_it_all():
         f"by rdp {compute_epsilon(1.3, 0.25, 7, 1e-3, 'rdp'):.4g}",
         "after 7 of 20",
         "No claim: reproducible noise",
-        "noise version 2",
+        "noise version 3",
         "choice of hyper-parameters",
         "use of the test set",
         "private/",

@@ -1,4 +1,4 @@
-"""Classification: what a model is told about the dataset."""
+"""Classification: what a model gets to know of the dataset."""
 
 import pytest
 import torch

@@ -171,7 +171,7 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize(
     "failing",
     [
-        *(("write", "secret.key", 1), ("write", "checkpoint.pt", 2), ("fsync", "checkpoint.pt", 2)),
+        *(("write", "secret.key", 1), ("write", "checkpoint.pt", 3), ("fsync", "checkpoint.pt", 3)),
         *(("write", "metrics.csv", 2), ("replace", "model.safetensors", 1), ("open", "result.json", 1)),
     ],
     ids=lambda failing: " ".join(map(str, failing)),

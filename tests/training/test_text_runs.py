@@ -30,11 +30,12 @@ def llama(tmp_path_factory):
 
 def write_classes(folder, count=48):
     rows = [f"the film is {'very ' * (i % 3)}{('good', 'bad', 'fine', 'dull')[i % 4]},{i % 2}" for i in range(count)]
-    (folder / "tickets.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    for name, order in (("train", rows[::-1]), ("tickets", rows)):
+        (folder / f"{name}.csv").write_text("text,label\n" + "\n".join(order) + "\n")
     return [
         *(
             "dataset=text_file",
-            f"dataset.files=[{folder}/tickets.csv,{folder}/tickets.csv]",
+            f"dataset.files=[{folder}/train.csv,{folder}/tickets.csv]",
             f"dataset.train_size={count}",
         ),
         *("dataset.classes=['0','1']", "dataset.max_length=12", "dataset.unit='one ticket'"),
@@ -43,8 +44,9 @@ def write_classes(folder, count=48):
 
 def write_pairs(folder, count=48):
     rows = [{"prompt": f"name {'very ' * (i % 3)}film", "text": "a good film is good"} for i in range(count)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = f"dataset.files=[{folder}/pairs.jsonl,{folder}/pairs.jsonl]"
+    for name, order in (("train", rows[::-1]), ("pairs", rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
+    files = f"dataset.files=[{folder}/train.jsonl,{folder}/pairs.jsonl]"
     return ["dataset=text_file", files, f"dataset.train_size={count}", "dataset.columns=[prompt,text]"]
 
 
