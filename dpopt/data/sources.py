@@ -174,8 +174,11 @@ class TensorSource:
         if self.whole:
             return self.whole
         how = (tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size, *self.flip_channels)
-        parts = [str(how)] if settings else []
-        return combine("tensors", tensor_digest(self.inputs), tensor_digest(self.targets), *parts)
+        return combine("tensors", *self._digests, *([str(how)] if settings else []))
+
+    @functools.cached_property
+    def _digests(self) -> tuple[bytes, bytes]:
+        return tensor_digest(self.inputs), tensor_digest(self.targets)
 
     def contents(self) -> list[bytes]:
         """Hash each example; equal inputs and records of one group agree."""

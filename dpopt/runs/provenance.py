@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -58,7 +58,12 @@ def code_hash(named: Iterable[str]) -> str:
         seen.add(module)
         files.add(file)
         for value in list(vars(module).values()):
-            names.append(str(getattr(value, "__name__" if isinstance(value, ModuleType) else "__module__", "")))
+            if isinstance(value, ModuleType):
+                names.append(value.__name__)
+            else:
+                names.append(
+                    str(getattr(value if isinstance(value, type | FunctionType) else type(value), "__module__", ""))
+                )
     digests = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
