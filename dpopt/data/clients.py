@@ -75,10 +75,9 @@ class ClientSource:
         whole = combine("subset", self.fingerprint(), tensor_digest(indices))
         return replace(self, clients=self.clients[indices.cpu()], announced=public_size, whole=whole)
 
-    def fingerprint(self, kind: Kind = "content", settings: bool = True) -> str:
+    def fingerprint(self, kind: Kind = "content") -> str:
         """Hash every example, also of no client, and who has it."""
-        examples = self.examples.fingerprint(kind, settings)
-        return self.whole or combine("clients", examples, tensor_digest(self.clients))
+        return self.whole or combine("clients", self.examples.fingerprint(kind), tensor_digest(self.clients))
 
     def contents(self) -> list[bytes]:
         """Hash each client's examples."""

@@ -86,18 +86,21 @@ class MapSource:
     def subset(self, indices: Tensor, public_size: int | None = None) -> "MapSource":
         return replace(self, indices=self._at(indices.cpu()), announced=public_size)
 
-    def fingerprint(self, kind: Kind = "content", settings: bool = True) -> str:
-        """Hash the whole Dataset and, of a subset, what was selected; settings are the Dataset's own."""
+    def fingerprint(self, kind: Kind = "content") -> str:
+        """Hash the whole Dataset and, of a subset, what was selected."""
+        whole = self.records(kind)
+        return whole if self.indices is None else combine("subset", whole, tensor_digest(self.indices))
+
+    def records(self, kind: Kind = "content") -> str:
+        """Hash the whole Dataset."""
         declared = getattr(self.dataset, "fingerprint", None)
         own = [str(declared())] if callable(declared) else []
         folder = _image_folder(self.dataset)
         if kind == "quick" and own:
-            whole = combine("declared", *own)
-        else:
-            targets = self._digest("targets") if folder is None else [repr(_targets(*folder)).encode()]
-            names = [] if folder is None else [str(Path(path).relative_to(folder[0])) for path, _ in folder[1]]
-            whole = combine("items", *self._digest("inputs"), *targets, *names, *own)
-        return whole if self.indices is None else combine("subset", whole, tensor_digest(self.indices))
+            return combine("declared", *own)
+        targets = self._digest("targets") if folder is None else [repr(_targets(*folder)).encode()]
+        names = [] if folder is None else [str(Path(path).relative_to(folder[0])) for path, _ in folder[1]]
+        return combine("items", *self._digest("inputs"), *targets, *names, *own)
 
     def contents(self) -> list[bytes]:
         """Hash each example; equal inputs and records of one group agree."""

@@ -57,11 +57,8 @@ class Source(Protocol):
         """Restrict the source to these examples; its fingerprint covers all."""
         ...
 
-    def fingerprint(self, kind: Kind = "content", settings: bool = True) -> str:
-        """Hash the data, with or without how they are normalized, cropped and flipped.
-
-        `quick` believes a Dataset that declares a fingerprint.
-        """
+    def fingerprint(self, kind: Kind = "content") -> str:
+        """Hash the data; `quick` believes a Dataset that declares a fingerprint."""
         ...
 
     def contents(self) -> list[bytes]:
@@ -71,6 +68,12 @@ class Source(Protocol):
     def check(self, expected: Expected, part: str) -> "Source":
         """Check the examples now; return a source that checks the rest."""
         ...
+
+
+def records_of(source: Source, kind: Kind) -> str:
+    """Hash what a source was taken from, without its settings and selection where it can tell them apart."""
+    found: str = getattr(source, "records", source.fingerprint)(kind)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +94,7 @@ class TensorSource:
             its longest text, rounded up to a power of two, and so are targets (N, T).
         whole: fingerprint of the source that this one is a subset of, and of what was selected.
         flip_channels: the channel that each channel of a mirror image is taken from; () where all stay.
+        origin: hash of the records of the source that this one is a subset of.
     """
 
     inputs: Tensor
@@ -105,6 +109,7 @@ class TensorSource:
     trimmed: bool = False
     whole: str = ""
     flip_channels: Sequence[int] = ()
+    origin: str = ""
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
@@ -167,18 +172,16 @@ class TensorSource:
         groups = None if everyone is None else [everyone[i] for i in indices.tolist()]
         whole = combine("subset", self.fingerprint(), tensor_digest(indices))
         part = replace(self, inputs=self.inputs[at], targets=self.targets[at], groups=groups)
-        return replace(part, announced=public_size, whole=whole)
+        return replace(part, announced=public_size, whole=whole, origin=self.records())
 
-    def fingerprint(self, kind: Kind = "content", settings: bool = True) -> str:
+    def fingerprint(self, kind: Kind = "content") -> str:
+        """Hash every byte, also of examples outside this subset, and how they are normalized, cropped and flipped."""
+        settings = str((tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size, *self.flip_channels))
+        return self.whole or combine("tensors", self.records(kind), settings)
+
+    def records(self, kind: Kind = "content") -> str:
         """Hash every byte, also of examples outside this subset."""
-        if self.whole:
-            return self.whole
-        how = (tuple(self.mean), tuple(self.std), self.crop, self.flip, self.image_size, *self.flip_channels)
-        return combine("tensors", *self._digests, *([str(how)] if settings else []))
-
-    @functools.cached_property
-    def _digests(self) -> tuple[bytes, bytes]:
-        return tensor_digest(self.inputs), tensor_digest(self.targets)
+        return self.origin or combine("records", tensor_digest(self.inputs), tensor_digest(self.targets))
 
     def contents(self) -> list[bytes]:
         """Hash each example; equal inputs and records of one group agree."""

@@ -1,7 +1,7 @@
 """Record everything that a model holds, compare it after a forward pass, and put it back to the bit.
 
-Parameters, buffers, and what lies in attributes of modules: tensors, arrays, numbers, generators, also inside lists,
-dicts, tuples and plain objects, in slots or not.
+Parameters, buffers, and what lies in attributes of modules and of their classes: tensors, arrays, numbers, generators,
+also inside lists, dicts, tuples and plain objects, in slots or not. What lies in globals and closures is not seen.
 """
 
 import types
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_STATE = (*_SCALARS, list, dict, set, deque, Tensor, np.ndarray, torch.Generator)  # of a class: what it may write to
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.dtype)
 _DEPTH = 8  # of containers within containers
 
@@ -73,6 +74,10 @@ class Snapshot:
             elif isinstance(container, set | deque):
                 container.clear()
                 (container.update if isinstance(container, set) else container.extend)(copy)
+            elif isinstance(container, type):
+                for name, value in copy.items():
+                    if vars(container).get(name) is not value:
+                        setattr(container, name, value)
             else:  # an object with slots
                 for name in _slots(container).keys() - copy.keys():
                     object.__delattr__(container, name)
@@ -151,9 +156,17 @@ def _slots(value: Any) -> dict[str, Any]:
 def _leaves(model: nn.Module, containers: list[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
     """All tensors, arrays, numbers and generators by path; containers are recorded on the way."""
     visited: dict[int, Any] = {}  # keeps what it has seen alive, so that no id comes twice
+    visited_kinds: set[type] = set()
 
     def module_leaves(path: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
         prefix = f"{path}." if path else ""
+        for kind in type(module).__mro__:
+            if kind.__module__.partition(".")[0] not in ("torch", "builtins") and kind not in visited_kinds:
+                visited_kinds.add(kind)
+                own = {key: value for key, value in vars(kind).items() if isinstance(value, _STATE) and key[:2] != "__"}
+                containers.append((kind, own))
+                for key, value in own.items():
+                    yield from leaves(f"{prefix}{key} of the class", value, 0)
         containers.append((module.__dict__, dict(module.__dict__)))
         for key, value in list(module.__dict__.items()):
             if key in ("_parameters", "_buffers", "_modules"):

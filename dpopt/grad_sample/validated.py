@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from dpopt.grad_sample.snapshot import same
+
 _PLAIN = (bool, int, float, str, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -19,14 +21,13 @@ class _Shapes:
 
 
 @dataclass(eq=False)
-class _Held:
-    """A tensor as it is: equal to itself, until it is written to."""
+class _Values:
+    """What a tensor holds now."""
 
     tensor: Tensor
-    version: int
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self.tensor is other.tensor and self.version == other.version
+        return isinstance(other, _Values) and same(self.tensor, other.tensor)
 
 
 class Validated:
@@ -85,7 +86,8 @@ def _parts(model: nn.Module, written: set[tuple[nn.Module, str]]) -> tuple[Any, 
         found += (module, type(module), type(module).forward)
         if written:
             buffers = attributes["_buffers"].items()
-            found += [_Held(x, x._version) for name, x in buffers if x is not None and (module, name) in written]
+            held = [x.detach().clone() for name, x in buffers if x is not None and (module, name) in written]
+            found += map(_Values, held)
             found += [v for k, v in attributes.items() if type(v) in _PLAIN and (module, k) not in written]
         else:
             found += [v for v in attributes.values() if type(v) in _PLAIN]

@@ -106,8 +106,15 @@ def nondefault_components(config: Config) -> list[str]:
 
 def named(config: Config) -> list[str]:
     """List the strings in a configuration's components: among them the names of functions and classes."""
-    values = [value for group in COMPONENTS for value in (getattr(config, group) or {}).values()]
-    return [value for value in values if isinstance(value, str)]
+    values, found = [getattr(config, group) for group in COMPONENTS], []
+    for value in values:  # grows
+        if isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            values += value.values()
+        elif isinstance(value, list | tuple):
+            values += value
+    return found
 
 
 def is_secret(config: Config) -> bool:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from dpopt.data.fingerprint import FingerprintKey, home
-from dpopt.data.sources import as_source
+from dpopt.data.fingerprint import FingerprintKey, Kind, home
+from dpopt.data.sources import as_source, records_of
 from dpopt.privacy.plan import PrivacyPlan
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.runs.description import RunDescription
@@ -126,13 +126,17 @@ def _describe(private: PrivateGradient, stated: Stated) -> RunDescription:
     )
 
 
+def _kind(secret: bool) -> Kind:
+    return "quick" if secret else "content"  # as runs do
+
+
 def _data_rows(private: PrivateGradient, data: Any, about: RunDescription) -> dict[str, str]:
     """Name the data, and what the ledger says of them; this training is added to it."""
     if data is None:
         return {"training data": _UNHASHED, "ledger of who trained": "not read, because the data were not hashed"}
     key = FingerprintKey.load()
-    mac = key.mac(as_source(data).fingerprint("quick" if private.plan.key.secure else "content", settings=False))
-    rows = data_row(mac, key.key_id)
+    source, kind = as_source(data), _kind(private.plan.key.secure)
+    rows, mac = data_row(key.mac(source.fingerprint(kind)), key.key_id), key.mac(records_of(source, kind))
     if private.clip is not None and private.plan.noise_multiplier:
         names = {"run": "", "name": about.name, "dataset": about.dataset, "data": mac, "key_id": key.key_id}
         run = spending(private.plan, private.step, "finished", **names)

@@ -1,15 +1,18 @@
 """Where a result comes from: the commit of the code, the versions of libraries, the device."""
 
+import ast
 import hashlib
+import importlib.util
 import platform
+import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +21,9 @@ from dpopt.machine import processor
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, if it is one
 PACKAGE = Path(__file__).resolve().parents[1]
-_INSTALLED = [Path(path).resolve() for path in sysconfig.get_paths().values()]
+_INSTALLED = [Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+_INSTALLED.append(Path(site.getusersitepackages()).resolve())
+_LIBRARIES = {*sys.stdlib_module_names, "dpopt", "torch"} - {"__main__"}
 _CODE = ("dpopt", "conf", "run.py")  # what can change a result; README, tests and results cannot
 
 
@@ -48,24 +53,47 @@ def code_hash(named: Iterable[str]) -> str:
 
     Installed packages are left out.
     """
-    files, seen = {*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c")}, set()
+    digests, seen = [_digest(file) for file in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c"))], set()
     names = [name.rpartition(".")[0] for name in named]
     while names:
-        module = sys.modules.get(names.pop())
-        file = Path(getattr(module, "__file__", None) or "")
-        if module is None or module in seen or not file.is_file() or any(map(file.is_relative_to, _INSTALLED)):
+        name = names.pop()
+        if not name or name in seen or name.partition(".")[0] in _LIBRARIES:
             continue
-        seen.add(module)
-        files.add(file)
-        for value in list(vars(module).values()):
-            if isinstance(value, ModuleType):
-                names.append(value.__name__)
-            else:
-                names.append(
-                    str(getattr(value if isinstance(value, type | FunctionType) else type(value), "__module__", ""))
-                )
-    digests = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+        seen.add(name)
+        names.append(name.rpartition(".")[0])  # a package runs before what is in it
+        module = sys.modules.get(name)
+        file = Path(getattr(module, "__file__", None) or _found(name)).resolve()
+        if file.suffix == ".py" and file.is_file() and not any(map(file.is_relative_to, _INSTALLED)):
+            digests.append(_digest(file, module))
+            names += _imports(file, name if file.name == "__init__.py" else name.rpartition(".")[0])
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+@cache  # of the code that is loaded, though the file may change
+def _digest(file: Path, module: ModuleType | None = None) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _found(name: str) -> str:
+    """Find the file of a module that is not loaded, without loading its package: one that a function would import."""
+    package = name.rpartition(".")[0]
+    try:
+        spec = None if package and package not in sys.modules else importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        return ""
+    return (spec and spec.origin) or ""
+
+
+def _imports(file: Path, package: str) -> Iterator[str]:
+    """Name everything that a file may import, in functions, too."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
 def _git(*words: str) -> str:

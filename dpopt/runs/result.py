@@ -18,7 +18,8 @@ class Result:
             were recorded, `private/holdout_accuracy`.
         guarantee: what the run may claim, in a sentence.
         noise_version: how randomness was drawn and released (`dpopt.privacy.noise`).
-        data_mac: MAC of the fingerprint of the training set, before a hold-out is split off.
+        data_mac: MAC of the fingerprint of the training set, of its settings and of what is held out.
+        records_mac: MAC of the fingerprint of all its records, under which the ledger adds up runs.
         fingerprint_key: names the key of the MAC.
         epsilon: spent, by the plan's accountant.
         epsilon_rdp: spent, by Rényi accounting.
@@ -48,6 +49,7 @@ class Result:
     guarantee: str
     noise_version: int
     data_mac: str
+    records_mac: str
     fingerprint_key: str
     epsilon: float
     epsilon_rdp: float

@@ -78,7 +78,8 @@ def price(results: Sequence[dict[str, Any]], failed: int) -> str:
     runs = {result["run"]: result for result in results if HOLDOUT in result}
     groups: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
     for run in runs.values():
-        groups.setdefault((run.get("fingerprint_key"), run.get("data_mac")), []).append(run)
+        data = run.get("records_mac", run.get("data_mac"))  # the latter: of an earlier version
+        groups.setdefault((run.get("fingerprint_key"), data), []).append(run)
     lines = []
     for group in groups.values():
         best, delta = max(group, key=lambda run: run[HOLDOUT]), max(run["delta"] for run in group)

@@ -102,7 +102,7 @@ def check_fingerprint(config: Config, fingerprints: Collection[str]) -> None:
     key = FingerprintKey.load() if runs else None
     for run in runs:
         macs = [] if key is None or run.result.get("fingerprint_key") != key.key_id else map(key.mac, fingerprints)
-        if run.result["data_mac"] in macs:
+        if {run.result["data_mac"], run.result.get("records_mac")} & set(macs):
             raise _same(run, "the very dataset of this run, by its fingerprint")
 
 

@@ -1,7 +1,7 @@
 """Training, test and held-out examples of a run: loaded, checked, fingerprinted and split."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from dpopt.data.clients import ClientSource
 from dpopt.data.datasets import DataSpec
 from dpopt.data.fingerprint import Kind
 from dpopt.data.holdout import check_holdout, split_holdout
-from dpopt.data.sources import Source, as_source
+from dpopt.data.sources import Source, TensorSource, as_source, records_of
 from dpopt.privacy.statistics import check_channels
 from dpopt.runs.identity import is_secret
 from dpopt.training.initial_weights import check_fingerprint, check_initial_weights
@@ -70,8 +70,9 @@ def load_data(config: Config, spec: DataSpec, device: torch.device) -> Data:
         check_holdout(spec, config.holdout_by)
     # Without a secret key only the content keeps the noise of two runs on neighboring datasets apart.
     kind: Kind = "quick" if is_secret(config) else "content"
-    records = train.fingerprint(kind, settings=False)
-    if config.private and len(train) == len(test) and records == test.fingerprint(kind, settings=False):
+    train = replace(train, origin=train.records()) if isinstance(train, TensorSource) else train  # hashed once
+    records = records_of(train, kind)
+    if config.private and len(train) == len(test) and records_of(train, "content") == records_of(test, "content"):
         raise ValueError(
             f"the training set of {spec.name} is its test set, too, so test metrics would give it away without noise: "
             "return other examples to test on"

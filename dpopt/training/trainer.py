@@ -76,7 +76,8 @@ class Trainer:
             "choices": {},
         }
         key = FingerprintKey.load()
-        self._data_mac, self._key_id = key.mac(data.records), key.key_id
+        self._data_mac, self._key_id = key.mac(data.fingerprint), key.key_id
+        self._records_mac = key.mac(data.records)
         initial = components.initial_weights()  # before a checkpoint replaces them
         self._facts = {
             "noise_version": NOISE_VERSION,
@@ -148,7 +149,7 @@ class Trainer:
         status = "finished"
         with stop_signals() as stop, Progress(self.plan, self.step, self.first) as live:
             try:
-                if self.step == 0:
+                if self.step == 0 and is_secret(self.config):
                     self.save(metrics)  # with the code that the first steps must find again
                 views, micro_batch = self.config.views, self.components.micro_batch
                 for batch in poisson_batches(self.data.train, self.plan, self.step, views, micro_batch):
@@ -165,6 +166,10 @@ class Trainer:
                             break
                 status = "finished" if self.step == self.plan.steps else status
                 self.save(metrics)
+            except BaseException:
+                if self.first and not self.plan.key.released[0]:  # nothing is out, so that all may change
+                    (self.directory / run_files.CHECKPOINT).unlink(missing_ok=True)
+                raise
             finally:
                 if metrics is not None:
                     metrics.close()
@@ -263,6 +268,7 @@ class Trainer:
             guarantee=guarantee(self.about, self.plan, self.step),
             noise_version=NOISE_VERSION,
             data_mac=self._data_mac,
+            records_mac=self._records_mac,
             fingerprint_key=self._key_id,
             epsilon=self.plan.epsilon_at(self.step),
             epsilon_rdp=self.plan.epsilon_at(self.step, "rdp"),
@@ -297,7 +303,7 @@ class Trainer:
 
     def _spending(self, steps: int, status: str) -> Spending:
         about = {"name": self.directory.name, "dataset": self.about.dataset}
-        about |= {"data": self._data_mac, "key_id": self._key_id}
+        about |= {"data": self._records_mac, "key_id": self._key_id}
         run = self.plan.key.for_workers("ledger").material.hex()[:16]  # the same when the run is resumed
         return spending(self.plan, steps, status, run=run, **about)
 

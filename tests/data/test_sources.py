@@ -115,8 +115,11 @@ def test_normalization_and_resizing():
 def test_fingerprints_see_every_byte():
     images, targets = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
 
-    def fingerprint(images, targets, std=(1.0,), settings=True, **options):
-        return TensorSource(images, targets, (0.0,), std, **options).fingerprint(settings=settings)
+    def source(images, targets, std=(1.0,), **options):
+        return TensorSource(images, targets, (0.0,), std, **options)
+
+    def fingerprint(*arguments):
+        return source(*arguments).fingerprint()
 
     reference = fingerprint(images, targets)
     other_image, other_target = images.clone(), targets.clone()
@@ -128,9 +131,10 @@ def test_fingerprints_see_every_byte():
         fingerprint(images, targets, (2.0,)),
     ]
     assert len({reference, *others}) == 4
-    records = fingerprint(images, targets, settings=False)
-    assert records == fingerprint(images, targets, (2.0,), False, crop=2, flip=True, image_size=8) != reference
-    assert records != fingerprint(other_image, targets, settings=False)
+    records = source(images, targets).records()
+    other = source(images, targets, (2.0,), crop=2, flip=True, image_size=8)
+    assert records == other.records() == other.subset(torch.arange(2)).records() != reference
+    assert records != source(other_image, targets).records()
 
 
 def test_fingerprints_of_map_style_data_see_the_content():

@@ -119,21 +119,25 @@ class Warming(nn.Module):
         super().__init__()
         self.kind, self.after, self.calls, self.state, self.slots = kind, after, 0, {"calls": 0}, Slots()
         self.register_buffer("count", torch.zeros(()))
+        type(self).shared = 0
 
     def forward(self, x):
-        if self.kind == "attribute":
+        if self.kind == "class":
+            type(self).shared += 1
+        elif self.kind == "attribute":
             self.calls += 1
         elif self.kind == "dict":
             self.state["calls"] += 1
         elif self.kind == "slots":
             self.slots.calls += 1
         else:
-            self.count += 1
-        calls = max(self.calls, self.state["calls"], self.slots.calls, int(self.count))
+            self.count.data.add_(1)
+        calls = max(self.shared, self.calls, self.state["calls"], self.slots.calls, int(self.count))
         return x - x.mean(0) if calls > self.after else x
 
 
 COUNTERS = {"attribute": "0.calls", "dict": r"0.state\['calls'\]", "slots": "0.slots.calls"}
+COUNTERS["class"] = "0.shared of the class"
 WRITING = {
     Codebook: "layer '0' \\(Codebook\\) writes the parameter 0.code",
     Renormalized: "layer '0' \\(Renormalized\\) writes the parameter 0.scale",

@@ -1,6 +1,7 @@
 """Validation: models that mix examples are refused by name, and honest ones pass."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 from dpopt import models
 from dpopt.grad_sample.choices import Choices
 from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.forward_check import check_padding
 from dpopt.grad_sample.rules import RULES
 from dpopt.grad_sample.validate import covered, validate
 from dpopt.privacy.clipping import Flat
@@ -103,6 +105,23 @@ def test_models_of_tokens_that_mix_examples_are_refused(function):
     with pytest.raises(ValueError, match="mixes the examples"):
         step(Tokens(function), tokens, torch.arange(16) % 3)
     step(Tokens(lambda embedding, tokens: embedding(tokens).mean(1)), tokens, torch.arange(16) % 3)
+
+
+@pytest.mark.parametrize("shape", ["classes", "positions", "tokens", "heads", "masked"])
+@pytest.mark.parametrize("honest", [True, False])
+def test_padding_may_change_no_output_wherever_the_positions_are(shape, honest):
+    class Reader(nn.Module):
+        def forward(self, tokens):
+            there = tokens >= 0
+            mean = (tokens * there).sum(1) / (there.sum(1) if honest else tokens.shape[1])
+            rows = mean[:, None] + tokens.clamp(min=0).cumsum(1)
+            masked = torch.stack([rows, torch.full_like(rows, -torch.inf)], 2)
+            outputs = {"classes": mean[:, None], "positions": rows, "tokens": rows[..., None].expand(-1, -1, 7)}
+            return (outputs | {"heads": rows[:, None].expand(-1, 2, -1), "masked": masked})[shape]
+
+    tokens = torch.arange(24).view(2, 12) + 1
+    with nullcontext() if honest else pytest.raises(ValueError, match="depends on the padding behind it"):
+        check_padding(Reader(), tokens)
 
 
 class Caching(nn.Module):
