@@ -167,7 +167,7 @@ class Trainer:
                 status = "finished" if self.step == self.plan.steps else status
                 self.save(metrics)
             except BaseException:
-                if self.first and not self.plan.key.released[0]:  # nothing is out, so that all may change
+                if self.first and self._new and not self.plan.key.released[0]:  # nothing is out, so that all may change
                     (self.directory / run_files.CHECKPOINT).unlink(missing_ok=True)
                 raise
             finally:
@@ -181,7 +181,8 @@ class Trainer:
 
     def _restore(self) -> None:
         path = self.directory / run_files.CHECKPOINT
-        if path.exists():
+        self._new = not path.exists()
+        if not self._new:
             self.step, self.progress = checkpoint.load(path, self._facts, self._stateful())
             # The same bits as without the interruption, on this machine or another of its kind.
             self.components.engine.choices.made.update(self.progress.get("choices", {}))

@@ -117,6 +117,19 @@ def test_what_fails_before_its_first_release_may_be_mended(mine, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_fails_once_more_before_it_releases_again_may_not(mine, monkeypatch):
+    """The first process has released three steps, from the same checkpoint."""
+    config, write = mine
+    for after in (3, 0):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            killed(patch, after)
+            run(config)
+    write("3.0")
+    with pytest.raises(ValueError, match="written by a run with another code"):
+        run(config)
+
+
+@pytest.mark.slow
 def test_no_other_settings_of_the_data_go_on_with_a_checkpoint(config, monkeypatch):
     """Its noise is keyed by them; a finished result is not that of others."""
     config = replace(config, steps=6, checkpoint_every=2)
