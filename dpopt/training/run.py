@@ -59,6 +59,7 @@ def _run(config: Config, watch: Watch | None) -> dict[str, Any]:
     if done and not config.fresh and not config.dry_run:
         if first:
             directory.erase_key(path)  # a run killed right after it wrote its result has kept its secret key
+            _clear(path, fresh=False)  # and says why, where another rank was killed
             note = _compare_data(config, done, str(path))
             console.already_finished(done, str(path), commit, note)
             log_finished(path / directory.METRICS, make_tracker(config), path.name, asdict(config))

@@ -220,6 +220,9 @@ def test_a_failure_is_recorded_without_a_result(config, monkeypatch):
     assert not (directory / "result.json").exists()
     run(config)
     assert not (directory / "error.txt").exists() and run_files.finished(directory)
+    (directory / "error.txt").write_text("RankLost: rank 1, which was killed when the result was there\n")
+    run(config)
+    assert not (directory / "error.txt").exists()
 
 
 def test_checkpoints(tmp_path):

@@ -86,7 +86,8 @@ def test_the_same_dataset_is_refused_by_fingerprint(command, tmp_path, monkeypat
     done, _ = trained(command, tmp_path, f"model.weights={results[0].parent}", "seed=1")
     assert done.returncode == 1 and "the very dataset of this run, by its fingerprint" in done.stderr
     result = json.loads(results[0].read_text())
-    results[0].write_text(json.dumps(result | {"data_mac": "0" * 64}))  # other data, under the same key
+    others = {"data_mac": "0" * 64, "records_mac": "0" * 64}  # other data, under the same key
+    results[0].write_text(json.dumps(result | others))
     done, _ = trained(command, tmp_path, f"model.weights={results[0].parent}", "seed=1")
     assert done.returncode == 0, done.stderr
 
