@@ -81,7 +81,7 @@ def test_a_language_model_writes_completions_only(tmp_path, tmp_path_factory):
     ids=["empty", "label", "column", "no tokenizer", "tokenizer", "no size", "no records"],
 )
 def test_refusals(tmp_path, tokenizer, monkeypatch, rows, options, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment is read at import
     with pytest.raises((ValueError, OSError), match=message):
         classes_of(tmp_path, tokenizer, rows, **options)
 

@@ -192,7 +192,7 @@ def test_an_adapter_for_peft(command, tmp_path, llama):
     ids=["origin", "too long", "collection", "no weights", "train", "tokens", "lora"],
 )
 def test_refusals(command, tmp_path, bert, monkeypatch, words, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment is read at import
     if "tokenizer={large}" in words[0]:
         large = make_tokenizer(tmp_path / "large", shift=7)
         words = [word.replace("{large}", str(large)) for word in words]
