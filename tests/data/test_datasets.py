@@ -208,7 +208,7 @@ def test_folders_that_cannot_be_used(folder):
 
 
 @pytest.mark.slow
-def test_a_damaged_image_does_not_block_the_run_once_repaired(cli, folder):
+def test_a_damaged_image_does_not_block_the_run_once_repaired(command, folder):
     """It is named before there is a run directory, in a run that begins and in one that is resumed."""
     short = [
         *("dataset=imagenet", "dataset.folder=pets", "dataset.image_size=32", "dataset.train_size=12"),
@@ -218,15 +218,15 @@ def test_a_damaged_image_does_not_block_the_run_once_repaired(cli, folder):
     path = folder / "pets/train/dog/3.jpg"
     good, about = path.read_bytes(), path.stat()
     path.write_bytes(good[:300])
-    done = cli(*short)
+    done = command("train", *short)
     assert done.returncode == 1 and f"{path} cannot be read as an image" in done.stderr
     assert not list(folder.glob("runs/pets-*")), "a run directory was made"
     path.write_bytes(good)
-    assert cli(*short, "time_limit=0").returncode == 0
+    assert command("train", *short, "time_limit=0").returncode == 0
     path.write_bytes(good[:300])
-    assert "cannot be read as an image" in cli(*short).stderr
+    assert "cannot be read as an image" in command("train", *short).stderr
     path.write_bytes(good)
-    done = cli(*short)
+    done = command("train", *short)
     assert done.returncode == 0, done.stderr
     assert about.st_size == len(good) and len(list(folder.glob("runs/pets-*/model.safetensors"))) == 1
 
