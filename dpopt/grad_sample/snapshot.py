@@ -51,6 +51,10 @@ class Snapshot:
                     kept = value.copy() if isinstance(value, np.ndarray) else value.get_state()
                     self._others.append((value, kept))
 
+    def iterators(self) -> list[str]:
+        """Return the paths of iterators, of which nobody can tell how far they are."""
+        return [path for path, value in self._values.items() if isinstance(value, Iterator)]
+
     def differences(self) -> dict[str, Any]:
         """Return what is different now: a copy by path, None for what is gone."""
         found: dict[str, Any] = {}
@@ -201,6 +205,8 @@ def _leaves(model: nn.Module, containers: list[tuple[Any, Any]]) -> Iterator[tup
             containers.append((value, set(value)))
             for index, one in enumerate(sorted(value, key=repr)):
                 yield from leaves(f"{path}[{index}]", one, depth + 1)
+        elif isinstance(value, Iterator) and not hasattr(value, "__dict__"):
+            yield path, value  # of Python's own, which show nothing of where they are
         elif type(value).__module__.partition(".")[0] not in ("torch", "builtins", "functools"):
             if hasattr(value, "__dict__"):
                 containers.append((value.__dict__, dict(value.__dict__)))

@@ -60,14 +60,19 @@ def check_state(model: nn.Module, forward: Forward, inputs: Tensor, other: Tenso
 
 
 def check_settled(model: nn.Module, forward: Forward, inputs: Tensor) -> None:
-    """Refuse a model that a second forward on the same inputs changes once more, but for buffers.
+    """Refuse a model that a second forward on equal inputs changes once more, or that holds iterators.
 
-    The engine discards what a forward writes to buffers.
+    Buffers may change: the engine discards what a forward writes to them.
 
     Raises:
         ValueError: naming the module and the attribute.
     """
     before, buffers = Snapshot(model), {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for path in before.iterators():
+        raise ValueError(
+            f"{owner(model, path)} holds the iterator {path}, whose state cannot be compared from call to call: keep "
+            "numbers in a list or a tensor"
+        )
     left = []
     try:
         for _ in range(2):

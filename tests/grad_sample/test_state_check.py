@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import pytest
@@ -205,6 +206,18 @@ def test_a_counter_is_refused(kind, engine):
     """A layer that mixes examples from its fortieth call on looks honest in the first."""
     with pytest.raises(ValueError, match=rf"'0' \(Warming\) changes {COUNTERS[kind]} with every call"):
         step(network(Warming(kind)), engine=engine)
+
+
+ITERATORS = {"count": count, "range": lambda: iter(range(9)), "generator": lambda: (i for i in range(9))}
+
+
+@pytest.mark.parametrize("kind", ITERATORS)
+def test_an_iterator_is_refused(kind):
+    """It could count, and shows nothing of it."""
+    layer = nn.Identity()
+    layer.numbers = [ITERATORS[kind]()]
+    with pytest.raises(ValueError, match=r"layer '0' \(Identity\) holds the iterator 0\.numbers\[0\]"):
+        step(network(layer))
 
 
 def test_a_counter_in_a_buffer_counts_no_step_and_is_validated_once_others_count():
