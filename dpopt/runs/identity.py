@@ -104,7 +104,7 @@ def nondefault_components(config: Config) -> list[str]:
     return [name for name in names if name not in _STANDARD]
 
 
-def named(config: Config) -> list[str]:
+def component_strings(config: Config) -> list[str]:
     """List the strings in a configuration's components: among them the names of functions and classes."""
     values, found = [getattr(config, group) for group in COMPONENTS], []
     for value in values:  # grows

@@ -29,7 +29,7 @@ from dpopt.rng import RandomKey
 from dpopt.runs import directory as run_files
 from dpopt.runs.audit_report import write_audit
 from dpopt.runs.console import Progress
-from dpopt.runs.identity import describe, identity, identity_hash, is_secret, named
+from dpopt.runs.identity import component_strings, describe, identity, identity_hash, is_secret
 from dpopt.runs.ledger import Ledger, Spending, describe_total, spending
 from dpopt.runs.origin import code_rows, data_row, initial_file, weights_row
 from dpopt.runs.privacy_card import CardFacts, guarantee, privacy_card, write_card
@@ -87,7 +87,7 @@ class Trainer:
             "fingerprint_key": self._key_id,
             "dataset": self._data_mac,
             # Steps after the last checkpoint are taken again under the same noise: so the same code takes them.
-            **({"code": code_hash(named(self.config))} if is_secret(self.config) else {}),
+            **({"code": code_hash(component_strings(self.config))} if is_secret(self.config) else {}),
             **({} if self.task.spec.statistics is None else {"statistics": str(self.task.spec.statistics)}),
         }
         self._restore()

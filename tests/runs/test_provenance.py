@@ -8,7 +8,7 @@ import pytest
 
 from dpopt.data.sources import TensorSource
 from dpopt.runs import provenance
-from dpopt.runs.identity import named
+from dpopt.runs.identity import component_strings
 from dpopt.runs.provenance import code_hash
 from dpopt.training import trainer
 from dpopt.training.run import run
@@ -92,18 +92,18 @@ def test_no_other_code_takes_the_steps_after_a_checkpoint_again(mine, monkeypatc
 
 def test_the_hash_follows_imports(mine):
     config, write = mine
-    first = code_hash(named(config))
+    first = code_hash(component_strings(config))
     assert (
-        code_hash(named(replace(config, steps=7)))
+        code_hash(component_strings(replace(config, steps=7)))
         == first
-        != code_hash(named(replace(config, model={"_target_": "torch.nn.Sequential"})))
+        != code_hash(component_strings(replace(config, model={"_target_": "torch.nn.Sequential"})))
     )
     write("3.0")
-    assert code_hash(named(config)) != first
+    assert code_hash(component_strings(config)) != first
     write("1.0", later=2)
-    assert code_hash(named(config)) != first
+    assert code_hash(component_strings(config)) != first
     write("1.0")
-    assert code_hash(named(config)) == first
+    assert code_hash(component_strings(config)) == first
 
 
 @pytest.mark.slow
