@@ -86,4 +86,5 @@ class Federated(PrivateGradient):
             for name, total in sums.items():
                 total += update[name]
             if self.diagnostics:
-                raw.add(loss[None], torch.zeros(1, dtype=torch.bool), 1)
+                present = torch.ones(1, dtype=torch.bool, device=loss.device)
+                raw.add(loss[None], ~present, present, present)

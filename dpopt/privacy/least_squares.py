@@ -86,7 +86,7 @@ class LeastSquares(PrivateGradient):
             weights = mask.double() if self.clip is None else clip_weights(self.clip, norms, valid, sensitivity)
             moments += (x * weights[:, None]).mT @ torch.cat([x, y], 1)
             if self.diagnostics:
-                raw.add(norms.new_zeros(int(valid.sum())), weights[valid] < 1 - 1e-6, int(mask.sum()))
+                raw.add(torch.zeros_like(norms), weights < 1 - 1e-6, valid, mask)
         above = torch.triu_indices(size, size, 1, device=device)
         parts = moments.diagonal(), math.sqrt(2) * moments[above[0], above[1]], moments[:, size:].flatten()
         behind = moments.new_zeros(self.canaries.count if self.canaries else 0)

@@ -212,13 +212,15 @@ class PrivateGradient:
         scale = None if scaled is None else join_scales(scaled, parameters, total)
         by_name = None if scale is None else _split_up(scale, parameters)
         points: list[Point] = self.query_points() if self.query_points is not None else [(1.0, None)]
-        raw = RawStatistics()
+        raw, left = RawStatistics(), len(batch.indices)
         with displaced(points[0][1] if len(points) == 1 else None):
             for inputs, targets, mask in batch:
                 inputs, targets, mask = (sent(x, reference.device) for x in (inputs, targets, mask))
                 inputs = inputs.to(reference.dtype) if inputs.is_floating_point() else inputs
                 if self.clip is None:
-                    self._add_plain(sums, inputs[mask], targets[mask], points, raw)
+                    few = min(left, len(mask))  # padding comes last; to ask the mask would wait for the device
+                    left -= few
+                    self._add_plain(sums, inputs[:few], targets[:few], points, raw)
                     continue
                 self._validate(inputs, targets, mask, batch.trimmed)
                 few = len(inputs) if len(points) == 1 else self._explicit(total)
@@ -316,8 +318,7 @@ class PrivateGradient:
         elif isinstance(self.clip, Adaptive):
             raw.unclipped += unclipped_count(self.clip, per_sample.norms, mask)
         if self.diagnostics:
-            clipped = weights.view(len(weights), -1).amin(1)[valid] < 1 - 1e-6
-            raw.add(per_sample.losses[valid], clipped, int(mask.sum()))
+            raw.add(per_sample.losses, weights.view(len(weights), -1).amin(1) < 1 - 1e-6, valid, mask)
 
     def _add_plain(
         self, sums: Gradients, inputs: Tensor, targets: Tensor, points: list[Point], raw: RawStatistics
@@ -339,7 +340,8 @@ class PrivateGradient:
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient
         if self.diagnostics:
-            raw.add(loss.detach().expand(count), torch.zeros(count, dtype=torch.bool), count)
+            present = torch.ones(count, dtype=torch.bool, device=loss.device)
+            raw.add(loss.detach().expand(count), ~present, present, present)
 
 
 def _split_up(total: Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:

@@ -88,8 +88,7 @@ class ZerothOrder(PrivateGradient):
             if isinstance(self.clip, Adaptive):
                 raw.unclipped += unclipped_count(self.clip, norm, mask)
             if self.diagnostics:
-                losses = (sides[0] + sides[1]) / 2
-                raw.add(losses[valid], weights[valid] < 1 - 1e-6, int(mask.sum()))
+                raw.add((sides[0] + sides[1]) / 2, weights < 1 - 1e-6, valid, mask)
         total = self._add_up_ranks(total, raw)
         if self.diagnostics:
             self.statistics = raw.summary({"slope": total[:1]}, self._std(sensitivity))

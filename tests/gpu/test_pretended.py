@@ -24,13 +24,14 @@ FLIPPED = ("dataset._target_=gpu.pictures.pictures", "+dataset.size=8", "+datase
 RUNS = [
     (),
     ("model=linear", "optimizer=dp_adambc", "clipping=adaptive"),
-    ("model=wrn_16_4", "optimizer=dp_adam", "precision=bf16", "clipping=per_layer"),
+    ("model=wrn_16_4", "optimizer=dp_adam", "precision=bf16", "clipping=per_layer", "diagnostics=true"),
     ("model=wrn_16_4", "optimizer=dp_microadam", "engine=recompute", "views=2", *FLIPPED),
     ("model=resnet18", "optimizer=dp_lamb", "clipping=psac"),
     ("optimizer=dp_microadam_stp", "engine=ghost"),
     ("optimizer=dp_adam_ac",),
     ("optimizer=dp_signsgd", "filter=kalman", "clipping=automatic"),
-    ("optimizer=dp_sgd", "estimator=zeroth_order"),
+    ("optimizer=dp_sgd", "privacy=none", "epsilon=null", "diagnostics=true"),
+    ("optimizer=dp_sgd", "estimator=zeroth_order", "diagnostics=true", "holdout=0.1", "holdout_by=position"),
     ("optimizer=dp_adamw", "engine=vmap", "precision=fp64"),
 ]
 
