@@ -84,13 +84,16 @@ def difference(found: list[float], wanted: int, measure: str, holds: bool = Fals
 
 
 def differences(base: str, heads: dict[str, str], cells: Cells, measure: str) -> str:
-    """Write the table of differences to a baseline, and say how many of them there are.
+    """Write the table of differences to a baseline, and say how many of them there are; "" before any pair has run.
 
     An interval leaves out 0 by chance in one of twenty cells without any difference. A star marks those that differ
     from 0 when all cells of the table may err once in twenty tables, by the method of Holm (1979).
     """
     others = [row for row in dict.fromkeys(row for row, _ in cells) if row != base]
     found = {(row, c): pairs(cells[row, c], cells[base, c], measure) for row in others for c in heads}
+    others = [row for row in others if any(found[row, c] for c in heads)]
+    if not others:
+        return ""
     tested = {
         at: float(ttest_1samp(values, 0.0).pvalue)
         for at, values in found.items()
@@ -226,7 +229,8 @@ def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, l
             parts.append(f"{told}.\n\n{markdown(['', *heads], lines)}\n")
             tex.append(latex(f"{about['title']}: {entry['title']}. {told}.", ["", *heads], lines))
             if (base := entry.get("baseline")) in rows:
-                parts.append(differences(base, dict(zip(columns, heads, strict=True)), cells, measure))
+                paired = differences(base, dict(zip(columns, heads, strict=True)), cells, measure)
+                parts += [paired] * bool(paired)
         if about.get("choose"):
             parts.append(f"{chosen(rows, columns, cells, about['measure'], about['choose'])}\n")
         if entry.get("published"):

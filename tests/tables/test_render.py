@@ -85,6 +85,7 @@ def test_a_star_holds_for_all_differences_together(tmp_path):
     text = render.differences("dp_sgd", {"eps1": "ε = 1", "eps8": "ε = 8"}, cells, "test_accuracy")
     assert "with 95% intervals; of these 2, * holds for all together (Holm)." in text
     assert "| `dp_psasc_momentum` | +2.0 [-0.5, +4.5] | +2.0 [+1.8, +2.2]* |" in text
+    assert render.differences("dp_sgd", {"eps1": "ε = 1", "eps8": "ε = 8"}, cells, "no such") == ""
 
 
 def test_differences_are_paired_by_seed(tmp_path):
