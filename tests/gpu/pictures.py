@@ -1,10 +1,19 @@
-"""Random pictures, for runs on the pretended GPU: as tensors that lie there, or from a dataset that workers read."""
+"""What runs on the pretended GPU take: random pictures, and a clip rule that makes the host wait."""
 
 import torch
 from torch.utils.data import Dataset
 
 from dpopt.data.datasets import DataSpec
 from dpopt.data.sources import TensorSource
+from dpopt.privacy.clipping import Flat
+
+
+class Asking(Flat):
+    """Flat clipping that brings a norm to the host."""
+
+    def weight(self, norm):
+        assert float(norm.sum()) >= 0
+        return super().weight(norm)
 
 
 class Read(Dataset):
@@ -23,7 +32,15 @@ class Read(Dataset):
 def pictures(
     size: int = 32, count: int = 256, classes: int = 10, from_disk: bool = False, flip: bool = False
 ) -> DataSpec:
-    """Make `count` images (3, size, size) to train on, and 16 to test; `flip` augments those that lie there."""
+    """Make `count` images (3, size, size) to train on, and 16 to test.
+
+    Args:
+        size: pixels.
+        count: of examples.
+        classes: of examples.
+        from_disk: whether workers read them one by one; else they lie on the device.
+        flip: whether those that lie there are augmented.
+    """
 
     def load(data_dir, device, workers):
         torch.manual_seed(0)
