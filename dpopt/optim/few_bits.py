@@ -50,6 +50,6 @@ def write_momentum(m: Tensor, state: dict[str, Any]) -> None:
     buckets, bucket = state["ranges"].shape[1], state["bucket"]
     values = torch.zeros(1, buckets * bucket, device=m.device)
     values[0, : m.numel()] = m.flatten()
-    number = torch.tensor([state["number"]], device=m.device)
+    number = torch.full((1,), state["number"], device=m.device)
     dither = golden_dither(number, state["step"], buckets, bucket)
     quantize(values, state["codes"], state["ranges"], torch.empty_like(values), dither)

@@ -96,7 +96,7 @@ class MADA(PerTensorOptimizer):
 
     def _learn(self, group: dict[str, Any]) -> None:
         """Close the last step of every parameter, and move the coefficients that it was taken with."""
-        ascent: Any = 0.0
+        ascent: Tensor | None = None
         for p in group["params"]:
             state = self.state.get(p, {})
             if "grad" not in state:  # before the first step, or no gradient in the last one
@@ -106,10 +106,12 @@ class MADA(PerTensorOptimizer):
                 u, now = _direction(q, state, group["eps"])
                 if p.grad is not None and group["hyper_lr"]:
                     slope = (p.grad.to(u.dtype) * u).sum() * state["lr"]
-                    ascent = ascent + torch.autograd.grad(slope, q)[0].double().cpu()
+                    found = torch.autograd.grad(slope, q)[0].double()
+                    ascent = found if ascent is None else ascent + found.to(ascent.device)
             state.update({name: value.detach() for name, value in zip(_PAST, now, strict=True)}, rho=group["rho"])
             del state["grad"]
-        if not isinstance(ascent, Tensor) or not ascent.isfinite().all():
+        ascent = None if ascent is None else ascent.cpu()  # once, as a GPU is waited for
+        if ascent is None or not ascent.isfinite().all():
             return
         low = [max(0.0, 1 - _SPAN * (1 - beta)) for beta in group["first_betas"]] + [0.0, 0.0]
         high = [1 - (1 - beta) / _SPAN for beta in group["first_betas"]] + [1.0, 1.0]
@@ -119,8 +121,8 @@ class MADA(PerTensorOptimizer):
 
 
 def _coefficients(group: dict[str, Any], like: Tensor) -> Tensor:
-    """Stack β₁, β₂, β₃, c, ρ of a group."""
-    return like.new_tensor([*group["betas"], group["c"], group["rho"]])
+    """Stack β₁, β₂, β₃, c, ρ of a group; filled in on the device, so that nothing is copied there."""
+    return torch.stack([like.new_full((), value) for value in (*group["betas"], group["c"], group["rho"])])
 
 
 def _direction(q: Tensor, state: dict[str, Any], eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -153,5 +153,5 @@ class Slack(Adaptive):
 
     def observe_shares(self, released: torch.Tensor) -> None:
         """Move C by what was released of the coordinates, (K,), noised and divided by qN."""
-        self.shares = (released.double() * (self.coordinates**0.5 / self.clip_norm)).tolist()
+        self.shares = (released.double() * (self.coordinates**0.5 / self.clip_norm)).cpu().tolist()
         self.observe(self.shares[0] - 0.5, 1.0)

@@ -30,7 +30,7 @@ def quantize(x: Tensor, packed: Tensor, ranges: Tensor, work: Tensor, dither: Te
     bits = 8 * packed.shape[1] // x.shape[1]
     values, scaled = (t.view(len(x), ranges.shape[1], 8 // bits, -1) for t in (x, work))
     extremes = torch.stack([values.amin((2, 3)), values.amax((2, 3))], 2)
-    if not bool(extremes.abs().amax() < HUGE):
+    if x.device.type != "cpu" or not bool(extremes.abs().amax() < HUGE):  # to ask would wait for a GPU
         values.masked_fill_(~(values.abs() < HUGE), 0.0)
         extremes = torch.stack([values.amin((2, 3)), values.amax((2, 3))], 2)
     ranges.copy_(_outwards(extremes))
@@ -95,5 +95,5 @@ def _outwards(extremes: Tensor) -> Tensor:
     Cutting the lower half of the word rounds towards zero, so carry where that is wrong.
     """
     extremes = extremes + 0.0  # −0 becomes 0
-    wrong = extremes * torch.tensor([-1.0, 1.0], device=extremes.device) > 0
+    wrong = torch.stack([extremes[..., 0] < 0, extremes[..., 1] > 0], -1)
     return ((extremes.view(torch.int32) + wrong.int() * 0xFFFF) & -0x10000).view(torch.float32)
