@@ -228,9 +228,9 @@ def page(name: str, size: str, output: Path = spec.RESULTS) -> tuple[str, str, l
             told = unit(measure) + (", mean ± standard deviation over seeds" if spread else "")
             parts.append(f"{told}.\n\n{markdown(['', *heads], lines)}\n")
             tex.append(latex(f"{about['title']}: {entry['title']}. {told}.", ["", *heads], lines))
-            if (base := entry.get("baseline")) in rows:
-                paired = differences(base, dict(zip(columns, heads, strict=True)), cells, measure)
-                parts += [paired] * bool(paired)
+            named = dict(zip(columns, heads, strict=True))
+            if (base := entry.get("baseline")) in rows and (paired := differences(base, named, cells, measure)):
+                parts.append(paired)
         if about.get("choose"):
             parts.append(f"{chosen(rows, columns, cells, about['measure'], about['choose'])}\n")
         if entry.get("published"):
