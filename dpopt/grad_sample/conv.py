@@ -137,11 +137,11 @@ def _weight_gradient(form: _Form, x: Tensor, y: Tensor, shape: tuple[int, int], 
 
 
 def _by_columns(form: _Form, g: Tensor) -> Tensor:
-    """Batched matrix products over views of the input, without unfolding it.
+    """Batched matrix products over what the columns of the kernel meet, channels last.
 
-    The input is laid out as (B, in, kw, sh, K, rows, width): columns as column dx of the kernel meets them, and rows
-    r, r + sh, … together. Then what row dy of the kernel meets is a contiguous stretch for all positions of the output,
-    and the gradient is kh batched products over the positions.
+    The input is laid out as (B·groups, sh, K·rows·width, kw·in): rows r, r + sh, … together. Then what row dy of the
+    kernel meets is a contiguous stretch for all positions of the output, and the gradient is kh batched products over
+    the positions.
     """
     a, (examples, views, out, height, width) = form.a, g.shape
     (kh, kw), (sh, sw), (dh, dw), groups = form.kernel, form.stride, form.dilation, form.groups
@@ -149,24 +149,26 @@ def _by_columns(form: _Form, g: Tensor) -> Tensor:
     channels = a.shape[2] // groups
     rows = -(-(a.shape[3] + top + bottom) // sh)
     length = ((views - 1) * rows + height) * width
-    result = a.new_empty(examples * groups, kh, out // groups, channels * kw)
+    result = a.new_empty(examples * groups, kh, out // groups, kw * channels)
     count = at_once(a, a.shape[2] * kw * sh * views * rows * width)
     for start in range(0, examples, count):
-        x = F.pad(a[start : start + count], (left, right, top, rows * sh - a.shape[3] - top)).contiguous()
-        by_batch, by_view, by_channel, pitch, _ = x.stride()
-        sizes = (len(x), x.shape[2], kw, sh, views, rows, width)
-        met = x.as_strided(sizes, (by_batch, by_channel, dw, pitch, by_view, sh * pitch, sw))
-        met = met.reshape(len(x) * groups, channels * kw, sh, views * rows * width)
         y = g[start : start + count].transpose(1, 2)
+        x = F.pad(a[start : start + count].flatten(0, 1), (left, right, top, rows * sh - a.shape[3] - top))
+        x = x.contiguous(memory_format=torch.channels_last)
+        by_image, by_channel, by_row, by_column = x.stride()
+        sizes = (len(y), groups, sh, views, rows, width, kw, channels)
+        steps = (views * by_image, channels * by_channel, by_row, by_image, sh * by_row, sw * by_column, dw * by_column)
+        met = x.as_strided(sizes, (*steps, by_channel))
+        met = met.reshape(len(y) * groups, sh, views * rows * width, kw * channels)
         if views > 1:  # y in the pitch of x: rows between the views are zero
             y = F.pad(y, (0, 0, 0, rows - height))
-        y = y.reshape(len(x) * groups, out // groups, -1)[:, :, :length]
+        y = y.reshape(len(y) * groups, out // groups, -1)[:, :, :length]
         into = result[start * groups :][: len(y)]
         for dy in range(kh):
             phase, first = dy * dh % sh, dy * dh // sh * width
-            torch.bmm(y, met[:, :, phase, first : first + length].mT, out=into[:, dy])
-    result = result.view(examples, groups, kh, out // groups, channels, kw)
-    return result.permute(0, 1, 3, 4, 2, 5).flatten(1, 2) if groups > 1 else result[:, 0].permute(0, 2, 3, 1, 4)
+            torch.bmm(y, met[:, phase, first : first + length], out=into[:, dy])
+    result = result.view(examples, groups, kh, out // groups, kw, channels)
+    return result.permute(0, 1, 3, 5, 2, 4).flatten(1, 2) if groups > 1 else result[:, 0].permute(0, 2, 4, 1, 3)
 
 
 # Weight standardization: the convolution sees s·τ·h, where h = (w − mean(w))/τ, filter by filter.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpopt.grad_sample import conv
 from dpopt.grad_sample.conv import standardized_norms
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.models.layers import StandardizedConv2d
@@ -35,10 +36,19 @@ CONVOLUTIONS = {
 }
 
 
+def every_way(what, device, ways):
+    """Whichever way is the fastest on this machine, it gives what all others give."""
+    first, *others = (way() for way in ways.values())
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-9, atol=1e-12)
+    return others[-1] if others else first
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("views", [1, 4])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions(name, views):
+def test_convolutions(name, views, monkeypatch):
+    monkeypatch.setattr(conv, "fastest", every_way)
     plans = assert_exact(Head(CONVOLUTIONS[name]), *images(4, views=views))
     assert plans["store"] == ({"layers.0": "store"}, [])
     assert plans["recompute"][0] == {"layers.0": "recompute"}
@@ -92,15 +102,20 @@ def test_embedding(views, padding):
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     size=st.tuples(st.integers(7, 11), st.integers(7, 11)),
     standardized=st.booleans(),
+    channels_last=st.booleans(),
 )
 def test_convolutions_of_any_shape(
-    examples, views, groups, channels, kernel, stride, padding, dilation, size, standardized
+    examples, views, groups, channels, kernel, stride, padding, dilation, size, standardized, channels_last
 ):
     torch.manual_seed(0)
     kind = timm.layers.ScaledStdConv2d if standardized and kernel != (1, 1) else nn.Conv2d
     layer = kind(groups * channels[0], groups * channels[1], kernel, stride, padding, dilation, groups)
     inputs = torch.randn(examples, views, groups * channels[0], *size)
-    assert_exact(Head(layer), inputs, torch.arange(examples) % 3, validate=False, tolerance=1e-9)
+    if channels_last:
+        inputs = inputs.movedim(2, -1).contiguous().movedim(-1, 2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(conv, "fastest", every_way)
+        assert_exact(Head(layer), inputs, torch.arange(examples) % 3, validate=False, tolerance=1e-9)
 
 
 class Reused(nn.Module):
