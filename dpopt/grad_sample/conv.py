@@ -336,9 +336,9 @@ def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
     """From the standardized weight to weight and gain."""
     gradient = sums["weight"].flatten(1)
-    if gradient.is_cuda and (on_gpu := kernels(gradient)) is not None:
+    if (together := kernels(gradient)) is not None:
         of = _gain(module)
-        weight, gain = on_gpu.standardized_gradients(gradient, module.weight.detach().flatten(1), of, _how(module))
+        weight, gain = together.standardized_gradients(gradient, module.weight.detach().flatten(1), of, _how(module))
         found = {**sums, "weight": weight.view(module.weight.shape)}
         return found if of is None else {**found, "gain": gain.view(module.gain.shape)}
     through = _standardization(module)

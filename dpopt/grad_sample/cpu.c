@@ -3,10 +3,9 @@ in memory. Sums are added up in several accumulators, in double where rounding c
 
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
-enum { PIECE = 256, TILE = 2048, LANES = 64 };
+enum { PIECE = 256, TILE = 2048, LANES = 64, HALF = 32 };
 
 static inline float widen(uint16_t half) {
     uint32_t word = (uint32_t)half << 16;
@@ -18,8 +17,6 @@ static inline float widen(uint16_t half) {
 static inline void widen_all(const uint16_t *restrict from, int64_t n, float *restrict into) {
     for (int64_t j = 0; j < n; j++) into[j] = widen(from[j]);
 }
-
-static inline float square(float x) { return x * x; }
 
 /* A loop over n <= PIECE values that adds up in LANES accumulators, of which a compiler makes independent vectors. */
 #define ADD_UP(total, n, term)                                                                                         \
@@ -84,10 +81,10 @@ void weighted_sum(const void *rows, int64_t count, int64_t begin, int64_t end, i
 }
 
 /* Of filters in `pieces` pieces (pieces, filters, length), used as factor * gain * (w - mean(w)) / tau with
-tau^2 = max(|w - mean(w)|^2, floor) + extra: h = (w - mean(w)) / tau, filter by filter, factor * gain / tau, and whether
-the floor is passed. */
+tau^2 = max(|w - mean(w)|^2, floor) + extra: h = (w - mean(w)) / tau, filter by filter, factor * gain / tau, whether the
+floor is passed, and if so 2 - |h|^2. */
 void standardize(const float *weights, const float *gains, int64_t pieces, int64_t filters, int64_t length, double floor,
-                 double extra, double factor, float *directions, double *scales, double *projects) {
+                 double extra, double factor, float *directions, double *scales, double *projects, double *twices) {
     for (int64_t f = 0; f < filters; f++) {
         double sum = 0, square = 0;
         for (int64_t p = 0; p < pieces; p++)
@@ -99,12 +96,69 @@ void standardize(const float *weights, const float *gains, int64_t pieces, int64
                 square += away * away;
             }
         const double inverse = 1 / sqrt((square > floor ? square : floor) + extra);
+        double twice = 2;
         for (int64_t p = 0; p < pieces; p++)
-            for (int64_t j = 0; j < length; j++)
-                directions[(f * pieces + p) * length + j] =
-                    (float)((weights[(p * filters + f) * length + j] - mean) * inverse);
+            for (int64_t j = 0; j < length; j++) {
+                const float h = (float)((weights[(p * filters + f) * length + j] - mean) * inverse);
+                directions[(f * pieces + p) * length + j] = h;
+                twice -= (double)h * h;
+            }
         scales[f] = factor * inverse * (gains ? gains[f] : 1);
         projects[f] = square > floor;
+        twices[f] = projects[f] * twice;
+    }
+}
+
+/* Add up the squares of n values, the values, and their products with h: a piece of PIECE in float32. */
+static inline void add_moments(const void *rows, int64_t from, int64_t n, int narrow, const float *h, double *square,
+                               double *sum, double *along) {
+    for (int64_t j = 0; j < n; j += PIECE) {
+        const int64_t end = n - j < PIECE ? n : j + PIECE;
+        float of_square[HALF] = {0}, of_sum[HALF] = {0}, of_along[HALF] = {0}, s = 0, t = 0, u = 0;
+        int64_t l = j;
+        for (; l + HALF <= end; l += HALF)
+            for (int k = 0; k < HALF; k++) {
+                const float x = value(rows, from + l + k, narrow);
+                of_square[k] += x * x, of_sum[k] += x, of_along[k] += x * h[l + k];
+            }
+        for (; l < end; l++) {
+            const float x = value(rows, from + l, narrow);
+            s += x * x, t += x, u += x * h[l];
+        }
+        for (int k = 0; k < HALF; k++) s += of_square[k], t += of_sum[k], u += of_along[k];
+        *square += s, *sum += t, *along += u;
+    }
+}
+
+/* In one pass from three sums: |G - mean(G) - project * h * (h.G)|^2 = |G|^2 - sum^2 / n - twice * (h.G)^2. Where that is
+less than a quarter of |G|^2, rounding could make it too small, and the values are read once more, in double. */
+static inline void add_filters(const void *parts, int64_t begin, int64_t end, int64_t pieces, int64_t filters,
+                               int64_t length, int64_t by_example, int64_t by_piece, int64_t by_filter, int narrow,
+                               const float *directions, const double *scales, const double *projects,
+                               const double *twices, double factor, int of_weight, int of_gain, double *squares) {
+    const int64_t count = pieces * length;
+    for (int64_t e = begin; e < end; e++) {
+        squares[e] = 0;
+        for (int64_t f = 0; f < filters; f++) {
+            const int64_t first = e * by_example + f * by_filter;
+            const float *h = directions + f * count;
+            double whole = 0, sum = 0, along = 0;
+            for (int64_t p = 0; p < pieces; p++)
+                add_moments(parts, first + p * by_piece, length, narrow, h + p * length, &whole, &sum, &along);
+            double left = whole - sum * sum / count - twices[f] * along * along;
+            if (of_weight && !(left >= whole / 4)) {
+                const double mean = sum / count, moved = projects[f] * along;
+                left = 0;
+                for (int64_t p = 0; p < pieces; p++)
+                    for (int64_t j = 0; j < length; j++) {
+                        const double x = value(parts, first + p * by_piece + j, narrow);
+                        const double away = x - mean - moved * h[p * length + j];
+                        left += away * away;
+                    }
+            }
+            if (of_weight) squares[e] += scales[f] * scales[f] * left;
+            if (of_gain) squares[e] += factor * factor * along * along;
+        }
     }
 }
 
@@ -112,36 +166,35 @@ void standardize(const float *weights, const float *gains, int64_t pieces, int64
 `length` values: (scale * |G - mean(G) - project * h * (h.G)|)^2 + (factor * (h.G))^2. */
 void standardized_square_norms(const void *parts, int64_t begin, int64_t end, int64_t pieces, int64_t filters,
                                int64_t length, int64_t by_example, int64_t by_piece, int64_t by_filter, int narrow,
-                               const float *directions, const double *scales, const double *projects, double factor,
-                               int of_weight, int of_gain, double *squares) {
-    const int64_t count = pieces * length;
-    float *room = malloc((size_t)count * sizeof(float));
-    for (int64_t e = begin; e < end; e++) {
-        squares[e] = room ? 0 : NAN;
-        for (int64_t f = 0; room && f < filters; f++) {
-            const float *g = room, *h = directions + f * count;
-            for (int64_t p = 0; p < pieces; p++) {
-                const int64_t from = e * by_example + p * by_piece + f * by_filter;
-                if (narrow) widen_all((const uint16_t *)parts + from, length, room + p * length);
-                else if (pieces > 1) memcpy(room + p * length, (const float *)parts + from, (size_t)length * 4);
-                else g = (const float *)parts + from;
-            }
-            double sum = 0, along = 0, left = 0;
-            for (int64_t j = 0; j < count; j += PIECE) {
-                const int64_t n = count - j < PIECE ? count - j : PIECE;
-                ADD_UP(sum, n, g[j + at]);
-                ADD_UP(along, n, g[j + at] * h[j + at]);
-            }
-            if (of_weight) { /* once more, from the cache */
-                const float mean = (float)(sum / count), moved = (float)(projects[f] * along);
-                for (int64_t j = 0; j < count; j += PIECE) {
-                    const int64_t n = count - j < PIECE ? count - j : PIECE;
-                    ADD_UP(left, n, square(g[j + at] - mean - moved * h[j + at]));
-                }
-            }
-            squares[e] += scales[f] * scales[f] * left;
-            if (of_gain) squares[e] += factor * factor * along * along;
+                               const float *directions, const double *scales, const double *projects,
+                               const double *twices, double factor, int of_weight, int of_gain, double *squares) {
+    if (narrow)
+        add_filters(parts, begin, end, pieces, filters, length, by_example, by_piece, by_filter, 1, directions, scales,
+                    projects, twices, factor, of_weight, of_gain, squares);
+    else
+        add_filters(parts, begin, end, pieces, filters, length, by_example, by_piece, by_filter, 0, directions, scales,
+                    projects, twices, factor, of_weight, of_gain, squares);
+}
+
+/* Of sums G (filters, length) of all examples, filters begin..end, used as in `standardize`, all in double:
+d/dw = scale * (G - mean(G) - project * h * (h.G)) and d/dgain = factor * (h.G). */
+void standardized_gradients(const float *sums, const float *weights, int64_t begin, int64_t end, const float *gains,
+                            int64_t length, double floor, double extra, double factor, float *of_weight,
+                            float *of_gain) {
+    for (int64_t f = begin; f < end; f++) {
+        const float *g = sums + f * length, *w = weights + f * length;
+        double g_mean = 0, w_mean = 0, square = 0, along = 0;
+        for (int64_t j = 0; j < length; j++) g_mean += g[j], w_mean += w[j];
+        g_mean /= length, w_mean /= length;
+        for (int64_t j = 0; j < length; j++) {
+            const double away = w[j] - w_mean;
+            square += away * away, along += away * g[j];
         }
+        const double inverse = 1 / sqrt((square > floor ? square : floor) + extra);
+        const double scale = factor * inverse * (gains ? gains[f] : 1);
+        const double moved = square > floor ? along * inverse * inverse : 0;
+        for (int64_t j = 0; j < length; j++)
+            of_weight[f * length + j] = (float)(scale * (g[j] - g_mean - moved * (w[j] - w_mean)));
+        of_gain[f] = (float)(factor * along * inverse);
     }
-    free(room);
 }

@@ -58,13 +58,12 @@ def standardized_square_norms(
             τ² = max(‖w − mean(w)‖², floor) + extra.
         counted: whether ∂/∂w and ∂/∂gain are.
     """
-    parts, weight = _in_rows(parts), weight.float().contiguous()  # of a model in 16 bits, too
-    gain = None if gain is None else gain.float().contiguous()
+    parts, weight, gain = _in_rows(parts), _in_floats(weight), None if gain is None else _in_floats(gain)
     examples, pieces, out, length = parts.shape
-    direction, numbers = torch.empty(out, pieces, length), torch.empty(2, out, dtype=torch.float64)
-    known = weight.data_ptr(), None if gain is None else gain.data_ptr(), pieces, out, length
+    direction, numbers = torch.empty(out, pieces, length), torch.empty(3, out, dtype=torch.float64)
     constants = direction.data_ptr(), *(row.data_ptr() for row in numbers)
-    _library().standardize(*known, *how, *constants)
+    known = None if gain is None else gain.data_ptr(), pieces, out, length
+    _library().standardize(weight.data_ptr(), *known, *how, *constants)
     squares = torch.empty(examples, dtype=torch.float64)
     shape = pieces, out, length, *parts.stride()[:3], _narrow(parts)
 
@@ -75,6 +74,21 @@ def standardized_square_norms(
 
     native.in_parts(work, examples, _WORTH_A_THREAD // max(1, pieces * out * length))
     return squares
+
+
+def standardized_gradients(
+    gradient: Tensor, weight: Tensor, gain: Tensor | None, how: tuple[float, float, float]
+) -> tuple[Tensor, Tensor]:
+    """∂/∂w (out, n) and ∂/∂gain (out,) of G (out, n), in float32; w is (out, n)."""
+    gradient, weight, gain = _in_floats(gradient), _in_floats(weight), None if gain is None else _in_floats(gain)
+    of_weight, of_gain = torch.empty_like(gradient), torch.empty(len(gradient))
+    known = None if gain is None else gain.data_ptr(), gradient.shape[1], *how, of_weight.data_ptr(), of_gain.data_ptr()
+
+    def work(begin: int, end: int) -> None:
+        _library().standardized_gradients(gradient.data_ptr(), weight.data_ptr(), begin, end, *known)
+
+    native.in_parts(work, len(gradient), _WORTH_A_THREAD // max(1, gradient.shape[1]))
+    return of_weight, of_gain
 
 
 def supports(x: Tensor) -> bool:
@@ -96,6 +110,11 @@ def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _in_floats(x: Tensor) -> Tensor:
+    """Contiguous float32, of a model in 16 bits, too."""
+    return x.float().contiguous()
+
+
 def _narrow(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
@@ -108,8 +127,16 @@ def _library() -> ctypes.CDLL:
     shape: list[Any] = [pointer, *[count] * 8, flag]
     loaded.square_norms.argtypes = [pointer, *[count] * 4, flag, pointer]
     loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, pointer]
-    loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 3, number, flag, flag, pointer]
-    loaded.standardize.argtypes = [pointer, pointer, *[count] * 3, *[number] * 3, *[pointer] * 3]
-    for name in ("square_norms", "weighted_sum", "standardize", "standardized_square_norms"):
-        getattr(loaded, name).restype = None
+    loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 4, number, flag, flag, pointer]
+    loaded.standardize.argtypes = [pointer, pointer, *[count] * 3, *[number] * 3, *[pointer] * 4]
+    of_sums: list[Any] = [pointer, pointer, count, count, pointer, count, *[number] * 3, pointer, pointer]
+    loaded.standardized_gradients.argtypes = of_sums
+    for function in (
+        loaded.square_norms,
+        loaded.weighted_sum,
+        loaded.standardize,
+        loaded.standardized_square_norms,
+        loaded.standardized_gradients,
+    ):
+        function.restype = None
     return loaded
