@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from dpopt import files
 from dpopt.machine import cache_folder, processor_features
 
 T = TypeVar("T")
+_CODE = Path(__file__).parent
 _ROUNDS, _SECONDS = 3, 0.2  # a way is timed so often, or for so long
 _current: ContextVar["Choices | None"] = ContextVar("choices", default=None)
 
@@ -121,8 +123,9 @@ def _now(device: torch.device) -> float:
 
 @functools.cache
 def _machine(kind: str) -> str:
-    """Hash what times depend on: processor, threads, versions, and the GPU's kind."""
-    parts = [processor_features(), torch.__version__, str(torch.get_num_threads())]
+    """Hash what times depend on: the ways' code, processor, threads, torch, and the GPU's kind."""
+    parts = [path.read_text() for path in sorted(_CODE.iterdir()) if path.suffix in (".py", ".c")]
+    parts += [processor_features(), torch.__version__, str(torch.get_num_threads())]
     if kind == "cuda":
         parts.append(torch.cuda.get_device_name())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -27,6 +27,7 @@ def clock(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_now", lambda device: now[0])
     yield now
     module._read.cache_clear()
+    module._machine.cache_clear()
 
 
 def ways(clock, done, **seconds):
@@ -68,6 +69,14 @@ def test_it_is_remembered_on_this_machine(clock, tmp_path):
     module._read.cache_clear()  # as in another process
     assert Choices().find("this", CPU, given) == "second" and not done
     assert Choices().find("this", CPU, {"first": given["first"], "third": given["first"]}) == "first"  # a way that went
+
+
+def test_other_code_is_measured_again(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CODE", tmp_path)
+    for first, best in ((0.2, "second"), (0.05, "first")):
+        (tmp_path / "conv.py").write_text(f"# takes {first} s")
+        module._machine.cache_clear()  # as in another process
+        assert Choices().find("this", CPU, ways(clock, [], first=[first], second=[0.1])) == best
 
 
 def test_processes_agree(clock, tmp_path):
