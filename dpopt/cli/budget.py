@@ -108,14 +108,9 @@ def show(grid: Grid, batches: list[int], epochs: list[float], title: str) -> Non
     plain.print(table)
 
 
-def _digits(value: float) -> str:
-    """Write four digits, without an exponent."""
-    return f"{value:#.4g}".rstrip(".") if 1e-4 < value < 1e4 else f"{value:.3e}"
-
-
-def _three(value: float) -> str:
-    """Write three digits, as in 0.500."""
-    return f"{value:#.3g}".rstrip(".") if 1e-4 < value < 1e4 else f"{value:.2e}"
+def _digits(value: float, count: int = 4) -> str:
+    """Write so many digits, without an exponent where that is short: four of a half are 0.5000."""
+    return f"{value:#.{count}g}".rstrip(".") if 1e-4 < value < 1e4 else f"{value:.{count - 1}e}"
 
 
 def draw(grid: Grid, arguments: argparse.Namespace, title: str, symbol: str) -> None:
@@ -138,7 +133,7 @@ def draw(grid: Grid, arguments: argparse.Namespace, title: str, symbol: str) -> 
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
             color = "white" if norm(max(value, low)) < 0.55 else "black"
-            axis.text(x, y, _three(value), ha="center", va="center", color=color, fontsize=9)
+            axis.text(x, y, _digits(value, 3), ha="center", va="center", color=color, fontsize=9)
     axis.set_xticks(range(columns), [f"{count:g}" for count in arguments.epochs])
     axis.set_yticks(range(rows), [f"{batch:,}" for batch in arguments.batch])
     axis.set(xlabel="epochs", ylabel="expected batch size")
@@ -147,7 +142,7 @@ def draw(grid: Grid, arguments: argparse.Namespace, title: str, symbol: str) -> 
     figure.suptitle(title, fontsize=10)
     bar = figure.colorbar(image, label=f"{symbol} (log scale)")
     ticks = sorted({low, (low * high) ** 0.5, high})
-    bar.set_ticks(ticks, labels=[_three(tick) for tick in ticks])
+    bar.set_ticks(ticks, labels=[_digits(tick, 3) for tick in ticks])
     bar.minorticks_off()
     bar.outline.set_visible(False)
     with files.writing(arguments.output):

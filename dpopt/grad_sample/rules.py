@@ -34,6 +34,7 @@ from dpopt.grad_sample.text_rules import (
     shifted_positions,
     transposed_linear,
     transposed_linear_ghost_norm,
+    without_padding,
 )
 from dpopt.models.layers import StandardizedConv2d
 
@@ -138,13 +139,13 @@ def embedding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> G
     examples, rows = len(a), module.num_embeddings
     places = (a.flatten(1) + rows * torch.arange(examples, device=a.device)[:, None]).flatten()
     found = g.new_zeros(examples * rows, g.shape[-1])
-    found.index_add_(0, places, _without_padding(module, a, g).flatten(0, -2))
+    found.index_add_(0, places, without_padding(module, a, g).flatten(0, -2))
     return {"weight": found.view(examples, rows, -1)}
 
 
 def embedding_ghost_norm(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
     """Σ g_s·g_t over pairs of positions with the same token."""
-    g = _without_padding(module, a, g).flatten(1, -2).double()
+    g = without_padding(module, a, g).flatten(1, -2).double()
     tokens = a.flatten(1)
     return ((g @ g.mT) * (tokens[:, :, None] == tokens[:, None])).flatten(1).sum(1)
 
@@ -155,10 +156,6 @@ def embedding_bag(module: nn.EmbeddingBag, a: Tensor, g: Tensor) -> Gradients:
     if module.mode == "mean":
         kept = kept / kept.sum(-1, keepdim=True).clamp(min=1)
     return embedding(module, a, g[..., None, :] * kept[..., None])
-
-
-def _without_padding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Tensor:
-    return g if module.padding_idx is None else g.masked_fill((a == module.padding_idx)[..., None], 0.0)
 
 
 # Anything else

@@ -67,7 +67,9 @@ def shared_ghost_norm(reads: Sequence[Read]) -> Tensor:
         reads: calls of linear layers, which share a bias too or have none, and of embeddings.
     """
     linear = [(a.flatten(1, -2), g.flatten(1, -2)) for module, a, g in reads if isinstance(module, nn.Linear)]
-    looked_up = [(a.flatten(1), _counted(m, a, g)) for m, a, g in reads if isinstance(m, nn.Embedding)]
+    looked_up = [
+        (a.flatten(1), without_padding(m, a, g).flatten(1, -2)) for m, a, g in reads if isinstance(m, nn.Embedding)
+    ]
     bias = any(getattr(module, "bias", None) is not None for module, _, _ in reads)
     a, g = (torch.cat(parts, 1) for parts in zip(*linear, strict=True)) if linear else (None, None)
     tokens, e = (torch.cat(parts, 1) for parts in zip(*looked_up, strict=True)) if looked_up else (None, None)
@@ -90,8 +92,6 @@ def shared_ghost_norm(reads: Sequence[Read]) -> Tensor:
     return torch.cat(pieces).clamp(min=0)
 
 
-def _counted(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
-    """Output gradients (B, T, n) of an embedding, zero for its padding."""
-    if module.padding_idx is not None:
-        g = g.masked_fill((a == module.padding_idx)[..., None], 0.0)
-    return g.flatten(1, -2)
+def without_padding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Tensor:
+    """Output gradients (…, n) of an embedding of tokens (…), zero for its padding."""
+    return g if module.padding_idx is None else g.masked_fill((a == module.padding_idx)[..., None], 0.0)
