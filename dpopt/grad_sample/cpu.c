@@ -114,19 +114,19 @@ static inline void add_moments(const void *rows, int64_t from, int64_t n, int na
                                double *sum, double *along) {
     for (int64_t j = 0; j < n; j += PIECE) {
         const int64_t end = n - j < PIECE ? n : j + PIECE;
-        float of_square[HALF] = {0}, of_sum[HALF] = {0}, of_along[HALF] = {0}, s = 0, t = 0, u = 0;
+        float squares[HALF] = {0}, sums[HALF] = {0}, alongs[HALF] = {0}, a_square = 0, a_sum = 0, an_along = 0;
         int64_t l = j;
         for (; l + HALF <= end; l += HALF)
             for (int k = 0; k < HALF; k++) {
                 const float x = value(rows, from + l + k, narrow);
-                of_square[k] += x * x, of_sum[k] += x, of_along[k] += x * h[l + k];
+                squares[k] += x * x, sums[k] += x, alongs[k] += x * h[l + k];
             }
         for (; l < end; l++) {
             const float x = value(rows, from + l, narrow);
-            s += x * x, t += x, u += x * h[l];
+            a_square += x * x, a_sum += x, an_along += x * h[l];
         }
-        for (int k = 0; k < HALF; k++) s += of_square[k], t += of_sum[k], u += of_along[k];
-        *square += s, *sum += t, *along += u;
+        for (int k = 0; k < HALF; k++) a_square += squares[k], a_sum += sums[k], an_along += alongs[k];
+        *square += a_square, *sum += a_sum, *along += an_along;
     }
 }
 
