@@ -13,10 +13,12 @@ from dpopt.grad_sample.choices import fastest
 from dpopt.grad_sample.norms import (
     Gradients,
     at_once,
-    gram,
     kernels,
+    magnitude,
     memory_order,
+    never_short,
     pieces,
+    position_norms,
     square_norms,
     sum_wide,
 )
@@ -33,7 +35,7 @@ def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
 
 def conv_ghost_norm(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
     """As for a linear layer, over the unfolded input: for maps so small that pairs of positions cost little."""
-    return gram(*_positions(module, a, g), module.bias is not None)
+    return position_norms(*_positions(module, a, g), module.bias is not None)
 
 
 def _positions(module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +240,9 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     if not unasked and bool((left < square / 20).any()):
         along = (_meet(double, filters.double()) * gradient).sum(2).flatten(1)
         left = _left_of(through, square, total, along)
-    return _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
+    square = _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
+    stretch = (through.scale.max().square() + through.gain**2).sqrt().clamp(min=1)  # the chain rule's, from the sum on
+    return never_short(square, stretch * magnitude(columns, g, module.bias is not None), columns.shape[2], g.dtype)
 
 
 def _meet(columns: Tensor, filters: Tensor) -> Tensor:
@@ -326,8 +330,7 @@ def _left(rows: Tensor, h: Tensor, project: Tensor) -> Tensor:
 def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(B, out, …) as (B, P, out, n/P) without moving it, where memory has P pieces of every filter; h alike."""
     order = memory_order(gradient)
-    before = order.index(1)
-    moved = gradient.permute(0, *order)
+    before, moved = order.index(1), gradient.permute(0, *order)
     pieces, length = moved.shape[1 : 1 + before].numel(), moved.shape[2 + before :].numel()
     shape = (pieces, gradient.shape[1], length)
     return moved.reshape(-1, *shape), h.view(gradient.shape[1:]).permute([i - 1 for i in order]).reshape(shape)
@@ -335,16 +338,13 @@ def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
     """From the standardized weight to weight and gain."""
-    gradient = sums["weight"].flatten(1)
-    if (together := kernels(gradient)) is not None:
-        of = _gain(module)
-        weight, gain = together.standardized_gradients(gradient, module.weight.detach().flatten(1), of, _how(module))
-        found = {**sums, "weight": weight.view(module.weight.shape)}
-        return found if of is None else {**found, "gain": gain.view(module.gain.shape)}
-    through = _standardization(module)
-    along = (through.direction * gradient).sum(1)
-    rest = gradient - gradient.mean(1, keepdim=True) - (through.project * along)[:, None] * through.direction
-    found = {**sums, "weight": (through.scale[:, None] * rest).view(module.weight.shape)}
-    if getattr(module, "gain", None) is not None:
-        found["gain"] = (through.gain * along).view(module.gain.shape)
-    return found
+    gradient, gain = sums["weight"].flatten(1), _gain(module)
+    if (of := kernels(gradient)) is not None:
+        weight, along = of.standardized_gradients(gradient, module.weight.detach().flatten(1), gain, _how(module))
+    else:
+        through = _standardization(module)
+        along = (through.direction * gradient).sum(1)
+        rest = gradient - gradient.mean(1, keepdim=True) - (through.project * along)[:, None] * through.direction
+        weight, along = through.scale[:, None] * rest, through.gain * along
+    found = {**sums, "weight": weight.view(module.weight.shape)}
+    return found if gain is None else {**found, "gain": along.view(module.gain.shape)}

@@ -13,10 +13,16 @@ from dpopt.grad_sample.choices import Choices, using
 from dpopt.grad_sample.fallback import is_plain
 from dpopt.grad_sample.fit import fit_layout
 from dpopt.grad_sample.layout import RowProbe, UnsureLayoutError
-from dpopt.grad_sample.modules import TrackedLayer, UnsupportedLayerError, size_of
+from dpopt.grad_sample.modules import TrackedLayer, UnsupportedLayerError
 from dpopt.grad_sample.nested import map_tensors, output_tensors
-from dpopt.grad_sample.norms import Gradients, at_once, exact
-from dpopt.grad_sample.per_sample import LayerCall, PerSampleGradients, apply_rule, split_examples, squares_of
+from dpopt.grad_sample.norms import Gradients, add_up, exact
+from dpopt.grad_sample.per_sample import (
+    LayerCall,
+    PerSampleGradients,
+    apply_rule,
+    split_examples,
+    squares_of,
+)
 from dpopt.grad_sample.rules import BY_VMAP
 from dpopt.grad_sample.text_rules import shared_ghost_norm
 
@@ -49,6 +55,7 @@ class BackwardCollector:
 
     def __init__(self, per_sample: PerSampleGradients, choices: Choices | None = None) -> None:
         self.per_sample, self.choices = per_sample, choices
+        per_sample.choices = choices
         self.probe: RowProbe | None = None
         self.rehearsing = False
         self._partial: dict[Any, tuple[TrackedLayer | None, Gradients]] = {}
@@ -82,7 +89,7 @@ class BackwardCollector:
             if call.shared:
                 self._shared.setdefault(call.shared, []).append((call, arguments[0], g))
             else:
-                self.per_sample.count(_squares_of_call(call, arguments, g, self.per_sample.scale))
+                self.per_sample.count(_squares_of_call(self.per_sample, call, arguments, g))
 
     def _store(self, call: LayerCall, found: Gradients) -> None:
         tracked = call.tracked
@@ -95,9 +102,7 @@ class BackwardCollector:
             self._add(tracked, tracked, found)
 
     def _add(self, key: Any, tracked: TrackedLayer | None, found: Gradients) -> None:
-        _, total = self._partial.setdefault(key, (tracked, {}))
-        for name, gradient in found.items():
-            total[name] = total[name] + gradient if name in total else gradient
+        add_up(self._partial.setdefault(key, (tracked, {}))[1], found)
 
     def finish(self) -> None:
         """Store what was accumulated once the backward pass is done."""
@@ -110,6 +115,7 @@ class BackwardCollector:
 def count_norms(per_sample: PerSampleGradients, choices: Choices | None) -> None:
     """Count the norms of gradients that were taken without them: of what they hold, which is what will be summed."""
     shared: dict[str, list[tuple[LayerCall, Tensor, Tensor]]] = {}
+    per_sample.choices = choices
     with using(choices):
         for tracked, found in per_sample.stored:
             per_sample.count_stored(tracked, found)
@@ -118,7 +124,7 @@ def count_norms(per_sample: PerSampleGradients, choices: Choices | None) -> None
             if call.shared:
                 shared.setdefault(call.shared, []).append((call, arguments[0], g))
             else:
-                per_sample.count(_squares_of_call(call, arguments, g, None))
+                per_sample.count(_squares_of_call(per_sample, call, arguments, g))
     _count_shared(per_sample, shared)
 
 
@@ -129,39 +135,26 @@ def _count_shared(per_sample: PerSampleGradients, shared: dict[str, list[tuple[L
             per_sample.count({layer: shared_ghost_norm(reads)})
 
 
-def _squares_of_call(call: LayerCall, arguments: tuple[Any, ...], g: Tensor, scale: Gradients | None) -> Gradients:
+def _squares_of_call(
+    per_sample: PerSampleGradients, call: LayerCall, arguments: tuple[Any, ...], g: Tensor
+) -> Gradients:
     """Squared norms (B,) of a call's (scaled) gradients by layer, which are not kept."""
-    tracked, examples = call.tracked, len(g)
+    tracked, scale = call.tracked, per_sample.scale
     with exact(g.device):
-        if (closed := _closed_form(call, arguments[0], g, scale)) is not None:
-            return {tracked.name: closed}
-        count = at_once(g, size_of(tracked))
-        parts = [
-            squares_of(tracked, apply_rule(call, _rows(call, arguments, i, count), g[i : i + count]), scale)
-            for i in range(0, examples, count)
-        ]
+        if per_sample.in_closed_form(call):
+            return {tracked.name: _closed_form(call, arguments[0], g, scale)}
+        parts = [squares_of(tracked, found, scale) for _, found in per_sample.gradients_of(call, arguments, g)]
         return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
 
 
-def _closed_form(call: LayerCall, a: Any, g: Tensor, scale: Gradients | None) -> Tensor | None:
-    """Squared norms without the gradients, where the layer's rule has them."""
-    tracked = call.tracked
-    if call.policy != "ghost":
-        return None
+def _closed_form(call: LayerCall, a: Any, g: Tensor, scale: Gradients | None) -> Tensor:
+    """Squared norms without the gradients."""
+    tracked, rule = call.tracked, call.tracked.rule
     if scale is None:
-        assert tracked.rule.ghost_norm is not None
-        return tracked.rule.ghost_norm(tracked.module, a, g)
-    if tracked.rule.scaled_ghost_norm is None or call.positions > 1:
-        return None
-    return tracked.rule.scaled_ghost_norm(
-        tracked.module, a, g, {name: scale[full] for name, full in tracked.names.items()}
-    )
-
-
-def _rows(call: LayerCall, arguments: tuple[Any, ...], start: int, count: int) -> tuple[Any, ...]:
-    return tuple(
-        x[start : start + count] if divided else x for x, divided in zip(arguments, call.divided(), strict=True)
-    )
+        assert rule.ghost_norm is not None
+        return rule.ghost_norm(tracked.module, a, g)
+    assert rule.scaled_ghost_norm is not None
+    return rule.scaled_ghost_norm(tracked.module, a, g, {name: scale[full] for name, full in tracked.names.items()})
 
 
 class LayerHooks:

@@ -48,9 +48,11 @@ def split(x: Tensor, dim: int, examples: int) -> Tensor:
     return x.unflatten(dim, (examples, -1)).movedim(dim, 0)
 
 
-def joined(x: Tensor, dim: int) -> Tensor:
-    """Undo `split`."""
-    return x.movedim(0, dim).flatten(dim, dim + 1)
+def with_views(x: Tensor, dim: int, examples: int) -> Tensor:
+    """(B, K, …), the examples along any dimension."""
+    return (
+        x.unflatten(0, (examples, -1)) if dim == 0 else x.unflatten(dim, (examples, -1)).movedim((dim, dim + 1), (0, 1))
+    )
 
 
 def possible_dims(x: Tensor, views: int, last: int) -> list[int]:

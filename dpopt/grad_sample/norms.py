@@ -12,7 +12,14 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from dpopt.machine import have_triton
 
 Gradients = dict[str, Tensor]
+TERMS = 4096  # products that meet in one sum where norms are taken in closed form
 _WORKSPACE = {"cpu": 8 << 20, "cuda": 256 << 20}  # bytes of intermediate results that are formed at once
+
+
+def add_up(total: Gradients, found: Gradients) -> None:
+    """Add gradients to those of the same names."""
+    for name, gradient in found.items():
+        total[name] = total[name] + gradient if name in total else gradient
 
 
 def at_once(like: Tensor, size: int) -> int:
@@ -90,6 +97,35 @@ def memory_order(gradient: Tensor) -> list[int]:
     """Sort the dimensions after the first, outermost in memory first."""
     strides = gradient.stride()
     return sorted(range(1, gradient.ndim), key=lambda i: (-strides[i], -gradient.shape[i], i))
+
+
+def position_norms(a: Tensor, g: Tensor, bias: bool) -> Tensor:
+    """Squared norms (B,) of Σ a_t·g_tᵀ over positions, and of Σ g_t where there is a bias, never too short."""
+    return never_short(gram(a, g, bias), magnitude(a, g, bias), a.shape[-2], g.dtype)
+
+
+def never_short(square: Tensor, magnitude: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    """Squared norms in closed form, lengthened by what rounding may add where positions cancel.
+
+    A sum of n products has an error of at most n·u·Σ|products|, with u half of a type's ε. An example whose positions
+    cancel has products far longer than its norm, and they round away its own sum and that of others they meet there.
+
+    Args:
+        square: ‖Σ p_t‖² over the products p_t of an example's positions, (B,) float64.
+        magnitude: Σ ‖p_t‖, (B,).
+        positions: of an example.
+        dtype: in which sums are taken, of `TERMS` products at most or of one example.
+    """
+    terms = max(positions, min(len(square) * positions, TERMS))
+    norm = square.clamp(min=0).sqrt()
+    return (norm + terms * torch.finfo(dtype).eps / 2 * (magnitude - norm).clamp(min=0)).square()
+
+
+def magnitude(a: Tensor, g: Tensor, bias: bool) -> Tensor:
+    """Σ ‖(a_t, 1)‖·‖g_t‖ over positions, (B,) float64, without the 1 where there is no bias; as `gram`."""
+    of_a, of_g = (torch.linalg.vector_norm(x, dim=-1).double() for x in (a, g))
+    of_a = (of_a.square() + 1).sqrt() if bias else of_a
+    return (of_a * of_g).flatten(1).sum(1)
 
 
 def gram(a: Tensor, g: Tensor, bias: bool) -> Tensor:

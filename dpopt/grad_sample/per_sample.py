@@ -1,18 +1,22 @@
 """Per-sample gradients of a micro-batch: their norms, and what is needed to sum them under weights."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import TreeSpec
 
+from dpopt.grad_sample.choices import Choices, using
 from dpopt.grad_sample.fallback import LayerFunction
-from dpopt.grad_sample.layout import Layout, joined, split
+from dpopt.grad_sample.layout import Layout, split, with_views
 from dpopt.grad_sample.modules import TrackedLayer, size_of
 from dpopt.grad_sample.norms import (
+    TERMS,
     Gradients,
+    add_up,
     at_once,
     by_example,
     exact,
@@ -97,6 +101,7 @@ class PerSampleGradients:
         layer_norms: of each example's gradient in each of them, (B, L).
         stored: the gradients of units; without a unit, by the model's names.
         kept: calls of layers whose sums are made later.
+        choices: what is fastest, so that gradients that are taken twice are taken in the same way.
     """
 
     def __init__(self, examples: int, scale: Gradients | None = None) -> None:
@@ -106,6 +111,7 @@ class PerSampleGradients:
         self._squares: Gradients = {}  # by layer
         self.stored: list[tuple[TrackedLayer | None, Gradients]] = []
         self.kept: list[LayerCall] = []
+        self.choices: Choices | None = None
 
     def store(self, tracked: TrackedLayer | None, found: Gradients) -> None:
         """Keep gradients (B, *shape), and count their norms."""
@@ -172,16 +178,39 @@ class PerSampleGradients:
                 local = {n: _weighted(g, weight(_layer(tracked, n)), select, wide) for n, g in found.items()}
                 _add(sums, tracked, local)
             for call in self.kept:
-                layers = dict.fromkeys(_layer(call.tracked, name) for name in call.tracked.names)
-                arguments, g = split_examples(call, self.examples)
-                if select is not None:
-                    g = g.masked_fill(_column(select, g), 0.0)
-                    arguments = _selected(call, arguments, select)
-                together = _rejoined(call, arguments)
-                for layer in layers if weights.ndim > 1 else ("",):
-                    weighted = _rejoined_output(call, g.mul(_column(weight(layer), g)))
-                    local = {name: gradient[0] for name, gradient in apply_rule(call, together, weighted).items()}
-                    _add(sums, call.tracked, local, layer if len(layers) > 1 and weights.ndim > 1 else None)
+                tracked, (arguments, g) = call.tracked, split_examples(call, self.examples)
+                total: Gradients = {}
+                if self.in_closed_form(call):  # by a rule, for the parameters of one module
+                    a, layer = arguments[0], _layer(tracked, next(iter(tracked.names)))
+                    if select is not None:
+                        a = a.masked_fill(_column(select, a), 0.0) if a.is_floating_point() else a
+                        g = g.masked_fill(_column(select, g), 0.0)
+                    g = g.mul(_column(weight(layer), g))
+                    for at in _parts(call, g):
+                        x, y = (part[at].flatten(0, 1)[None] for part in (a, g))
+                        add_up(total, {name: gradient[0] for name, gradient in apply_rule(call, (x,), y).items()})
+                else:
+                    for at, found in self.gradients_of(call, arguments, g):
+                        bad = None if select is None else select[at]
+                        local = {
+                            n: _weighted(x, weight(_layer(tracked, n))[at], bad, call.wide) for n, x in found.items()
+                        }
+                        add_up(total, local)
+                _add(sums, tracked, total)
+
+    def in_closed_form(self, call: LayerCall) -> bool:
+        """Whether a call's norms are taken without its gradients."""
+        scaled = call.tracked.rule.scaled_ghost_norm is not None and call.positions == 1
+        return call.policy == "ghost" and (self.scale is None or scaled)
+
+    def gradients_of(self, call: LayerCall, arguments: tuple[Any, ...], g: Tensor) -> Iterator[tuple[slice, Gradients]]:
+        """Take the gradients of some examples at a time; whoever takes them again gets the same bits."""
+        count = at_once(g, size_of(call.tracked))
+        with using(self.choices):
+            for start in range(0, len(g), count):
+                at = slice(start, start + count)
+                rows = tuple(x[at] if divided else x for x, divided in zip(arguments, call.divided(), strict=True))
+                yield at, apply_rule(call, rows, g[at])
 
     def count_stored(self, tracked: TrackedLayer | None, found: Gradients) -> None:
         """Count the norms of gradients (B, *shape)."""
@@ -190,12 +219,18 @@ class PerSampleGradients:
 
     def count(self, squares: Gradients) -> None:
         """Add squared norms (B,) by layer."""
-        for layer, square in squares.items():
-            self._squares[layer] = self._squares[layer] + square if layer in self._squares else square
+        add_up(self._squares, squares)
 
 
-def _add(sums: Gradients, tracked: TrackedLayer | None, local: Gradients, layer: str | None = None) -> None:
-    """Add summed gradients of a unit, of one layer within it only where one is named."""
+def _parts(call: LayerCall, g: Tensor) -> list[slice]:
+    """Split examples, by output gradients (B, K, …), so that few products meet in a sum (`never_short`)."""
+    width = g.shape[2] if isinstance(call.tracked.module, nn.Conv1d | nn.Conv2d) else g.shape[-1]
+    count = max(1, TERMS * width // g[:1].numel())
+    return [slice(start, start + count) for start in range(0, len(g), count)]
+
+
+def _add(sums: Gradients, tracked: TrackedLayer | None, local: Gradients) -> None:
+    """Add summed gradients of a unit."""
     if tracked is None:
         for name, gradient in local.items():
             sums[name] += gradient
@@ -203,8 +238,7 @@ def _add(sums: Gradients, tracked: TrackedLayer | None, local: Gradients, layer:
     if tracked.rule.pull_back is not None:
         local = tracked.rule.pull_back(tracked.module, local)
     for name, full in tracked.names.items():
-        if layer in (None, _layer(tracked, name)):
-            sums[full] += local[name]
+        sums[full] += local[name]
 
 
 def _layer(tracked: TrackedLayer | None, name: str) -> str:
@@ -282,30 +316,6 @@ def apply_rule(call: LayerCall, arguments: tuple[Any, ...], g: Tensor) -> Gradie
     return found if tracked.rule.pull_back is not None else {name: found[name] for name in tracked.names}
 
 
-def _selected(call: LayerCall, arguments: tuple[Any, ...], broken: Tensor) -> tuple[Any, ...]:
-    """Arguments with zeros for examples that are not finite."""
-    return tuple(
-        x.masked_fill(_column(broken, x), 0.0) if divided and x.is_floating_point() else x
-        for x, divided in zip(arguments, call.divided(), strict=True)
-    )
-
-
-def _rejoined(call: LayerCall, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of a whole batch as those of one example, (1, …)."""
-    if call.structure is None:
-        return tuple(x.flatten(0, 1)[None] for x in arguments)
-    assert call.layout is not None
-    dims = call.layout.inputs
-    return tuple(x if dim is None else joined(x, dim)[None] for x, dim in zip(arguments, dims, strict=True))
-
-
-def _rejoined_output(call: LayerCall, g: Tensor) -> Tensor:
-    if call.structure is None:
-        return g.flatten(0, 1)[None]
-    assert call.layout is not None
-    return joined(g, call.layout.output)[None]
-
-
 def _column(x: Tensor, like: Tensor) -> Tensor:
     """One number per example, or a yes or no, (B, 1, …), to go with a tensor (B, …) and in its type."""
     x = x.view(-1, *(1,) * (like.ndim - 1))
@@ -333,13 +343,6 @@ def split_examples(call: LayerCall, examples: int) -> tuple[tuple[Any, ...], Ten
     dtype = g.dtype if call.policy == "store" else max(g.dtype, torch.float32, key=_bits)
     dtype = torch.float64 if call.wide and call.policy != "store" else dtype
     arguments = tuple(
-        _with_views((x.to(dtype) if x.is_floating_point() else x), layout.output, examples) for x in call.arguments
+        with_views((x.to(dtype) if x.is_floating_point() else x), layout.output, examples) for x in call.arguments
     )
-    return arguments, _with_views(g.to(dtype), layout.output, examples)
-
-
-def _with_views(x: Tensor, dim: int, examples: int) -> Tensor:
-    """(B, K, …), the examples along any dimension."""
-    return (
-        x.unflatten(0, (examples, -1)) if dim == 0 else x.unflatten(dim, (examples, -1)).movedim((dim, dim + 1), (0, 1))
-    )
+    return arguments, with_views(g.to(dtype), layout.output, examples)

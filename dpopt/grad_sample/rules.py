@@ -27,7 +27,7 @@ from dpopt.grad_sample.conv import (
     standardized_norms,
     standardized_pull_back,
 )
-from dpopt.grad_sample.norms import Gradients, gram, kernels, sum_wide
+from dpopt.grad_sample.norms import Gradients, kernels, never_short, position_norms, sum_wide
 from dpopt.grad_sample.text_rules import (
     kind_of,
     root_mean_square_norm,
@@ -82,7 +82,7 @@ def linear(module: nn.Linear, a: Tensor, g: Tensor) -> Gradients:
 
 def linear_ghost_norm(module: nn.Linear, a: Tensor, g: Tensor) -> Tensor:
     """Σ (a_s·a_t + 1)(g_s·g_t) over pairs of positions; the 1 is the bias."""
-    return gram(a.flatten(1, -2), g.flatten(1, -2), module.bias is not None)
+    return position_norms(a.flatten(1, -2), g.flatten(1, -2), module.bias is not None)
 
 
 def linear_scaled_ghost_norm(module: nn.Linear, a: Tensor, g: Tensor, scale: Gradients) -> Tensor:
@@ -145,9 +145,9 @@ def embedding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> G
 
 def embedding_ghost_norm(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
     """Σ g_s·g_t over pairs of positions with the same token."""
-    g = without_padding(module, a, g).flatten(1, -2).double()
-    tokens = a.flatten(1)
-    return ((g @ g.mT) * (tokens[:, :, None] == tokens[:, None])).flatten(1).sum(1)
+    g, tokens, dtype = without_padding(module, a, g).flatten(1, -2).double(), a.flatten(1), g.dtype
+    square = ((g @ g.mT) * (tokens[:, :, None] == tokens[:, None])).flatten(1).sum(1)
+    return never_short(square, g.norm(dim=-1).sum(1), g.shape[1], dtype)
 
 
 def embedding_bag(module: nn.EmbeddingBag, a: Tensor, g: Tensor) -> Gradients:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpopt.grad_sample.norms import Gradients, at_once, gram, sum_wide
+from dpopt.grad_sample.norms import Gradients, at_once, gram, magnitude, never_short, position_norms, sum_wide
 
 Read = tuple[nn.Module, Tensor, Tensor]  # a layer, what it read (B, …) and the gradient of its output (B, …)
 
@@ -22,7 +22,7 @@ def transposed_linear(module: Any, a: Tensor, g: Tensor) -> Gradients:
 
 def transposed_linear_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     """Take squared norms (B,) as of a linear layer with a bias."""
-    return gram(a.flatten(1, -2), g.flatten(1, -2), bias=True)
+    return position_norms(a.flatten(1, -2), g.flatten(1, -2), bias=True)
 
 
 def root_mean_square_norm(module: Any, a: Tensor, g: Tensor) -> Gradients:
@@ -89,7 +89,13 @@ def shared_ghost_norm(reads: Sequence[Read]) -> Tensor:
             chosen = g[at].gather(2, tokens[at, None].expand(-1, g.shape[1], -1))
             square += 2 * ((a[at].double() @ e[at].double().mT) * chosen).flatten(1).sum(1)
         pieces.append(square)
-    return torch.cat(pieces).clamp(min=0)
+    longest = torch.zeros(len(like), dtype=torch.float64, device=like.device)
+    if a is not None and g is not None:
+        longest += magnitude(a, g, bias)
+    if e is not None:
+        longest += torch.linalg.vector_norm(e, dim=-1).double().sum(1)
+    positions = sum(g.shape[1:-1].numel() for _, _, g in reads)
+    return never_short(torch.cat(pieces), longest, positions, like.dtype)
 
 
 def without_padding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Tensor:

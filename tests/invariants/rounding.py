@@ -1,0 +1,114 @@
+"""No example adds more than the clip norm to the sum, however it rounds: each check fails on a mutant.
+
+4. The clipped norm is that of what is summed, in the type of the sum, where an example's positions cancel, too.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dpopt.grad_sample import conv, norms, rules, text_rules
+from dpopt.grad_sample.engine import POLICIES, GradSampler
+from dpopt.grad_sample.per_sample import PerSampleGradients
+from dpopt.models.layers import StandardizedConv2d
+
+BATCH, AT = 32, 16
+
+
+class Signs(nn.Module):
+    """An embedding whose positions count with alternating signs and a factor that grows with the last token."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Embedding(64, 128)
+
+    def forward(self, x):
+        signs = torch.tensor([1.0, -1.0]) * 10.0 ** x[:, 2:]
+        return (self.rows(x[:, :2]) * signs[..., None]).sum((1, 2))
+
+
+class Mean(nn.Module):
+    """A layer, and the sum of its outputs, averaged over positions."""
+
+    def __init__(self, layer, positions):
+        super().__init__()
+        self.layer, self.positions = layer, positions
+
+    def forward(self, x):
+        return self.layer(x).mean(self.positions).sum(1)
+
+
+def cancelling(shape, dim):
+    """Inputs of ordinary size, but for one whose two halves cancel."""
+
+    def inputs(size):
+        found = torch.randn(BATCH, 1, *shape)
+        half = size * found[AT, 0].chunk(2, dim)[0]
+        found[AT, 0] = torch.cat([half, -half], dim)
+        return found
+
+    return inputs
+
+
+def tokens(size):
+    found = torch.randint(0, 64, (BATCH, 1, 3))
+    found[..., 2] = 0
+    found[AT, 0] = torch.tensor([5, 5, round(math.log10(size))])
+    return found
+
+
+MODELS = {
+    "linear": (lambda: Mean(nn.Linear(256, 128, bias=False), 1), cancelling((8, 256), 0)),
+    "convolution": (lambda: Mean(nn.Conv2d(64, 128, 1, bias=False), (2, 3)), cancelling((64, 6, 6), 2)),
+    "standardized": (lambda: Mean(StandardizedConv2d(64, 128, 1, affine=False), (2, 3)), cancelling((64, 6, 6), 2)),
+    "embedding": (Signs, tokens),
+}
+
+
+def longest(name, policy, sizes=(1e0, 1e3, 1e6, 1e9)):
+    """The most that an example adds next to others, over the clip norm."""
+    make, inputs = MODELS[name]
+    found = []
+    for size in sizes:
+        torch.manual_seed(0)
+        model = make()
+        engine = GradSampler(model, lambda outputs, targets: outputs * targets, policy)
+        per_sample = engine(inputs(size), torch.ones(BATCH))
+        weights = (1 / per_sample.norms).clamp(max=1.0)
+
+        def total(weights, model=model, per_sample=per_sample):
+            sums = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+            per_sample.add_weighted_sum(sums, weights)
+            return torch.cat([s.double().flatten() for s in sums.values()])
+
+        without = weights.clone()
+        without[AT] = 0.0
+        found.append(float((total(weights) - total(without)).norm()))
+    return max(found)
+
+
+def check_positions_that_cancel_add_no_more_than_the_clip_norm():
+    for name in MODELS:
+        for policy in POLICIES:
+            assert longest(name, policy) <= 1 + 1e-5, (name, policy)
+
+
+def norms_without_rounding(patch):
+    for module in (conv, norms, rules, text_rules):
+        patch.setattr(module, "never_short", lambda square, magnitude, positions, dtype: square)
+
+
+def recomputed_in_another_way(patch, real=PerSampleGradients.add_weighted_sum):
+    def add(self, sums, weights):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(PerSampleGradients, "in_closed_form", lambda self, call: True)
+            real(self, sums, weights)
+
+    patch.setattr(PerSampleGradients, "add_weighted_sum", add)
+
+
+MUTANTS = {
+    check_positions_that_cancel_add_no_more_than_the_clip_norm: [norms_without_rounding, recomputed_in_another_way]
+}
