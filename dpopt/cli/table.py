@@ -2,6 +2,7 @@
 
 dpopt table cifar10                     # → experiments/results/cifar10/cpu/table.md, .csv, .tex, *.png
 dpopt table cifar10 --run --jobs 2      # its missing runs first, in two processes
+dpopt table cifar10 --run --add         # what the page lacks: its own runs count, wherever they were made
 dpopt table cifar10 --commands          # the commands of its missing runs
 dpopt table cifar10 --size full --plan  # what its runs would cost on this machine
 """
@@ -28,11 +29,16 @@ def table(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes of --run (default: 1)")
     parser.add_argument("--commands", action="store_true", help="print the commands of missing runs, and stop")
     parser.add_argument("--plan", action="store_true", help="print what the runs would cost here, and stop")
-    parser.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--add", action="store_true", help="count the runs of a page that are not here, and add to them")
+    kept.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
     options = parser.parse_args(arguments)
     names = options.names or spec.names_at(options.size)
     for name in names:
         spec.check_size(spec.read(name), options.size)
+    output = options.output or (spec.ROOT / "runs/tables" if options.size == "smoke" else spec.RESULTS)
+    for name in names if options.add else []:
+        spec.count_page(name, options.size, output)
     if options.commands:
         lines = [line for name in names for line in spec.commands(name, options.size)]
         print("\n".join(dict.fromkeys(lines)))
@@ -42,7 +48,6 @@ def table(arguments: Sequence[str]) -> int:
     else:
         if options.run:
             launch(names, options.size, max(1, options.jobs))
-        output = options.output or (spec.ROOT / "runs/tables" if options.size == "smoke" else spec.RESULTS)
         for name in names:
             write(name, options.size, output, options.force)
     return 0

@@ -229,6 +229,8 @@ def _mean_square_gradient(make: Callable[..., torch.optim.Optimizer], horizon: i
 
 KINDS = {"by_epsilon": by_epsilon, "curves": curves, "ablation": ablation, "bars": bars, "convergence": convergence}
 
+OF_RUNS = ("curves", "bars")  # show more of a run than its page holds
+
 
 def draw(name: str, size: str, output: Path = spec.RESULTS) -> list[Path]:
     """Draw every figure of experiments/NAME.yaml that has something to show."""
@@ -239,6 +241,9 @@ def draw(name: str, size: str, output: Path = spec.RESULTS) -> list[Path]:
             continue
         entries = [entry for entry in about["tables"] if entry["title"] == figure.get("table")]
         jobs = [job for entry in entries for job in spec.jobs(about, entry, size)]
+        if figure["kind"] in OF_RUNS and any(job.on_page_alone() for job in jobs):
+            print(f"{figure['name']}.png is kept as it is: some of its runs are on the page and not here")
+            continue
         image, axis = plt.subplots(figsize=(6.2, 4.0), layout="constrained")
         if KINDS[figure["kind"]](axis, jobs, figure):
             settings = {(component_name(job.config.dataset), component_name(job.config.model)) for job in jobs}

@@ -1,6 +1,5 @@
 """The page docs/reproduce.md: every table, its command, what was published, and our results."""
 
-import csv
 import statistics
 from typing import Any
 
@@ -26,6 +25,8 @@ page from `experiments/*.yaml` and the committed results.
   `pip install -e .[sweeps]`).
 - A run that fails does not stop the others; the table shows its error. `Ctrl-C` loses at most the steps since the last
   checkpoint, and the same command resumes.
+- `dpopt table NAME --run --add` goes on where another machine stopped: the runs of the committed page count, and
+  only what it lacks is run and added to it.
 - `make rerun RUN=runs/…/NAME` trains a run again from the configuration that it recorded and says whether it agrees.
 
 A table of your own is one file, `experiments/mine.yaml`:
@@ -54,19 +55,10 @@ dataset, model, N, ε and δ are the same.
 """
 
 
-def results(name: str, size: str) -> list[dict[str, str]]:
-    """Read the committed runs of a table."""
-    path = spec.folder(name, size) / "table.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [run for run in csv.DictReader(file) if run["status"] == "finished"]
-
-
 def ours(name: str, size: str, part: dict[str, Any], entry: dict[str, Any]) -> str:
     """Write our result in the cell of a published number, and whether settings agree."""
     cell = entry.get("row", ""), entry.get("column", "")
-    runs = [run for run in results(name, size) if run["table"] == part["title"]]
+    runs = [run for run in spec.recorded(name, size) if run["table"] == part["title"]]
     chosen = [run for run in runs if (run["row"], run["column"]) == cell]
     found = [100 * float(run["test_accuracy"]) for run in {run["run"]: run for run in chosen}.values()]
     if not found:
@@ -98,7 +90,7 @@ def section(name: str) -> str:
 
 def status(name: str, size: str) -> list[str]:
     """List a table's command at a size, its page, cost and figures."""
-    about, runs, folder = spec.read(name), results(name, size), spec.folder(name, size)
+    about, runs, folder = spec.read(name), spec.recorded(name, size), spec.folder(name, size)
     once = {run["run"]: run for run in runs}.values()
     hours = sum(float(run["wall_seconds"]) for run in once) / 3600
     where = ", ".join(sorted({run["device"] for run in runs}))

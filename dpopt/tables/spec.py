@@ -10,6 +10,7 @@ import itertools
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -51,11 +52,13 @@ class Job:
         row: what it varies besides the column and the seed.
         column: value of the column's key.
         config: the run.
+        words: what makes it, as after `python run.py`.
     """
 
     row: str
     column: str
     config: Config
+    words: tuple[str, ...]
 
     @cached_property
     def name(self) -> str:
@@ -76,9 +79,16 @@ class Job:
         if done := run_files.finished(directory):
             return done
         note = failure_note(replace(self.config, output_dir=str(ROOT / self.config.output_dir)))
-        if error := run_files.failure(directory, note):
+        error = run_files.failure(directory, note)
+        if not error and directory.name in _page:
+            return _page[directory.name]
+        if error:
             return {"status": "failed", "error": error}
         return {"status": "unfinished" if directory.exists() else "not run"}
+
+    def on_page_alone(self) -> bool:
+        """Say whether the result is that of a page, and the run itself is not here."""
+        return self.result() is _page.get(self.directory().name)
 
     def series(self) -> list[dict[str, float]]:
         """Read metrics.csv, row by row."""
@@ -96,6 +106,25 @@ class Job:
         series = self.series()
         value = result[measure] if measure in result else series[-1].get(measure) if series else None
         return None if value is None else float(value)
+
+
+# Finished runs of pages that count as finished though they are not here, by name: `dpopt table --add`.
+_page: dict[str, dict[str, Any]] = {}
+
+
+def count_page(name: str, size: str, output: Path = RESULTS) -> None:
+    """Let the finished runs of a table's page count where they are not here."""
+    for line in recorded(name, size, output):
+        result: dict[str, Any] = {key: _number(value) for key, value in line.items() if value}
+        result |= {"git_commit": line["git_commit"], "dataset_size": result["train_size"]}
+        result["versions"] = dict(part.split(" ", 1) for part in line["versions"].split("; "))
+        _page[line["run"]] = result
+
+
+def _number(text: str) -> Any:
+    with suppress(ValueError):
+        return int(text) if text.isdecimal() else float(text)
+    return text
 
 
 @cache
@@ -203,7 +232,8 @@ def expand(words: tuple[str, ...], column: str = "privacy", label: str = "") -> 
             row = ", ".join([label] * bool(label) + parts)
             if not row:
                 raise ValueError(f"a row needs a label where nothing varies: {shlex.join(words)}")
-            found += [Job(row, job[column], replace(config, seed=seed)) for seed in seeds]
+            own = tuple(f"{key}={value}" for key, value in job.items())
+            found += [Job(row, job[column], replace(config, seed=seed), (*own, f"seed={seed}")) for seed in seeds]
     return found
 
 
@@ -234,7 +264,7 @@ def command(words: Sequence[str]) -> str:
 
 
 def commands(name: str, size: str) -> list[str]:
-    """List the commands that make the missing runs, one per row and seed."""
+    """List the commands that make the missing runs, one per row and seed, or one per run where a page has others."""
     about, lines = read(name), []
     seen: set[str] = set()
     for entry in about["tables"]:
@@ -246,9 +276,11 @@ def commands(name: str, size: str) -> list[str]:
             seen |= {job.name for job in found}
             for seed in dict.fromkeys(job.config.seed for job in found):
                 runs = [job for job in found if job.config.seed == seed]
-                if any(job.result()["status"] != "finished" for job in runs):
-                    line = shlex.join([sys.executable, "run.py", "-m", *merge(*words, f"seed={seed}")])
-                    lines.append(f"{line} >>runs/.log 2>&1")
+                missing = [job for job in runs if job.result()["status"] != "finished"]
+                whole = [merge(*words, f"seed={seed}")] if missing else []
+                parts = [job.words for job in missing] if any(job.on_page_alone() for job in runs) else whole
+                for part in parts:
+                    lines.append(f"{shlex.join([sys.executable, 'run.py', '-m', *part])} >>runs/.log 2>&1")
     return list(dict.fromkeys(lines))
 
 
@@ -259,10 +291,15 @@ def folder(name: str, size: str, output: Path = RESULTS) -> Path:
 
 def why_kept(name: str, size: str, output: Path = RESULTS) -> str:
     """Say why an existing table is kept: it holds more finished runs than are here."""
+    before, (now, _) = len(recorded(name, size, output)), finished(read(name), size)
+    path = folder(name, size, output) / "table.csv"
+    return f"{path} holds {before} finished runs, here are {now}: kept as it is" if now < before else ""
+
+
+def recorded(name: str, size: str, output: Path = RESULTS) -> list[dict[str, str]]:
+    """Read the finished runs of a page; none where there is no page."""
     path = folder(name, size, output) / "table.csv"
     if not path.exists():
-        return ""
+        return []
     with path.open(newline="") as file:
-        before = sum(run["status"] == "finished" for run in csv.DictReader(file))
-    now, _ = finished(read(name), size)
-    return f"{path} holds {before} finished runs, here are {now}: kept as it is" if now < before else ""
+        return [run for run in csv.DictReader(file) if run["status"] == "finished"]

@@ -8,6 +8,7 @@ from dpopt.tables import spec
 @pytest.fixture(autouse=True)
 def no_results_remembered():
     spec._finished.cache_clear()
+    spec._page.clear()
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """`dpopt table`: pages and figures are written, and not over fuller ones; commands and plans are printed."""
 
 import csv
+import shlex
+import shutil
 import subprocess
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, finish_run
 
 from dpopt.cli import main
-from dpopt.tables import figures, render
+from dpopt.tables import figures, render, spec
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +27,43 @@ def test_tables_are_not_overwritten_by_emptier_ones(tmp_path, monkeypatch, capsy
     out = capsys.readouterr().out
     assert "--force overwrites" in out and "--output names another folder" in out
     assert main(["table", *words, "--force"]) == 0 and (folder / "table.md").read_text() != "kept"
+
+
+def test_a_page_of_another_machine_is_added_to(tmp_path, monkeypatch, capsys):
+    """Its runs count, commands make only what it lacks, nothing on it changes, and figures of curves are kept."""
+    words = "experiment=quickstart optimizer=dp_sgd,dp_psasc_momentum privacy=eps1,eps8 seed=0,1"
+    figure = {"name": "curves", "kind": "curves", "table": "Mine", "title": "Curves", "column": "eps8"}
+    about = {"title": "Mine", "setting": "", "sizes": {"cpu": f"output_dir={tmp_path}/runs"}}
+    about |= {"tables": [{"title": "Mine", "runs": words}], "figures": [figure]}
+    monkeypatch.setattr(spec, "read", lambda name: about)
+    (tmp_path / "runs").mkdir()
+    jobs = spec.jobs(about, about["tables"][0], "cpu")
+    lacking = [jobs[0], jobs[-1]]
+    measured = {"wall_seconds": 1.5, "git_commit": "12345678", "device": "cpu", "versions": {"torch": "2.15.0"}}
+    measured |= {"dataset_size": 1000, "noise_version": 3, "epsilon": 0.25, "trainable_parameters": 10}
+    for number, job in enumerate(jobs):
+        if job not in lacking:
+            finish_run(job, test_accuracy=0.1 * number, test_loss=1.0, **measured)
+    command = ["table", "mine", "--output", str(tmp_path)]
+    page, image = (tmp_path / "mine/cpu" / name for name in ("table.csv", "curves.png"))
+    assert main(command) == 0
+    before = page.read_text()
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    image.write_text("of all runs")
+    capsys.readouterr()
+    assert main([*command, "--add", "--commands"]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(job.words) - set(line) for job, line in zip(lacking, lines, strict=True)] == [set(), set()]
+    assert main([*command, "--add"]) == 0 and page.read_text() == before and image.read_text() == "of all runs"
+    finish_run(jobs[0], test_accuracy=0.9, test_loss=1.0, **measured)
+    spec._page.clear()
+    assert main(command) == 0 and page.read_text() == before  # one run is less than the page holds
+    assert main([*command, "--add"]) == 0
+    after = page.read_text()
+    kept = [line for line in before.splitlines() if "finished" in line]
+    assert set(kept) < set(after.splitlines()) and after.count("finished") == before.count("finished") + 1
+    assert "kept as it is: some of its runs are on the page and not here" in capsys.readouterr().out
 
 
 def test_a_figure_alone_has_no_page(tmp_path, monkeypatch, capsys):
