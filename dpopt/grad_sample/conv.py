@@ -14,7 +14,6 @@ from dpopt.grad_sample.norms import (
     Gradients,
     at_once,
     kernels,
-    magnitude,
     memory_order,
     never_short,
     pieces,
@@ -232,8 +231,9 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     columns, g = _positions(module, _padded_to_same(module, a), g)
     double, gradient = columns.double(), g.double()
     filters = through.direction.unflatten(0, (module.groups, -1)).mT.to(columns.dtype)
-    square = ((double @ double.mT @ gradient) * gradient).sum(2).flatten(1)
-    total = (double.sum(3, keepdim=True) * gradient).sum(2).flatten(1)
+    inner = double @ double.mT
+    sums = inner @ gradient, double.sum(3, keepdim=True)
+    square, total = ((x * gradient).sum(2).flatten(1) for x in sums)
     unasked = _unasked(g)
     along = (_meet(*(double, filters.double()) if unasked else (columns, filters)) * gradient).sum(2).flatten(1)
     left = _left_of(through, square, total, along)
@@ -242,7 +242,8 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
         left = _left_of(through, square, total, along)
     square = _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
     stretch = (through.scale.max().square() + through.gain**2).sqrt().clamp(min=1)  # the chain rule's, from the sum on
-    return never_short(square, stretch * magnitude(columns, g, module.bias is not None), columns.shape[2], g.dtype)
+    squares = (inner.diagonal(dim1=-2, dim2=-1) + float(module.bias is not None)) * gradient.square().sum(3)
+    return never_short(square, stretch * squares.sqrt().flatten(1).sum(1), columns.shape[2], g.dtype)
 
 
 def _meet(columns: Tensor, filters: Tensor) -> Tensor:
@@ -281,8 +282,7 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
 
 
 def _norms_by_kernel(module: Any, found: Gradients) -> Tensor:
-    parts, weight = _by_filter(found["weight"], module.weight.detach())
-    gain = getattr(module, "gain", None)
+    (parts, weight), gain = _by_filter(found["weight"], module.weight.detach()), getattr(module, "gain", None)
     counted = module.weight.requires_grad, gain is not None and gain.requires_grad
     given = weight.contiguous(), _gain(module), _how(module)
     norms: Tensor = kernels(parts).standardized_square_norms(parts, *given, counted)

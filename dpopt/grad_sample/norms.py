@@ -101,10 +101,10 @@ def memory_order(gradient: Tensor) -> list[int]:
 
 def position_norms(a: Tensor, g: Tensor, bias: bool) -> Tensor:
     """Squared norms (B,) of Σ a_t·g_tᵀ over positions, and of Σ g_t where there is a bias, never too short."""
-    return never_short(gram(a, g, bias), magnitude(a, g, bias), a.shape[-2], g.dtype)
+    return never_short(*gram(a, g, bias), a.shape[-2], g.dtype)
 
 
-def never_short(square: Tensor, magnitude: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+def never_short(square: Tensor, lengths: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
     """Squared norms in closed form, lengthened by what rounding may add where positions cancel.
 
     A sum of n products has an error of at most n·u·Σ|products|, with u half of a type's ε. An example whose positions
@@ -112,30 +112,31 @@ def never_short(square: Tensor, magnitude: Tensor, positions: int, dtype: torch.
 
     Args:
         square: ‖Σ p_t‖² over the products p_t of an example's positions, (B,) float64.
-        magnitude: Σ ‖p_t‖, (B,).
+        lengths: Σ ‖p_t‖, (B,).
         positions: of an example.
         dtype: in which sums are taken, of `TERMS` products at most or of one example.
     """
     terms = max(positions, min(len(square) * positions, TERMS))
     norm = square.clamp(min=0).sqrt()
-    return (norm + terms * torch.finfo(dtype).eps / 2 * (magnitude - norm).clamp(min=0)).square()
+    return (norm + terms * torch.finfo(dtype).eps / 2 * (lengths - norm).clamp(min=0)).square()
 
 
-def magnitude(a: Tensor, g: Tensor, bias: bool) -> Tensor:
-    """Σ ‖(a_t, 1)‖·‖g_t‖ over positions, (B,) float64, without the 1 where there is no bias; as `gram`."""
-    of_a, of_g = (torch.linalg.vector_norm(x, dim=-1).double() for x in (a, g))
-    of_a = (of_a.square() + 1).sqrt() if bias else of_a
-    return (of_a * of_g).flatten(1).sum(1)
+def gram(a: Tensor, g: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Inner products of positions t of a (B, …, T, n) and g (B, …, T, m), in float64.
 
+    Where positions cancel, float32 would lose the norm, and one too small is not an option.
 
-def gram(a: Tensor, g: Tensor, bias: bool) -> Tensor:
-    """Σ (a_s·a_t + bias)(g_s·g_t) over pairs of positions, (B,) float64, of a (B, …, T, n) and g (B, …, T, m)."""
+    Returns:
+        Σ (a_s·a_t + bias)(g_s·g_t) over pairs of positions, (B,), and Σ ‖(a_t, bias)‖·‖g_t‖ over positions, (B,).
+    """
     if a.shape[-2] == 1:  # one pair
         of_a, of_g = (square_norms(x.flatten(0, -2)).view(len(x), -1) for x in (a, g))
-        return ((of_a + float(bias)) * of_g).sum(1)
-    # In float64: where positions cancel, fp32 would lose the norm, and one too small is not an option.
+        squares = (of_a + float(bias)) * of_g
+        return squares.sum(1), squares.sqrt().sum(1)
     a, g = a.double(), g.double()
-    return ((a @ a.mT + float(bias)) * (g @ g.mT)).flatten(1).sum(1)
+    products = (a @ a.mT + float(bias)) * (g @ g.mT)
+    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    return products.flatten(1).sum(1), lengths.flatten(1).sum(1)
 
 
 @contextmanager

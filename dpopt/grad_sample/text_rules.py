@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpopt.grad_sample.norms import Gradients, at_once, gram, magnitude, never_short, position_norms, sum_wide
+from dpopt.grad_sample.norms import Gradients, at_once, gram, never_short, position_norms, sum_wide
 
 Read = tuple[nn.Module, Tensor, Tensor]  # a layer, what it read (B, …) and the gradient of its output (B, …)
 
@@ -76,26 +76,25 @@ def shared_ghost_norm(reads: Sequence[Read]) -> Tensor:
     like = e if g is None else g
     assert like is not None
     count = at_once(like, 2 * like[0].numel())
-    pieces = []
+    squares, lengths = [], []
     for i in range(0, len(like), count):
         at = slice(i, i + count)
-        square = torch.zeros(len(like[at]), dtype=torch.float64, device=like.device)
+        square, length = torch.zeros(2, len(like[at]), dtype=torch.float64, device=like.device)
         if a is not None and g is not None:
-            square += gram(a[at], g[at], bias)
+            of_linear = gram(a[at], g[at], bias)
+            square, length = square + of_linear[0], length + of_linear[1]
         if tokens is not None and e is not None:
             equal = tokens[at, :, None] == tokens[at, None]
-            square += ((e[at].double() @ e[at].double().mT) * equal).flatten(1).sum(1)
+            products = e[at].double() @ e[at].double().mT
+            square += (products * equal).flatten(1).sum(1)
+            length += products.diagonal(dim1=-2, dim2=-1).sqrt().sum(1)
         if a is not None and g is not None and tokens is not None and e is not None:
             chosen = g[at].gather(2, tokens[at, None].expand(-1, g.shape[1], -1))
             square += 2 * ((a[at].double() @ e[at].double().mT) * chosen).flatten(1).sum(1)
-        pieces.append(square)
-    longest = torch.zeros(len(like), dtype=torch.float64, device=like.device)
-    if a is not None and g is not None:
-        longest += magnitude(a, g, bias)
-    if e is not None:
-        longest += torch.linalg.vector_norm(e, dim=-1).double().sum(1)
+        squares.append(square)
+        lengths.append(length)
     positions = sum(g.shape[1:-1].numel() for _, _, g in reads)
-    return never_short(torch.cat(pieces), longest, positions, like.dtype)
+    return never_short(torch.cat(squares), torch.cat(lengths), positions, like.dtype)
 
 
 def without_padding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Tensor:

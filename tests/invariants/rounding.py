@@ -97,7 +97,7 @@ def check_positions_that_cancel_add_no_more_than_the_clip_norm():
 
 def norms_without_rounding(patch):
     for module in (conv, norms, rules, text_rules):
-        patch.setattr(module, "never_short", lambda square, magnitude, positions, dtype: square)
+        patch.setattr(module, "never_short", lambda square, lengths, positions, dtype: square)
 
 
 def recomputed_in_another_way(patch, real=PerSampleGradients.add_weighted_sum):
