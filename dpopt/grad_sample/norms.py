@@ -122,21 +122,29 @@ def never_short(square: Tensor, lengths: Tensor, positions: int, dtype: torch.dt
 
 
 def gram(a: Tensor, g: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """Inner products of positions t of a (B, …, T, n) and g (B, …, T, m), in float64.
+    """`of_pairs` of positions of a (B, …, T, n) and g (B, …, T, m)."""
+    return of_pairs(inner_products(a), inner_products(g), bias)
+
+
+def inner_products(x: Tensor) -> Tensor:
+    """x_s·x_t for pairs of positions of (B, …, T, n), (B, …, T, T) float64.
 
     Where positions cancel, float32 would lose the norm, and one too small is not an option.
+    """
+    if x.shape[-2] == 1:
+        return square_norms(x.flatten(0, -2)).view(*x.shape[:-1], 1)
+    x = x.double()
+    return x @ x.mT
+
+
+def of_pairs(a: Tensor, g: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Turn `inner_products` of a layer's input and output gradient into what `never_short` needs.
 
     Returns:
         Σ (a_s·a_t + bias)(g_s·g_t) over pairs of positions, (B,), and Σ ‖(a_t, bias)‖·‖g_t‖ over positions, (B,).
     """
-    if a.shape[-2] == 1:  # one pair
-        of_a, of_g = (square_norms(x.flatten(0, -2)).view(len(x), -1) for x in (a, g))
-        squares = (of_a + float(bias)) * of_g
-        return squares.sum(1), squares.sqrt().sum(1)
-    a, g = a.double(), g.double()
-    products = (a @ a.mT + float(bias)) * (g @ g.mT)
-    lengths = products.diagonal(dim1=-2, dim2=-1).sqrt()
-    return products.flatten(1).sum(1), lengths.flatten(1).sum(1)
+    products = (a + float(bias)) * g
+    return products.flatten(1).sum(1), products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().flatten(1).sum(1)
 
 
 @contextmanager

@@ -19,15 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpopt.grad_sample.conv import (
-    conv,
-    conv_ghost_norm,
+from dpopt.grad_sample.conv import conv, conv_ghost_norm
+from dpopt.grad_sample.norms import Gradients, kernels, never_short, position_norms, sum_wide
+from dpopt.grad_sample.standardized_conv import (
     standardized_conv,
     standardized_ghost_norm,
     standardized_norms,
     standardized_pull_back,
 )
-from dpopt.grad_sample.norms import Gradients, kernels, never_short, position_norms, sum_wide
 from dpopt.grad_sample.text_rules import (
     kind_of,
     root_mean_square_norm,

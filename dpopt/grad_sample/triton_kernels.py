@@ -43,7 +43,7 @@ def square_norms(rows: Tensor) -> Tensor:
 def standardized_square_norms(
     parts: Tensor, weight: Tensor, gain: Tensor | None, how: tuple[float, float, float], counted: tuple[bool, bool]
 ) -> Tensor:
-    """‖∂/∂w‖² + ‖∂/∂gain‖² of every example, (B,) float64 (`dpopt.grad_sample.conv` has the equations).
+    """‖∂/∂w‖² + ‖∂/∂gain‖² of every example, (B,) float64 (`standardized_conv` has the equations).
 
     Args:
         parts: G, (B, P, out, m): P pieces of every filter, each contiguous.

@@ -8,6 +8,7 @@ from timm.layers import ScaledStdConv2d
 from torch import nn
 
 from dpopt.grad_sample import conv, norms, per_sample, rules
+from dpopt.grad_sample.standardized_conv import standardized_norms, standardized_pull_back
 from dpopt.models.layers import StandardizedConv2d
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,12 +108,15 @@ def test_standardized(kernels, monkeypatch, name, layout):
     back = [layout.index(i) for i in range(5)]
     gradient = gradient.permute(layout).contiguous().permute(back)
     found = {"weight": gradient, "bias": torch.randn(5, 6, device=DEVICE)}
-    norm, sums = conv.standardized_norms(layer, found), conv.standardized_pull_back(layer, {"weight": gradient[0]})
+    norm, sums = (
+        standardized_norms(layer, found),
+        standardized_pull_back(layer, {"weight": gradient[0]}),
+    )
     use(monkeypatch, None)
     wide = {key: value.double() for key, value in found.items()}
-    expected = conv.standardized_norms(layer.double(), wide)
+    expected = standardized_norms(layer.double(), wide)
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
-    exact = conv.standardized_pull_back(layer, {"weight": wide["weight"][0]})
+    exact = standardized_pull_back(layer, {"weight": wide["weight"][0]})
     for key, value in sums.items():
         torch.testing.assert_close(value.double(), exact[key], rtol=1e-5, atol=1e-9)
 
@@ -125,8 +129,8 @@ def test_standardized_filters_in_16_bits(kernels):
         "weight": torch.randn(5, *layer.weight.shape, device=DEVICE).bfloat16(),
         "bias": torch.zeros(5, 6, device=DEVICE),
     }
-    norm = conv.standardized_norms(layer, found)
-    expected = conv.standardized_norms(layer.float(), {name: value.float() for name, value in found.items()})
+    norm = standardized_norms(layer, found)
+    expected = standardized_norms(layer.float(), {name: value.float() for name, value in found.items()})
     torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpopt.grad_sample import conv
-from dpopt.grad_sample.conv import standardized_norms
 from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.standardized_conv import standardized_norms
 from dpopt.models.layers import StandardizedConv2d
 
 CONVOLUTIONS = {

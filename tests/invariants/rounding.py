@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpopt.grad_sample import conv, norms, rules, text_rules
+from dpopt.grad_sample import conv, norms, rules, standardized_conv, text_rules
 from dpopt.grad_sample.engine import POLICIES, GradSampler
 from dpopt.grad_sample.per_sample import PerSampleGradients
 from dpopt.models.layers import StandardizedConv2d
@@ -62,6 +62,10 @@ def tokens(size):
 MODELS = {
     "linear": (lambda: Mean(nn.Linear(256, 128, bias=False), 1), cancelling((8, 256), 0)),
     "convolution": (lambda: Mean(nn.Conv2d(64, 128, 1, bias=False), (2, 3)), cancelling((64, 6, 6), 2)),
+    "wide kernel": (
+        lambda: Mean(nn.Conv2d(16, 128, 3, 1, 1, padding_mode="circular", bias=False), (2, 3)),
+        cancelling((16, 8, 8), 2),
+    ),
     "standardized": (lambda: Mean(StandardizedConv2d(64, 128, 1, affine=False), (2, 3)), cancelling((64, 6, 6), 2)),
     "embedding": (Signs, tokens),
 }
@@ -96,7 +100,7 @@ def check_positions_that_cancel_add_no_more_than_the_clip_norm():
 
 
 def norms_without_rounding(patch):
-    for module in (conv, norms, rules, text_rules):
+    for module in (conv, norms, rules, standardized_conv, text_rules):
         patch.setattr(module, "never_short", lambda square, lengths, positions, dtype: square)
 
 

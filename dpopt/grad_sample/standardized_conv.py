@@ -1,0 +1,191 @@
+"""The rules of weight-standardized convolutions, dpopt's and timm's (`dpopt.grad_sample.rules` says what a rule is).
+
+The convolution sees s·τ·h, where h = (w − mean(w))/τ, filter by filter.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from dpopt.grad_sample.conv import by_position, columns, conv_weight, products_met
+from dpopt.grad_sample.norms import Gradients, kernels, memory_order, never_short, pieces, square_norms, sum_wide
+from dpopt.models.layers import StandardizedConv2d
+
+
+@dataclass(frozen=True)
+class _Standardization:
+    """With G = ∂/∂(standardized weight): ∂/∂w = s·(G − mean(G) − p·h·(h·G)) and ∂/∂gain = c·(h·G), for every filter.
+
+    Attributes:
+        direction: h, (out, n), the filter without its mean, over τ, about its norm.
+        scale: s, (out,).
+        project: p, (out,): 1, or 0 where τ is clamped.
+        gain: c.
+    """
+
+    direction: Tensor
+    scale: Tensor
+    project: Tensor
+    gain: float
+
+
+def _how(module: Any) -> tuple[float, float, float]:
+    """Floor, extra and factor: used is factor·gain·(w − mean(w))/τ, where τ² = max(‖w − mean(w)‖², floor) + extra.
+
+    Ours has a floor of 1e-4, timm's adds n·eps.
+    """
+    if isinstance(module, StandardizedConv2d):
+        return 1e-4, 0.0, 1.0
+    count = module.weight[0].numel()
+    return 0.0, count * module.eps, getattr(module, "scale", 1.0) * count**0.5
+
+
+def _gain(module: Any) -> Tensor | None:
+    return None if getattr(module, "gain", None) is None else module.gain.detach().flatten()
+
+
+def _standardization(module: Any) -> _Standardization:
+    (floor, extra, factor), gain = _how(module), _gain(module)
+    weight = module.weight.detach().flatten(1)
+    centered = weight - weight.mean(1, keepdim=True)
+    square = centered.square().sum(1)
+    length, project = (square.clamp(min=floor) + extra).sqrt(), (square > floor).to(square.dtype)
+    scale = factor / length if gain is None else factor * gain / length
+    return _Standardization(centered / length[:, None], scale, project, factor)
+
+
+def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
+    """Compute the plain convolution's gradients, with respect to the standardized weight."""
+    return {"bias": sum_wide(g.flatten(3), (1, 3)), "weight": conv_weight(module, _padded_to_same(module, a), g)}
+
+
+def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
+    """`standardized_norms` from positions: ‖G‖² is a quadratic form in a·aᵀ, ΣG and h·G are sums over positions.
+
+    h·G takes a convolution with h, in fp32 where that is enough.
+    """
+    through = _standardization(module)
+    a = _padded_to_same(module, a)
+    met, g = columns(module, a), by_position(module, g)
+    inner = products_met(module, a, g.shape[2])
+    double, gradient = met.double(), g.double()
+    filters = through.direction.unflatten(0, (module.groups, -1)).mT.to(met.dtype)
+    sums = inner @ gradient, double.sum(3, keepdim=True)
+    square, total = ((x * gradient).sum(2).flatten(1) for x in sums)
+    unasked = _unasked(g)
+    along = (_meet(*(double, filters.double()) if unasked else (met, filters)) * gradient).sum(2).flatten(1)
+    left = _left_of(through, square, total, along)
+    if not unasked and bool((left < square / 20).any()):
+        along = (_meet(double, filters.double()) * gradient).sum(2).flatten(1)
+        left = _left_of(through, square, total, along)
+    square = _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
+    stretch = (through.scale.max().square() + through.gain**2).sqrt().clamp(min=1)  # the chain rule's, from the sum on
+    squares = (inner.diagonal(dim1=-2, dim2=-1) + float(module.bias is not None)) * gradient.square().sum(3)
+    return never_short(square, stretch * squares.sqrt().flatten(1).sum(1), g.shape[2], g.dtype)
+
+
+def _meet(met: Tensor, filters: Tensor) -> Tensor:
+    """(B, groups, T, n) times (groups, n, filters), all examples in one product."""
+    return (met.transpose(0, 1).flatten(1, 2) @ filters).unflatten(1, (len(met), -1)).transpose(0, 1)
+
+
+def _padded_to_same(module: Any, a: Tensor) -> Tensor:
+    if not getattr(module, "same_pad", False):
+        return a
+    from timm.layers import pad_same
+
+    return pad_same(a.flatten(0, 1), module.kernel_size, module.stride, module.dilation).unflatten(0, a.shape[:2])
+
+
+def standardized_norms(module: Any, found: Gradients) -> Tensor:
+    """In closed form from ΣG, ‖G‖² and h·G of every filter: the gradients of weight and gain are never formed.
+
+    ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). Where less than a twentieth of ‖G‖² is left, fp32 may have lost
+    it, and these filters are done one by one in float64.
+    """
+    gradient = found["weight"]
+    if kernels(gradient) is not None:
+        return _norms_by_kernel(module, found)
+    through = _standardization(module)
+    h, project = through.direction, through.project
+    parts, directions = _by_filter(gradient, h)
+    square, total, along = torch.cat([_filter_sums(piece, directions) for piece in pieces(parts)], 1)
+    left = _left_of(through, square, total, along)
+    if _unasked(gradient):
+        left = torch.cat([_left(piece.flatten(2), h, project) for piece in pieces(gradient)])
+    elif bool((lost := left < square / 20).any()):
+        filters = h.expand(len(gradient), -1, -1)
+        left[lost] = _left(gradient[lost].flatten(1), filters[lost], project.expand_as(lost)[lost])
+    return _through(module, through, left, along, found)
+
+
+def _norms_by_kernel(module: Any, found: Gradients) -> Tensor:
+    (parts, weight), gain = _by_filter(found["weight"], module.weight.detach()), getattr(module, "gain", None)
+    counted = module.weight.requires_grad, gain is not None and gain.requires_grad
+    given = weight.contiguous(), _gain(module), _how(module)
+    norms: Tensor = kernels(parts).standardized_square_norms(parts, *given, counted)
+    if module.bias is not None and module.bias.requires_grad:
+        norms += square_norms(found["bias"])
+    return norms
+
+
+def _filter_sums(parts: Tensor, h: Tensor) -> Tensor:
+    """‖G‖², ΣG and h·G of every filter, (3, B, out) float64, of G (B, P, out, n/P) and h (P, out, n/P)."""
+    square = square_norms(parts.flatten(0, 2)).view(parts.shape[:3])
+    return torch.stack([square, parts.sum(3).double(), (parts * h).sum(3).double()]).sum(2)
+
+
+def _unasked(x: Tensor) -> bool:
+    """Whether nothing should depend on values: a graph has no branches, and a GPU would have to be waited for."""
+    return get_proxy_mode() is not None or x.is_cuda
+
+
+def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Tensor) -> Tensor:
+    """‖G − mean(G) − p·h·(h·G)‖² of every filter from ‖G‖², ΣG and h·G, (B, out) float64."""
+    h = through.direction
+    return square - total.square() / h.shape[1] - through.project * (2 - h.square().sum(1)) * along.square()
+
+
+def _through(module: Any, through: _Standardization, left: Tensor, along: Tensor, found: Gradients) -> Tensor:
+    """Squared norms (B,) of all trainable parameters of the layer."""
+    norms = torch.zeros(len(left), dtype=torch.float64, device=left.device)
+    if module.weight.requires_grad:
+        norms += (through.scale.square() * left.clamp(min=0)).sum(1)
+    if getattr(module, "gain", None) is not None and module.gain.requires_grad:
+        norms += (through.gain * along).square().sum(1)
+    if module.bias is not None and module.bias.requires_grad:
+        norms += square_norms(found["bias"])
+    return norms
+
+
+def _left(rows: Tensor, h: Tensor, project: Tensor) -> Tensor:
+    """‖G − mean(G) − p·h·(h·G)‖² of filters (…, n), in float64."""
+    rows = rows.double()
+    rows = rows - rows.mean(-1, keepdim=True)
+    return (rows - (project * (rows * h).sum(-1))[..., None] * h).square().sum(-1)
+
+
+def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, out, …) as (B, P, out, n/P) without moving it, where memory has P pieces of every filter; h alike."""
+    order = memory_order(gradient)
+    before, moved = order.index(1), gradient.permute(0, *order)
+    pieces, length = moved.shape[1 : 1 + before].numel(), moved.shape[2 + before :].numel()
+    shape = (pieces, gradient.shape[1], length)
+    return moved.reshape(-1, *shape), h.view(gradient.shape[1:]).permute([i - 1 for i in order]).reshape(shape)
+
+
+def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
+    """From the standardized weight to weight and gain."""
+    gradient, gain = sums["weight"].flatten(1), _gain(module)
+    if (of := kernels(gradient)) is not None:
+        weight, along = of.standardized_gradients(gradient, module.weight.detach().flatten(1), gain, _how(module))
+    else:
+        through = _standardization(module)
+        along = (through.direction * gradient).sum(1)
+        rest = gradient - gradient.mean(1, keepdim=True) - (through.project * along)[:, None] * through.direction
+        weight, along = through.scale[:, None] * rest, through.gain * along
+    found = {**sums, "weight": weight.view(module.weight.shape)}
+    return found if gain is None else {**found, "gain": along.view(module.gain.shape)}
