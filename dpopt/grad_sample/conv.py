@@ -28,14 +28,17 @@ def conv_ghost_norm(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tens
 
 
 def products_met(module: Any, a: Tensor, positions: int) -> Tensor:
-    """Inner products of what the filters meet at T positions of the output, (B, groups, T, T) float64.
+    """Inner products of what the filters meet at T positions of the output, (B, groups, T, T) float64."""
+    by_pixels = a[0, :, 0].numel() ** 2 < positions**2 * module.weight[0, 0].numel()
+    return products_of_pixels(module, a) if by_pixels else inner_products(columns(module, a))
 
-    Such a product is a sum, over the places of the kernel, of inner products of pixels. Of these there are fewer by the
-    number of places, if the output is as large as the input.
+
+def products_of_pixels(module: Any, a: Tensor) -> Tensor:
+    """Take `products_met` from inner products of pixels, which add up over the places of the kernel.
+
+    Of pairs of pixels there are fewer by the number of places, if the output is as large as the input.
     """
     image, kernel, stride, dilation, padding = _as_2d(module, a)
-    if image[0, :, 0].numel() ** 2 >= positions**2 * kernel[0] * kernel[1]:
-        return inner_products(columns(module, a))
     pixels = image.unflatten(2, (module.groups, -1)).permute(0, 2, 1, 4, 5, 3)  # (B, groups, K, h, w, n)
     found = inner_products(pixels.flatten(2, 4)).view(*pixels.shape[:5], *pixels.shape[2:5])
     found = F.pad(found, (*padding, 0, 0, *padding))

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpopt.grad_sample import conv
 from dpopt.grad_sample.engine import GradSampler
+from dpopt.grad_sample.norms import inner_products
 from dpopt.grad_sample.standardized_conv import standardized_norms
 from dpopt.models.layers import StandardizedConv2d
 
@@ -44,6 +45,13 @@ def every_way(what, device, ways):
     return others[-1] if others else first
 
 
+def assert_pixels_suffice(layer, inputs):
+    """Inner products of pixels give those of what the filters meet, whichever of the two are fewer."""
+    inputs = inputs.double()
+    expected = inner_products(conv.columns(layer, inputs))
+    torch.testing.assert_close(conv.products_of_pixels(layer, inputs), expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("views", [1, 4])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -53,6 +61,7 @@ def test_convolutions(name, views, monkeypatch):
     assert plans["store"] == ({"layers.0": "store"}, [])
     assert plans["recompute"][0] == {"layers.0": "recompute"}
     assert plans["ghost"][0] == {"layers.0": "ghost"}
+    assert_pixels_suffice(CONVOLUTIONS[name], images(4, views=views)[0])
 
 
 def tokens(shape, views):
@@ -116,6 +125,7 @@ def test_convolutions_of_any_shape(
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(conv, "fastest", every_way)
         assert_exact(Head(layer), inputs, torch.arange(examples) % 3, validate=False, tolerance=1e-9)
+    assert_pixels_suffice(layer, inputs)
 
 
 class Reused(nn.Module):
