@@ -60,6 +60,13 @@ def columns(module: Any, a: Tensor) -> Tensor:
     return by_position(module, met.reshape(examples, views, -1, *sizes))
 
 
+def convolve(module: Any, a: Tensor, filters: Tensor) -> Tensor:
+    """Convolve an input (B, K, in, …) with other filters than the module's, without a bias; (B, K, out, h, w)."""
+    image, _, stride, dilation, padding = _as_2d(module, a)
+    x = F.pad(image, padding).flatten(0, 1)
+    return F.conv2d(x, filters.to(x), None, stride, 0, dilation, module.groups).unflatten(0, a.shape[:2])
+
+
 def by_position(module: Any, x: Tensor) -> Tensor:
     """Arrange (B, K, groups·n, …) by position, (B, groups, T, n)."""
     return x.flatten(3).unflatten(2, (module.groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)

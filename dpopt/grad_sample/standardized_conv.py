@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from dpopt.grad_sample.conv import by_position, columns, conv_weight, products_met
+from dpopt.grad_sample.conv import by_position, conv_weight, convolve, products_met
 from dpopt.grad_sample.norms import Gradients, kernels, memory_order, never_short, pieces, square_norms, sum_wide
 from dpopt.models.layers import StandardizedConv2d
 
@@ -67,29 +67,28 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
 
     h·G takes a convolution with h, in fp32 where that is enough.
     """
-    through = _standardization(module)
-    a = _padded_to_same(module, a)
-    met, g = columns(module, a), by_position(module, g)
-    inner = products_met(module, a, g.shape[2])
-    double, gradient = met.double(), g.double()
-    filters = through.direction.unflatten(0, (module.groups, -1)).mT.to(met.dtype)
-    sums = inner @ gradient, double.sum(3, keepdim=True)
-    square, total = ((x * gradient).sum(2).flatten(1) for x in sums)
-    unasked = _unasked(g)
-    along = (_meet(*(double, filters.double()) if unasked else (met, filters)) * gradient).sum(2).flatten(1)
+    through, a, g = _standardization(module), _padded_to_same(module, a), by_position(module, g)
+    inner, gradient = products_met(module, a, g.shape[2]), g.double()
+
+    def over_positions(x: Tensor) -> Tensor:
+        return (x * gradient).sum(2).flatten(1)
+
+    def along_filters(x: Tensor) -> Tensor:
+        return over_positions(by_position(module, convolve(module, x, through.direction.view(module.weight.shape))))
+
+    square = over_positions(inner @ gradient)
+    channels = a.double().unflatten(2, (module.groups, -1)).sum(3)
+    ones = channels.new_ones(module.groups, 1, *module.kernel_size)
+    total = over_positions(by_position(module, convolve(module, channels, ones)))
+    along = along_filters(a.double() if _unasked(g) else a)
     left = _left_of(through, square, total, along)
-    if not unasked and bool((left < square / 20).any()):
-        along = (_meet(double, filters.double()) * gradient).sum(2).flatten(1)
+    if not _unasked(g) and bool((left < square / 20).any()):
+        along = along_filters(a.double())
         left = _left_of(through, square, total, along)
     square = _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
     stretch = (through.scale.max().square() + through.gain**2).sqrt().clamp(min=1)  # the chain rule's, from the sum on
     squares = (inner.diagonal(dim1=-2, dim2=-1) + float(module.bias is not None)) * gradient.square().sum(3)
     return never_short(square, stretch * squares.sqrt().flatten(1).sum(1), g.shape[2], g.dtype)
-
-
-def _meet(met: Tensor, filters: Tensor) -> Tensor:
-    """(B, groups, T, n) times (groups, n, filters), all examples in one product."""
-    return (met.transpose(0, 1).flatten(1, 2) @ filters).unflatten(1, (len(met), -1)).transpose(0, 1)
 
 
 def _padded_to_same(module: Any, a: Tensor) -> Tensor:
