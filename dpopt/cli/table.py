@@ -30,15 +30,19 @@ def table(arguments: Sequence[str]) -> int:
     parser.add_argument("--commands", action="store_true", help="print the commands of missing runs, and stop")
     parser.add_argument("--plan", action="store_true", help="print what the runs would cost here, and stop")
     kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--add", action="store_true", help="count the runs of a page that are not here, and add to them")
+    kept.add_argument(
+        "--add", action="store_true", help="count the runs of one table's page that are not here, and add to them"
+    )
     kept.add_argument("--force", action="store_true", help="overwrite tables that hold more runs than are here")
     options = parser.parse_args(arguments)
     names = options.names or spec.names_at(options.size)
     for name in names:
         spec.check_size(spec.read(name), options.size)
     output = options.output or (spec.ROOT / "runs/tables" if options.size == "smoke" else spec.RESULTS)
-    for name in names if options.add else []:
-        spec.count_page(name, options.size, output)
+    if options.add:
+        if len(names) != 1:
+            raise ValueError("--add goes on with the page of one table: name it")
+        spec.count_page(names[0], options.size, output)
     if options.commands:
         lines = [line for name in names for line in spec.commands(name, options.size)]
         print("\n".join(dict.fromkeys(lines)))

@@ -29,8 +29,13 @@ def conv_ghost_norm(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tens
 
 def products_met(module: Any, a: Tensor, positions: int) -> Tensor:
     """Inner products of what the filters meet at T positions of the output, (B, groups, T, T) float64."""
-    by_pixels = a[0, :, 0].numel() ** 2 < positions**2 * module.weight[0, 0].numel()
-    return products_of_pixels(module, a) if by_pixels else inner_products(columns(module, a))
+    image, kernel, _, _, (left, right, top, bottom) = _as_2d(module, a)
+    pixels = image.shape[1] * (image.shape[3] + top + bottom) * (image.shape[4] + left + right)
+    channels = image.shape[2] // module.groups
+    # In products; to add up one shifted pair costs about 10 of them, and to copy and widen a value of a column 25.
+    by_pixels = pixels**2 * (channels + 10 * sum(kernel))
+    by_columns = positions * channels * kernel[0] * kernel[1] * (positions + 25)
+    return products_of_pixels(module, a) if by_pixels < by_columns else inner_products(columns(module, a))
 
 
 def products_of_pixels(module: Any, a: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
 def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     """`standardized_norms` from positions: ‖G‖² is a quadratic form in a·aᵀ, ΣG and h·G are sums over positions.
 
-    h·G takes a convolution with h, in fp32 where that is enough.
+    h·G takes a convolution with h, in fp32 where that is enough, and the norm counts what it may be wrong by.
     """
     through, a, g = _standardization(module), _padded_to_same(module, a), by_position(module, g)
     inner, gradient = products_met(module, a, g.shape[2]), g.double()
@@ -73,22 +73,26 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     def over_positions(x: Tensor) -> Tensor:
         return (x * gradient).sum(2).flatten(1)
 
-    def along_filters(x: Tensor) -> Tensor:
-        return over_positions(by_position(module, convolve(module, x, through.direction.view(module.weight.shape))))
+    def along_filters(x: Tensor) -> tuple[Tensor, Tensor]:
+        along = over_positions(by_position(module, convolve(module, x, through.direction.view(module.weight.shape))))
+        return along, fan_in * torch.finfo(x.dtype).eps / 2 * (met * gradient.abs()).sum(2).flatten(1)
 
+    fan_in, met = module.weight[0].numel(), inner.diagonal(dim1=-2, dim2=-1)[..., None].clamp(min=0).sqrt()
     square = over_positions(inner @ gradient)
     channels = a.double().unflatten(2, (module.groups, -1)).sum(3)
     ones = channels.new_ones(module.groups, 1, *module.kernel_size)
     total = over_positions(by_position(module, convolve(module, channels, ones)))
-    along = along_filters(a.double() if _unasked(g) else a)
+    along, error = along_filters(a.double() if _unasked(g) else a)
     left = _left_of(through, square, total, along)
     if not _unasked(g) and bool((left < square / 20).any()):
-        along = along_filters(a.double())
+        along, error = along_filters(a.double())
         left = _left_of(through, square, total, along)
+    along = along.abs() + error
+    left = left.clamp(min=0) + 2 * through.project * along * error
     square = _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
     stretch = (through.scale.max().square() + through.gain**2).sqrt().clamp(min=1)  # the chain rule's, from the sum on
-    squares = (inner.diagonal(dim1=-2, dim2=-1) + float(module.bias is not None)) * gradient.square().sum(3)
-    return never_short(square, stretch * squares.sqrt().flatten(1).sum(1), g.shape[2], g.dtype)
+    lengths = (met[..., 0].square() + float(module.bias is not None)).sqrt() * gradient.square().sum(3).sqrt()
+    return never_short(square, stretch * lengths.flatten(1).sum(1), g.shape[2], g.dtype)
 
 
 def _padded_to_same(module: Any, a: Tensor) -> Tensor:
@@ -143,9 +147,11 @@ def _unasked(x: Tensor) -> bool:
 
 
 def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Tensor) -> Tensor:
-    """‖G − mean(G) − p·h·(h·G)‖² of every filter from ‖G‖², ΣG and h·G, (B, out) float64."""
-    h = through.direction
-    return square - total.square() / h.shape[1] - through.project * (2 - h.square().sum(1)) * along.square()
+    """‖G − mean(G) − p·h·(h·G)‖² of every filter from ‖G‖², ΣG and h·G, (B, out) float64; Σh is not quite 0."""
+    h = through.direction.double()
+    mean = total / h.shape[1]
+    of_h = (2 - h.square().sum(1)) * along.square() - 2 * h.sum(1) * mean * along
+    return square - total * mean - through.project * of_h
 
 
 def _through(module: Any, through: _Standardization, left: Tensor, along: Tensor, found: Gradients) -> Tensor:

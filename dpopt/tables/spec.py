@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpopt.config.overrides import from_hydra, with_weights
 from dpopt.config.schema import CONF, Config
 from dpopt.runs import directory as run_files
-from dpopt.runs.identity import content_key, failure_note, finished_runs, run_name, same_run
+from dpopt.runs.identity import content_key, failure_note, finished_runs, hash_of, run_name, same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -79,16 +79,15 @@ class Job:
         if done := run_files.finished(directory):
             return done
         note = failure_note(replace(self.config, output_dir=str(ROOT / self.config.output_dir)))
-        error = run_files.failure(directory, note)
-        if not error and directory.name in _page:
-            return _page[directory.name]
-        if error:
+        if kept := _page.get(hash_of(self.name)):
+            return kept
+        if error := run_files.failure(directory, note):
             return {"status": "failed", "error": error}
         return {"status": "unfinished" if directory.exists() else "not run"}
 
     def on_page_alone(self) -> bool:
         """Say whether the result is that of a page, and the run itself is not here."""
-        return self.result() is _page.get(self.directory().name)
+        return self.result() is _page.get(hash_of(self.name))
 
     def series(self) -> list[dict[str, float]]:
         """Read metrics.csv, row by row."""
@@ -103,22 +102,32 @@ class Job:
         result = self.result()
         if result["status"] != "finished":
             return None
-        series = self.series()
+        series = [] if self.on_page_alone() else self.series()
         value = result[measure] if measure in result else series[-1].get(measure) if series else None
         return None if value is None else float(value)
 
 
-# Finished runs of pages that count as finished though they are not here, by name: `dpopt table --add`.
+# Finished runs of a page that count as finished though they are not here, by the hash of their names.
 _page: dict[str, dict[str, Any]] = {}
 
 
 def count_page(name: str, size: str, output: Path = RESULTS) -> None:
-    """Let the finished runs of a table's page count where they are not here."""
+    """Let the finished runs of a table's page count where they are not here, and no other page's.
+
+    Raises:
+        ValueError: when the page has runs that the table does not, or not by this name.
+    """
+    _page.clear()
+    about = read(name)
+    known = {hash_of(job.name) for entry in about["tables"] for job in jobs(about, entry, size)}
     for line in recorded(name, size, output):
+        if hash_of(line["run"]) not in known:
+            path = folder(name, size, output) / "table.csv"
+            raise ValueError(f"{path} holds {line['run']}, which is no run of the table now: it cannot be added to")
         result: dict[str, Any] = {key: _number(value) for key, value in line.items() if value}
-        result |= {"git_commit": line["git_commit"], "dataset_size": result["train_size"]}
-        result["versions"] = dict(part.split(" ", 1) for part in line["versions"].split("; "))
-        _page[line["run"]] = result
+        result |= {"git_commit": line["git_commit"], "dataset_size": result.get("train_size", "")}
+        result["versions"] = dict(part.split(" ", 1) for part in line["versions"].split("; ") if part)
+        _page[hash_of(line["run"])] = result
 
 
 def _number(text: str) -> Any:

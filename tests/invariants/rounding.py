@@ -43,7 +43,7 @@ class Mean(nn.Module):
 def cancelling(shape, dim):
     """Inputs of ordinary size, but for one whose two halves cancel."""
 
-    def inputs(size):
+    def inputs(size, model):
         found = torch.randn(BATCH, 1, *shape)
         half = size * found[AT, 0].chunk(2, dim)[0]
         found[AT, 0] = torch.cat([half, -half], dim)
@@ -52,7 +52,32 @@ def cancelling(shape, dim):
     return inputs
 
 
-def tokens(size):
+class Filter(nn.Module):
+    """What one filter of a layer finds at one place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[:, 0, 1, 1]
+
+
+def along_a_filter(size, model):
+    """Inputs of ordinary size, but for one that a standardized filter takes for itself and a constant, nearly."""
+    weight = model.layer.weight.detach()[0]
+    h = (weight - weight.mean()).double()
+    h /= h.norm()
+    constant, rest = h.sum().sign() * h.numel() ** -0.5, torch.randn(h.shape).double()
+    rest -= rest.mean()
+    rest -= h * (h * rest).sum()
+    found = torch.randn(BATCH, 1, *h.shape)
+    left = 0.95 * (2 * (constant * h.sum()).abs()).sqrt()
+    found[AT, 0] = (size * (h + constant + left * rest / rest.norm())).to(found)
+    return found
+
+
+def tokens(size, model):
     found = torch.randint(0, 64, (BATCH, 1, 3))
     found[..., 2] = 0
     found[AT, 0] = torch.tensor([5, 5, round(math.log10(size))])
@@ -69,17 +94,20 @@ MODELS = {
     "standardized": (lambda: Mean(StandardizedConv2d(64, 128, 1, affine=False), (2, 3)), cancelling((64, 6, 6), 2)),
     "embedding": (Signs, tokens),
 }
+ALONG = lambda: Filter(StandardizedConv2d(16, 8, 3, affine=False)), along_a_filter
 
 
-def longest(name, policy, sizes=(1e0, 1e3, 1e6, 1e9)):
+def longest(made, policy, dtype=torch.float32, sizes=(1e0, 1e3, 1e6, 1e9)):
     """The most that an example adds next to others, over the clip norm."""
-    make, inputs = MODELS[name]
+    make, inputs = made
     found = []
     for size in sizes:
         torch.manual_seed(0)
         model = make()
+        x = inputs(size, model)
+        model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
         engine = GradSampler(model, lambda outputs, targets: outputs * targets, policy)
-        per_sample = engine(inputs(size), torch.ones(BATCH))
+        per_sample = engine(x, torch.ones(BATCH, dtype=dtype))
         weights = (1 / per_sample.norms).clamp(max=1.0)
 
         def total(weights, model=model, per_sample=per_sample):
@@ -96,12 +124,25 @@ def longest(name, policy, sizes=(1e0, 1e3, 1e6, 1e9)):
 def check_positions_that_cancel_add_no_more_than_the_clip_norm():
     for name in MODELS:
         for policy in POLICIES:
-            assert longest(name, policy) <= 1 + 1e-5, (name, policy)
+            assert longest(MODELS[name], policy) <= 1 + 1e-5, (name, policy)
+
+
+def check_ghost_norms_of_standardized_filters_are_not_too_short():
+    for dtype in (torch.float32, torch.float64):
+        assert longest(ALONG, "ghost", dtype) <= 1 + 1e-5, dtype
 
 
 def norms_without_rounding(patch):
     for module in (conv, norms, rules, standardized_conv, text_rules):
         patch.setattr(module, "never_short", lambda square, lengths, positions, dtype: square)
+
+
+def filters_without_their_sum(patch):
+    def left(through, square, total, along):
+        h = through.direction
+        return square - total.square() / h.shape[1] - through.project * (2 - h.square().sum(1)) * along.square()
+
+    patch.setattr(standardized_conv, "_left_of", left)
 
 
 def recomputed_in_another_way(patch, real=PerSampleGradients.add_weighted_sum):
@@ -114,5 +155,9 @@ def recomputed_in_another_way(patch, real=PerSampleGradients.add_weighted_sum):
 
 
 MUTANTS = {
-    check_positions_that_cancel_add_no_more_than_the_clip_norm: [norms_without_rounding, recomputed_in_another_way]
+    check_positions_that_cancel_add_no_more_than_the_clip_norm: [
+        norms_without_rounding,
+        recomputed_in_another_way,
+    ],
+    check_ghost_norms_of_standardized_filters_are_not_too_short: [filters_without_their_sum],
 }

@@ -10,6 +10,7 @@ from helpers import ROOT, finish_run
 
 from dpopt.cli import main
 from dpopt.tables import figures, render, spec
+from dpopt.training.run import note_failure
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +58,7 @@ def test_a_page_of_another_machine_is_added_to(tmp_path, monkeypatch, capsys):
     assert [set(job.words) - set(line) for job, line in zip(lacking, lines, strict=True)] == [set(), set()]
     assert main([*command, "--add"]) == 0 and page.read_text() == before and image.read_text() == "of all runs"
     finish_run(jobs[0], test_accuracy=0.9, test_loss=1.0, **measured)
+    note_failure(jobs[1].config, ValueError("no data"))  # what is on the page has not failed
     spec._page.clear()
     assert main(command) == 0 and page.read_text() == before  # one run is less than the page holds
     assert main([*command, "--add"]) == 0
@@ -64,6 +66,12 @@ def test_a_page_of_another_machine_is_added_to(tmp_path, monkeypatch, capsys):
     kept = [line for line in before.splitlines() if "finished" in line]
     assert set(kept) < set(after.splitlines()) and after.count("finished") == before.count("finished") + 1
     assert "kept as it is: some of its runs are on the page and not here" in capsys.readouterr().out
+    page.write_text(before.replace(jobs[1].name, "a-run-of-1234abcdef"))
+    assert main([*command, "--add"]) == 1
+    assert (
+        "holds a-run-of-1234abcdef, which is no run of the table now: it cannot be added to" in capsys.readouterr().err
+    )
+    assert main(["table", "mine", "other", "--add"]) == 1 and "name it" in capsys.readouterr().err
 
 
 def test_a_figure_alone_has_no_page(tmp_path, monkeypatch, capsys):
