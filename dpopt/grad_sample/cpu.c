@@ -135,10 +135,11 @@ less than a quarter of |G|^2, rounding could make it too small, and the values a
 static inline void add_filters(const void *parts, int64_t begin, int64_t end, int64_t pieces, int64_t filters,
                                int64_t length, int64_t by_example, int64_t by_piece, int64_t by_filter, int narrow,
                                const float *directions, const double *scales, const double *projects,
-                               const double *twices, double factor, int of_weight, int of_gain, double *squares) {
+                               const double *twices, double factor, int of_weight, int of_gain, double *squares,
+                               double *lengths) {
     const int64_t count = pieces * length;
     for (int64_t e = begin; e < end; e++) {
-        squares[e] = 0;
+        squares[e] = lengths[e] = 0;
         for (int64_t f = 0; f < filters; f++) {
             const int64_t first = e * by_example + f * by_filter;
             const float *h = directions + f * count;
@@ -156,24 +157,26 @@ static inline void add_filters(const void *parts, int64_t begin, int64_t end, in
                         left += away * away;
                     }
             }
-            if (of_weight) squares[e] += scales[f] * scales[f] * left;
-            if (of_gain) squares[e] += factor * factor * along * along;
+            if (of_weight) squares[e] += scales[f] * scales[f] * left, lengths[e] += scales[f] * scales[f] * whole;
+            if (of_gain) squares[e] += factor * factor * along * along, lengths[e] += factor * factor * whole;
         }
     }
 }
 
 /* Of every example of begin..end, the sum over its filters of |d/dw|^2 + |d/dgain|^2, with G in `pieces` pieces of
-`length` values: (scale * |G - mean(G) - project * h * (h.G)|)^2 + (factor * (h.G))^2. */
+`length` values: (scale * |G - mean(G) - project * h * (h.G)|)^2 + (factor * (h.G))^2, and what that is at most for such
+|G|^2. */
 void standardized_square_norms(const void *parts, int64_t begin, int64_t end, int64_t pieces, int64_t filters,
                                int64_t length, int64_t by_example, int64_t by_piece, int64_t by_filter, int narrow,
                                const float *directions, const double *scales, const double *projects,
-                               const double *twices, double factor, int of_weight, int of_gain, double *squares) {
+                               const double *twices, double factor, int of_weight, int of_gain, double *squares,
+                               double *lengths) {
     if (narrow)
         add_filters(parts, begin, end, pieces, filters, length, by_example, by_piece, by_filter, 1, directions, scales,
-                    projects, twices, factor, of_weight, of_gain, squares);
+                    projects, twices, factor, of_weight, of_gain, squares, lengths);
     else
         add_filters(parts, begin, end, pieces, filters, length, by_example, by_piece, by_filter, 0, directions, scales,
-                    projects, twices, factor, of_weight, of_gain, squares);
+                    projects, twices, factor, of_weight, of_gain, squares, lengths);
 }
 
 /* Of sums G (filters, length) of all examples, filters begin..end, used as in `standardize`, all in double:

@@ -47,8 +47,10 @@ def square_norms(rows: Tensor) -> Tensor:
 
 def standardized_square_norms(
     parts: Tensor, weight: Tensor, gain: Tensor | None, how: tuple[float, float, float], counted: tuple[bool, bool]
-) -> Tensor:
-    """‖∂/∂w‖² + ‖∂/∂gain‖² of every example, (B,) float64 (`standardized_conv` has the equations).
+) -> tuple[Tensor, Tensor]:
+    """‖∂/∂w‖² + ‖∂/∂gain‖² of every example, and what that is at most for such ‖G‖², (B,) float64.
+
+    `standardized_conv` has the equations.
 
     Args:
         parts: G, (B, P, out, m): P pieces of every filter, each contiguous.
@@ -64,16 +66,16 @@ def standardized_square_norms(
     constants = direction.data_ptr(), *(row.data_ptr() for row in numbers)
     known = None if gain is None else gain.data_ptr(), pieces, out, length
     _library().standardize(weight.data_ptr(), *known, *how, *constants)
-    squares = torch.empty(examples, dtype=torch.float64)
+    squares, lengths = torch.empty(2, examples, dtype=torch.float64)
     shape = pieces, out, length, *parts.stride()[:3], _narrow(parts)
 
+    found = squares.data_ptr(), lengths.data_ptr()
+
     def work(begin: int, end: int) -> None:
-        _library().standardized_square_norms(
-            parts.data_ptr(), begin, end, *shape, *constants, how[2], *counted, squares.data_ptr()
-        )
+        _library().standardized_square_norms(parts.data_ptr(), begin, end, *shape, *constants, how[2], *counted, *found)
 
     native.in_parts(work, examples, _WORTH_A_THREAD // max(1, pieces * out * length))
-    return squares
+    return squares, lengths
 
 
 def standardized_gradients(
@@ -127,7 +129,7 @@ def _library() -> ctypes.CDLL:
     shape: list[Any] = [pointer, *[count] * 8, flag]
     loaded.square_norms.argtypes = [pointer, *[count] * 4, flag, pointer]
     loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, pointer]
-    loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 4, number, flag, flag, pointer]
+    loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 4, number, flag, flag, pointer, pointer]
     loaded.standardize.argtypes = [pointer, pointer, *[count] * 3, *[number] * 3, *[pointer] * 4]
     of_sums: list[Any] = [pointer, pointer, count, count, pointer, count, *[number] * 3, pointer, pointer]
     loaded.standardized_gradients.argtypes = of_sums

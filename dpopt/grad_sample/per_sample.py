@@ -126,7 +126,7 @@ class PerSampleGradients:
         """Add up the norms."""
         self.losses, self.layers = losses, list(self._squares)
         squares = torch.stack(list(self._squares.values()), 1)
-        dtype = max(losses.dtype, torch.float32, key=_bits)
+        dtype = torch.promote_types(losses.dtype, torch.float32)
         self.layer_norms, self.norms = squares.sqrt().to(dtype), squares.sum(1).sqrt().to(dtype)
         return self
 
@@ -256,7 +256,7 @@ def _by_model_names(tracked: TrackedLayer | None, found: Gradients, wide: bool =
     if tracked is None:
         return found
     if (pull_back := tracked.rule.pull_back) is not None:
-        found = {n: g.double() if wide else g.to(max(g.dtype, torch.float32, key=_bits)) for n, g in found.items()}
+        found = {n: g.double() if wide else g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in found.items()}
         found = vmap(lambda one: pull_back(tracked.module, one))(found)
     return {full: found[name] for name, full in tracked.names.items()}
 
@@ -322,10 +322,6 @@ def _column(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dtype == torch.bool else x.to(like)
 
 
-def _bits(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits
-
-
 def split_examples(call: LayerCall, examples: int) -> tuple[tuple[Any, ...], Tensor]:
     """Split arguments and output gradient by example, in one floating-point type.
 
@@ -340,7 +336,7 @@ def split_examples(call: LayerCall, examples: int) -> tuple[tuple[Any, ...], Ten
         leaves = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.arguments)
         leaves = tuple(x if d is None else split(x, d, examples) for x, d in zip(leaves, layout.inputs, strict=True))
         return leaves, split(g.to(dtype), layout.output, examples)
-    dtype = g.dtype if call.policy == "store" else max(g.dtype, torch.float32, key=_bits)
+    dtype = g.dtype if call.policy == "store" else torch.promote_types(g.dtype, torch.float32)
     dtype = torch.float64 if call.wide and call.policy != "store" else dtype
     arguments = tuple(
         with_views((x.to(dtype) if x.is_floating_point() else x), layout.output, examples) for x in call.arguments

@@ -68,16 +68,19 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     h·G takes a convolution with h, in fp32 where that is enough, and the norm counts what it may be wrong by.
     """
     through, a, g = _standardization(module), _padded_to_same(module, a), by_position(module, g)
-    inner, gradient = products_met(module, a, g.shape[2]), g.double()
+    positions, fan_in, gradient = g.shape[2], module.weight[0].numel(), g.double()
+    inner = products_met(module, a, positions)
+    met = inner.diagonal(dim1=-2, dim2=-1)[..., None].clamp(min=0).sqrt()
+    products = (met * gradient.abs()).sum(2).flatten(1)  # their lengths, added up for every filter
+    error_of_sums = (fan_in + positions) * torch.finfo(torch.float64).eps / 2 * products
 
     def over_positions(x: Tensor) -> Tensor:
         return (x * gradient).sum(2).flatten(1)
 
     def along_filters(x: Tensor) -> tuple[Tensor, Tensor]:
         along = over_positions(by_position(module, convolve(module, x, through.direction.view(module.weight.shape))))
-        return along, fan_in * torch.finfo(x.dtype).eps / 2 * (met * gradient.abs()).sum(2).flatten(1)
+        return along, fan_in * torch.finfo(x.dtype).eps / 2 * products + error_of_sums
 
-    fan_in, met = module.weight[0].numel(), inner.diagonal(dim1=-2, dim2=-1)[..., None].clamp(min=0).sqrt()
     square = over_positions(inner @ gradient)
     channels = a.double().unflatten(2, (module.groups, -1)).sum(3)
     ones = channels.new_ones(module.groups, 1, *module.kernel_size)
@@ -88,11 +91,13 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
         along, error = along_filters(a.double())
         left = _left_of(through, square, total, along)
     along = along.abs() + error
-    left = left.clamp(min=0) + 2 * through.project * along * error
-    square = _through(module, through, left, along, {"bias": gradient.sum(2).flatten(1)})
-    stretch = (through.scale.max().square() + through.gain**2).sqrt().clamp(min=1)  # the chain rule's, from the sum on
+    taken_off = through.project * along * error + total.abs() * fan_in**-0.5 * error_of_sums
+    square = _through(module, through, left.clamp(min=0) + 2 * taken_off, along)
+    if module.bias is not None and module.bias.requires_grad:
+        square += gradient.sum(2).flatten(1).square().sum(1)
     lengths = (met[..., 0].square() + float(module.bias is not None)).sqrt() * gradient.square().sum(3).sqrt()
-    return never_short(square, stretch * lengths.flatten(1).sum(1), g.shape[2], g.dtype)
+    lengths = _stretch(module, through).max().clamp(min=1).sqrt() * lengths.flatten(1).sum(1)
+    return never_short(square, lengths, positions, fan_in, g.dtype)
 
 
 def _padded_to_same(module: Any, a: Tensor) -> Tensor:
@@ -106,12 +111,28 @@ def _padded_to_same(module: Any, a: Tensor) -> Tensor:
 def standardized_norms(module: Any, found: Gradients) -> Tensor:
     """In closed form from ΣG, ‖G‖² and h·G of every filter: the gradients of weight and gain are never formed.
 
-    ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). Where less than a twentieth of ‖G‖² is left, fp32 may have lost
-    it, and these filters are done one by one in float64.
+    ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). What is taken off may be far longer than what is left. It is
+    in G when examples are summed, where it rounds others away. The norm counts that 16 times: who else is in the sum
+    changes how it rounds.
     """
-    gradient = found["weight"]
-    if kernels(gradient) is not None:
-        return _norms_by_kernel(module, found)
+    dtype = torch.promote_types(found["weight"].dtype, torch.float32)
+    squares, longest = norms_through(module, found)
+    return never_short(squares, longest.sqrt(), 16, 0, dtype)
+
+
+def norms_through(module: Any, found: Gradients) -> tuple[Tensor, Tensor]:
+    """Squared norms of every example, and what they are at most for such ‖G‖², (B,) float64.
+
+    Where less than a twentieth of ‖G‖² is left, fp32 may have lost it: these filters are done one by one, in float64.
+    """
+    squares = (_by_kernel if kernels(found["weight"]) is not None else _by_torch)(module, found["weight"])
+    if module.bias is None or not module.bias.requires_grad:
+        return squares
+    bias = square_norms(found["bias"])
+    return squares[0] + bias, squares[1] + bias
+
+
+def _by_torch(module: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     through = _standardization(module)
     h, project = through.direction, through.project
     parts, directions = _by_filter(gradient, h)
@@ -122,17 +143,15 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     elif bool((lost := left < square / 20).any()):
         filters = h.expand(len(gradient), -1, -1)
         left[lost] = _left(gradient[lost].flatten(1), filters[lost], project.expand_as(lost)[lost])
-    return _through(module, through, left, along, found)
+    return _through(module, through, left, along), (_stretch(module, through) * square).sum(1)
 
 
-def _norms_by_kernel(module: Any, found: Gradients) -> Tensor:
-    (parts, weight), gain = _by_filter(found["weight"], module.weight.detach()), getattr(module, "gain", None)
-    counted = module.weight.requires_grad, gain is not None and gain.requires_grad
-    given = weight.contiguous(), _gain(module), _how(module)
-    norms: Tensor = kernels(parts).standardized_square_norms(parts, *given, counted)
-    if module.bias is not None and module.bias.requires_grad:
-        norms += square_norms(found["bias"])
-    return norms
+def _by_kernel(module: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    parts, weight = _by_filter(gradient, module.weight.detach())
+    found: tuple[Tensor, Tensor] = kernels(parts).standardized_square_norms(
+        parts, weight.contiguous(), _gain(module), _how(module), _counted(module)
+    )
+    return found
 
 
 def _filter_sums(parts: Tensor, h: Tensor) -> Tensor:
@@ -154,16 +173,23 @@ def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Te
     return square - total * mean - through.project * of_h
 
 
-def _through(module: Any, through: _Standardization, left: Tensor, along: Tensor, found: Gradients) -> Tensor:
-    """Squared norms (B,) of all trainable parameters of the layer."""
-    norms = torch.zeros(len(left), dtype=torch.float64, device=left.device)
-    if module.weight.requires_grad:
-        norms += (through.scale.square() * left.clamp(min=0)).sum(1)
-    if getattr(module, "gain", None) is not None and module.gain.requires_grad:
-        norms += (through.gain * along).square().sum(1)
-    if module.bias is not None and module.bias.requires_grad:
-        norms += square_norms(found["bias"])
-    return norms
+def _counted(module: Any) -> tuple[bool, bool]:
+    """Whether weight and gain are trained."""
+    gain = getattr(module, "gain", None)
+    return module.weight.requires_grad, gain is not None and gain.requires_grad
+
+
+def _through(module: Any, through: _Standardization, left: Tensor, along: Tensor) -> Tensor:
+    """Squared norms (B,) of weight and gain."""
+    weight, gain = _counted(module)
+    by_filter = weight * through.scale.square() * left.clamp(min=0) + gain * (through.gain * along).square()
+    return by_filter.sum(1)
+
+
+def _stretch(module: Any, through: _Standardization) -> Tensor:
+    """(out,): the chain rule from G to weight and gain, a linear function, lengthens squares by this at most."""
+    weight, gain = _counted(module)
+    return weight * through.scale.double().square() + gain * through.gain**2
 
 
 def _left(rows: Tensor, h: Tensor, project: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ def shared_ghost_norm(reads: Sequence[Read]) -> Tensor:
         squares.append(square)
         lengths.append(length)
     positions = sum(g.shape[1:-1].numel() for _, _, g in reads)
-    return never_short(torch.cat(squares), torch.cat(lengths), positions, like.dtype)
+    features = sum(x.shape[-1] for x in (a, g, e) if x is not None)
+    return never_short(torch.cat(squares), torch.cat(lengths), positions, features, like.dtype)
 
 
 def without_padding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Tensor:

@@ -42,8 +42,10 @@ def square_norms(rows: Tensor) -> Tensor:
 
 def standardized_square_norms(
     parts: Tensor, weight: Tensor, gain: Tensor | None, how: tuple[float, float, float], counted: tuple[bool, bool]
-) -> Tensor:
-    """‖∂/∂w‖² + ‖∂/∂gain‖² of every example, (B,) float64 (`standardized_conv` has the equations).
+) -> tuple[Tensor, Tensor]:
+    """‖∂/∂w‖² + ‖∂/∂gain‖² of every example, and what that is at most for such ‖G‖², (B,) float64.
+
+    `standardized_conv` has the equations.
 
     Args:
         parts: G, (B, P, out, m): P pieces of every filter, each contiguous.
@@ -55,10 +57,10 @@ def standardized_square_norms(
     """
     parts = parts if parts.stride(3) == 1 else parts.contiguous()
     examples, pieces, out, length = parts.shape
-    squares = torch.empty(examples, out, dtype=torch.float64, device=parts.device)
+    squares, lengths = torch.empty(2, examples, out, dtype=torch.float64, device=parts.device)
     with torch.cuda.device_of(parts):
         _standardized_kernel[(examples, out)](
-            *(parts, weight, gain, squares, squares, length, *parts.stride()[:3], *how),
+            *(parts, weight, gain, squares, lengths, length, *parts.stride()[:3], *how),
             PIECES=pieces,
             GAINED=gain is not None,
             BLOCK=min(_BLOCK, triton.next_power_of_2(length)),
@@ -66,7 +68,7 @@ def standardized_square_norms(
             WEIGHT=counted[0],
             GAIN=counted[1],
         )
-    return squares.sum(1)
+    return squares.sum(1), lengths.sum(1)
 
 
 def standardized_gradients(
@@ -213,12 +215,15 @@ def _standardized_kernel(
     w1 = tl.zeros((BLOCK,), tl.float64)  # Σ w
     w2 = tl.zeros((BLOCK,), tl.float64)  # Σ w²
     gw = tl.zeros((BLOCK,), tl.float64)  # Σ G·w
+    g2 = tl.zeros((BLOCK,), tl.float64)  # Σ G²
     for piece in range(PIECES):
         for start in range(0, length, BLOCK):
             at, inside = start + offsets, start + offsets < length
             g = tl.load(row + piece * by_piece + at, mask=inside, other=0.0).to(tl.float64)
             w = tl.load(filter + piece * filters * length + at, mask=inside, other=0.0).to(tl.float64)
             g1, w1, w2, gw = g1 + g, w1 + w, w2 + w * w, gw + g * w
+            if not FORM:
+                g2 += g * g
     count = PIECES * length
     g_mean, w_mean = tl.sum(g1, 0) / count, tl.sum(w1, 0) / count
     square = tl.sum(w2, 0) - count * w_mean * w_mean
@@ -229,6 +234,7 @@ def _standardized_kernel(
     if GAINED:
         scale *= tl.load(gains + one).to(tl.float64)
     found = along * 0.0
+    stretch = along * 0.0
     if WEIGHT:
         left = tl.zeros((BLOCK,), tl.float64)
         for piece in range(PIECES):  # once more, from the cache
@@ -241,13 +247,16 @@ def _standardized_kernel(
                     tl.store(first + one * length + at, (scale * rest).to(first.dtype.element_ty), mask=inside)
                 left += rest * rest
         found += scale * scale * tl.sum(left, 0)
+        stretch += scale * scale
     if GAIN:
         through = factor * along
         found += through * through
+        stretch += factor * factor
         if FORM:
             tl.store(second + one, through.to(second.dtype.element_ty))
     if not FORM:
         tl.store(first + example * filters + one, found)
+        tl.store(second + example * filters + one, stretch * tl.sum(g2, 0))
 
 
 @triton.jit

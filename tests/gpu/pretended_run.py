@@ -54,7 +54,8 @@ def stand_in(watch):
         watch.launched(parts, weight, times=2)
         g, w = (t.inner.double().movedim(-3, -2).flatten(-2) for t in (parts, weight))
         of_weight, of_gain = _pulled_back(g, w, gain, how)
-        return pretended.OnGPU((counted[0] * of_weight.square().sum(2) + counted[1] * of_gain.square()).sum(1))
+        squares = (counted[0] * of_weight.square().sum(2) + counted[1] * of_gain.square()).sum(1)
+        return pretended.OnGPU(squares), pretended.OnGPU(squares.clone())
 
     def standardized_gradients(gradient, weight, gain, how):
         watch.launched(gradient, gradient, weight)

@@ -8,7 +8,7 @@ from timm.layers import ScaledStdConv2d
 from torch import nn
 
 from dpopt.grad_sample import conv, norms, per_sample, rules
-from dpopt.grad_sample.standardized_conv import standardized_norms, standardized_pull_back
+from dpopt.grad_sample.standardized_conv import norms_through, standardized_pull_back
 from dpopt.models.layers import StandardizedConv2d
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,14 +108,10 @@ def test_standardized(kernels, monkeypatch, name, layout):
     back = [layout.index(i) for i in range(5)]
     gradient = gradient.permute(layout).contiguous().permute(back)
     found = {"weight": gradient, "bias": torch.randn(5, 6, device=DEVICE)}
-    norm, sums = (
-        standardized_norms(layer, found),
-        standardized_pull_back(layer, {"weight": gradient[0]}),
-    )
+    norms, sums = norms_through(layer, found), standardized_pull_back(layer, {"weight": gradient[0]})
     use(monkeypatch, None)
     wide = {key: value.double() for key, value in found.items()}
-    expected = standardized_norms(layer.double(), wide)
-    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norms, norms_through(layer.double(), wide), rtol=1e-6, atol=0)
     exact = standardized_pull_back(layer, {"weight": wide["weight"][0]})
     for key, value in sums.items():
         torch.testing.assert_close(value.double(), exact[key], rtol=1e-5, atol=1e-9)
@@ -129,9 +125,9 @@ def test_standardized_filters_in_16_bits(kernels):
         "weight": torch.randn(5, *layer.weight.shape, device=DEVICE).bfloat16(),
         "bias": torch.zeros(5, 6, device=DEVICE),
     }
-    norm = standardized_norms(layer, found)
-    expected = standardized_norms(layer.float(), {name: value.float() for name, value in found.items()})
-    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=0)
+    norms = norms_through(layer, found)
+    expected = norms_through(layer.float(), {name: value.float() for name, value in found.items()})
+    torch.testing.assert_close(norms, expected, rtol=1e-5, atol=0)
 
 
 CONVOLUTIONS = [
