@@ -112,8 +112,8 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     """In closed form from ΣG, ‖G‖² and h·G of every filter: the gradients of weight and gain are never formed.
 
     ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). What is taken off may be far longer than what is left. It is
-    in G when examples are summed, where it rounds others away. The norm counts that 16 times: who else is in the sum
-    changes how it rounds.
+    in G when examples are summed, where it rounds others away. The norm counts that 16 times for each of B examples, up
+    to `TERMS` in all: who else is in the sum changes how it rounds.
     """
     dtype = torch.promote_types(found["weight"].dtype, torch.float32)
     squares, longest = norms_through(module, found)
@@ -182,7 +182,11 @@ def _counted(module: Any) -> tuple[bool, bool]:
 def _through(module: Any, through: _Standardization, left: Tensor, along: Tensor) -> Tensor:
     """Squared norms (B,) of weight and gain."""
     weight, gain = _counted(module)
-    by_filter = weight * through.scale.square() * left.clamp(min=0) + gain * (through.gain * along).square()
+    by_filter = torch.zeros_like(left)
+    if weight:
+        by_filter += through.scale.square() * left.clamp(min=0)
+    if gain:
+        by_filter += (through.gain * along).square()
     return by_filter.sum(1)
 
 
