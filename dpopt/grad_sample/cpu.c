@@ -52,31 +52,36 @@ static inline float value(const void *rows, int64_t at, int narrow) {
 }
 
 /* total[j] = sum over rows of weights[i] * rows[i][j]; a row of weight zero is not read. */
-static inline void add_rows(const void *rows, int64_t count, int64_t begin, int64_t end, int64_t stride, int narrow,
-                            const float *weights, float *total) {
-    for (int64_t j = begin; j < end; j += TILE) {
-        int64_t n = end - j < TILE ? end - j : TILE;
-        float *restrict into = total + j;
-        memset(into, 0, (size_t)n * sizeof(float));
-        for (int64_t i = 0; i < count;) { /* four rows at once */
-            int64_t from[4], found = 0;
-            float w[4] = {0};
-            for (; i < count && found < 4; i++)
-                if (weights[i] != 0) from[found] = i * stride + j, w[found++] = weights[i];
-            if (found == 4)
-                for (int64_t l = 0; l < n; l++)
-                    into[l] += (w[0] * value(rows, from[0] + l, narrow) + w[1] * value(rows, from[1] + l, narrow)) +
-                               (w[2] * value(rows, from[2] + l, narrow) + w[3] * value(rows, from[3] + l, narrow));
-            else
-                for (int64_t k = 0; k < found; k++)
-                    for (int64_t l = 0; l < n; l++) into[l] += w[k] * value(rows, from[k] + l, narrow);
-        }
+#define ADD_ROWS(name, number)                                                                                         \
+    static inline void name(const void *rows, int64_t count, int64_t begin, int64_t end, int64_t stride, int narrow,   \
+                            const float *weights, number *total) {                                                     \
+        for (int64_t j = begin; j < end; j += TILE) {                                                                  \
+            int64_t n = end - j < TILE ? end - j : TILE;                                                               \
+            number *restrict into = total + j;                                                                         \
+            memset(into, 0, (size_t)n * sizeof(number));                                                               \
+            for (int64_t i = 0; i < count;) { /* four rows at once */                                                  \
+                int64_t from[4], found = 0;                                                                            \
+                number w[4] = {0};                                                                                     \
+                for (; i < count && found < 4; i++)                                                                    \
+                    if (weights[i] != 0) from[found] = i * stride + j, w[found++] = weights[i];                        \
+                if (found == 4)                                                                                        \
+                    for (int64_t l = 0; l < n; l++)                                                                    \
+                        into[l] += (w[0] * value(rows, from[0] + l, narrow) + w[1] * value(rows, from[1] + l, narrow)) + \
+                                   (w[2] * value(rows, from[2] + l, narrow) + w[3] * value(rows, from[3] + l, narrow)); \
+                else                                                                                                   \
+                    for (int64_t k = 0; k < found; k++)                                                                \
+                        for (int64_t l = 0; l < n; l++) into[l] += w[k] * value(rows, from[k] + l, narrow);            \
+            }                                                                                                          \
+        }                                                                                                              \
     }
-}
+ADD_ROWS(add_rows, float)
+ADD_ROWS(add_rows_in_double, double)
 
 void weighted_sum(const void *rows, int64_t count, int64_t begin, int64_t end, int64_t stride, int narrow,
-                  const float *weights, float *total) {
-    if (narrow) add_rows(rows, count, begin, end, stride, 1, weights, total);
+                  const float *weights, int wide, void *total) {
+    if (wide && narrow) add_rows_in_double(rows, count, begin, end, stride, 1, weights, total);
+    else if (wide) add_rows_in_double(rows, count, begin, end, stride, 0, weights, total);
+    else if (narrow) add_rows(rows, count, begin, end, stride, 1, weights, total);
     else add_rows(rows, count, begin, end, stride, 0, weights, total);
 }
 
@@ -181,11 +186,12 @@ void standardized_square_norms(const void *parts, int64_t begin, int64_t end, in
 
 /* Of sums G (filters, length) of all examples, filters begin..end, used as in `standardize`, all in double:
 d/dw = scale * (G - mean(G) - project * h * (h.G)) and d/dgain = factor * (h.G). */
-void standardized_gradients(const float *sums, const float *weights, int64_t begin, int64_t end, const float *gains,
+void standardized_gradients(const double *sums, const float *weights, int64_t begin, int64_t end, const float *gains,
                             int64_t length, double floor, double extra, double factor, float *of_weight,
                             float *of_gain) {
     for (int64_t f = begin; f < end; f++) {
-        const float *g = sums + f * length, *w = weights + f * length;
+        const double *g = sums + f * length;
+        const float *w = weights + f * length;
         double g_mean = 0, w_mean = 0, square = 0, along = 0;
         for (int64_t j = 0; j < length; j++) g_mean += g[j], w_mean += w[j];
         g_mean /= length, w_mean /= length;

@@ -14,16 +14,17 @@ _SOURCE = Path(__file__).with_name("cpu.c")
 _WORTH_A_THREAD = 1 << 18  # values
 
 
-def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
-    """Σ weights[i]·rows[i], (n,) float32; a row of weight zero is not read, so that it may hold NaN.
+def weighted_sum(rows: Tensor, weights: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Σ weights[i]·rows[i], (n,); a row of weight zero is not read, so that it may hold NaN.
 
     Args:
         rows: (B, n) of float32 or bfloat16, contiguous in n.
         weights: (B,) float32.
+        dtype: float32 or float64, in which to add up.
     """
     rows, weights = _in_rows(rows), weights.contiguous()
-    total = torch.empty(rows.shape[1], dtype=torch.float32)
-    place = rows.stride(0), _narrow(rows), weights.data_ptr(), total.data_ptr()
+    total = torch.empty(rows.shape[1], dtype=dtype)
+    place = rows.stride(0), _narrow(rows), weights.data_ptr(), dtype == torch.float64, total.data_ptr()
 
     def work(begin: int, end: int) -> None:
         _library().weighted_sum(rows.data_ptr(), len(rows), begin, end, *place)
@@ -81,9 +82,10 @@ def standardized_square_norms(
 def standardized_gradients(
     gradient: Tensor, weight: Tensor, gain: Tensor | None, how: tuple[float, float, float]
 ) -> tuple[Tensor, Tensor]:
-    """∂/∂w (out, n) and ∂/∂gain (out,) of G (out, n), in float32; w is (out, n)."""
-    gradient, weight, gain = _in_floats(gradient), _in_floats(weight), None if gain is None else _in_floats(gain)
-    of_weight, of_gain = torch.empty_like(gradient), torch.empty(len(gradient))
+    """∂/∂w (out, n) and ∂/∂gain (out,), in float32, of G (out, n), of any type; w is (out, n)."""
+    gradient, weight = gradient.double().contiguous(), _in_floats(weight)
+    gain = None if gain is None else _in_floats(gain)
+    of_weight, of_gain = torch.empty_like(weight), torch.empty(len(weight))
     known = None if gain is None else gain.data_ptr(), gradient.shape[1], *how, of_weight.data_ptr(), of_gain.data_ptr()
 
     def work(begin: int, end: int) -> None:
@@ -128,7 +130,7 @@ def _library() -> ctypes.CDLL:
     pointer, count, flag, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     shape: list[Any] = [pointer, *[count] * 8, flag]
     loaded.square_norms.argtypes = [pointer, *[count] * 4, flag, pointer]
-    loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, pointer]
+    loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, flag, pointer]
     loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 4, number, flag, flag, pointer, pointer]
     loaded.standardize.argtypes = [pointer, pointer, *[count] * 3, *[number] * 3, *[pointer] * 4]
     of_sums: list[Any] = [pointer, pointer, count, count, pointer, count, *[number] * 3, pointer, pointer]

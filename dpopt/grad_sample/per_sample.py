@@ -22,6 +22,7 @@ from dpopt.grad_sample.norms import (
     exact,
     kernels,
     memory_order,
+    pieces,
     square_norms,
     wide_pieces,
 )
@@ -174,7 +175,7 @@ class PerSampleGradients:
 
         with exact(weights.device):
             for tracked, found in self.stored:
-                wide = self.scale is not None and tracked is not None and tracked.rule.pull_back is not None
+                wide = tracked is not None and tracked.rule.pull_back is not None
                 local = {n: _weighted(g, weight(_layer(tracked, n)), select, wide) for n, g in found.items()}
                 _add(sums, tracked, local)
             for call in self.kept:
@@ -190,11 +191,10 @@ class PerSampleGradients:
                         x, y = (part[at].flatten(0, 1)[None] for part in (a, g))
                         add_up(total, {name: gradient[0] for name, gradient in apply_rule(call, (x,), y).items()})
                 else:
+                    wide = call.wide or tracked.rule.pull_back is not None
                     for at, found in self.gradients_of(call, arguments, g):
                         bad = None if select is None else select[at]
-                        local = {
-                            n: _weighted(x, weight(_layer(tracked, n))[at], bad, call.wide) for n, x in found.items()
-                        }
+                        local = {n: _weighted(x, weight(_layer(tracked, n))[at], bad, wide) for n, x in found.items()}
                         add_up(total, local)
                 _add(sums, tracked, total)
 
@@ -285,17 +285,16 @@ def _squares(found: Gradients, scale: Gradients | None) -> Gradients:
 
 
 def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None, wide: bool) -> Tensor:
-    """Σ weights[i]·gradient[i], (*shape)."""
+    """Σ weights[i]·gradient[i], (*shape), where `wide` in float64."""
     rows = by_example(gradient)
-    if wide:
-        rows, weights = rows.double(), weights.double()
+    dtype = torch.float64 if wide else weights.dtype
     if weights.dtype == torch.float32 and rows.dtype != torch.float64 and (found := kernels(rows)) is not None:
-        total = found.weighted_sum(rows, weights)
+        total = found.weighted_sum(rows, weights, dtype)
     else:
         rows = rows if select is None else rows.masked_fill(select[:, None], 0.0)
-        total, done = weights.new_zeros(rows.shape[1]), 0
-        for piece in wide_pieces(rows):
-            total.addmv_(piece.to(weights.dtype).T, weights[done : done + len(piece)])
+        total, done = weights.new_zeros(rows.shape[1], dtype=dtype), 0
+        for piece in pieces(rows) if wide else wide_pieces(rows):
+            total.addmv_(piece.to(dtype).T, weights[done : done + len(piece)].to(dtype))
             done += len(piece)
     order = memory_order(gradient)
     total = total.view([gradient.shape[i] for i in order])

@@ -112,12 +112,13 @@ def standardized_norms(module: Any, found: Gradients) -> Tensor:
     """In closed form from ΣG, ‖G‖² and h·G of every filter: the gradients of weight and gain are never formed.
 
     ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). What is taken off may be far longer than what is left. It is
-    in G when examples are summed, where it rounds others away. The norm counts that 16 times for each of B examples, up
-    to `TERMS` in all: who else is in the sum changes how it rounds.
+    in the sum of G over examples, in float64, and would round others away there. So 100 ε of it count: in float32 it is
+    never longer than 1e5 clip norms.
     """
-    dtype = torch.promote_types(found["weight"].dtype, torch.float32)
+    part = 100 * torch.finfo(torch.promote_types(found["weight"].dtype, torch.float32)).eps
     squares, longest = norms_through(module, found)
-    return never_short(squares, longest.sqrt(), 16, 0, dtype)
+    norms = squares.sqrt()
+    return (norms + part * (longest.sqrt() - norms).clamp(min=0)).square()
 
 
 def norms_through(module: Any, found: Gradients) -> tuple[Tensor, Tensor]:
@@ -215,7 +216,7 @@ def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
     """From the standardized weight to weight and gain."""
     gradient, gain = sums["weight"].flatten(1), _gain(module)
-    if (of := kernels(gradient)) is not None:
+    if (of := kernels(module.weight)) is not None:
         weight, along = of.standardized_gradients(gradient, module.weight.detach().flatten(1), gain, _how(module))
     else:
         through = _standardization(module)

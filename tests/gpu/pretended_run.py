@@ -41,10 +41,10 @@ def stand_in(watch):
     import dpopt.grad_sample.choices as choices
     import dpopt.grad_sample.triton_kernels as kernels
 
-    def weighted_sum(rows, weights):
+    def weighted_sum(rows, weights, dtype=torch.float32):
         watch.launched(rows, weights)
         present = weights.inner != 0
-        return pretended.OnGPU(torch.mv(rows.inner.float()[present].T, weights.inner[present]))
+        return pretended.OnGPU(torch.mv(rows.inner.to(dtype)[present].T, weights.inner[present].to(dtype)))
 
     def square_norms(rows):
         watch.launched(rows, times=2)  # the second adds what the programs of a row have found
@@ -55,7 +55,7 @@ def stand_in(watch):
         g, w = (t.inner.double().movedim(-3, -2).flatten(-2) for t in (parts, weight))
         of_weight, of_gain = _pulled_back(g, w, gain, how)
         squares = (counted[0] * of_weight.square().sum(2) + counted[1] * of_gain.square()).sum(1)
-        return pretended.OnGPU(squares), pretended.OnGPU(squares.clone())
+        return pretended.OnGPU(squares), pretended.OnGPU(squares.clone())  # as of examples that it is not blind to
 
     def standardized_gradients(gradient, weight, gain, how):
         watch.launched(gradient, gradient, weight)

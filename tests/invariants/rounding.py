@@ -3,6 +3,7 @@
 4. The clipped norm is that of what is summed, in the type of the sum, where an example's positions cancel, too.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpopt.grad_sample import conv, norms, rules, standardized_conv, text_rules
+from dpopt.grad_sample import conv, norms, per_sample, rules, standardized_conv, text_rules
 from dpopt.grad_sample.engine import POLICIES, GradSampler
 from dpopt.grad_sample.per_sample import PerSampleGradients
 from dpopt.models.layers import StandardizedConv2d
@@ -98,8 +99,8 @@ MODELS = {
 ALONG = lambda: Filter(StandardizedConv2d(16, 8, 3, affine=False)), along_a_filter
 
 
-def longest(made, policy, dtype=torch.float32, sizes=(1e0, 1e3, 1e6, 1e9)):
-    """The most that an example adds next to others, over the clip norm."""
+def longest(made, policy, dtype=torch.float32, sizes=(1e0, 1e3, 1e6, 1e9), which=(AT,)):
+    """The most that an example, one of some, adds next to others, over the clip norm."""
     make, inputs = made
     found = []
     for size in sizes:
@@ -108,7 +109,7 @@ def longest(made, policy, dtype=torch.float32, sizes=(1e0, 1e3, 1e6, 1e9)):
         x = inputs(size, model)
         model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
         engine = GradSampler(model, lambda outputs, targets: outputs * targets, policy)
-        per_sample = engine(x, torch.ones(BATCH, dtype=dtype))
+        per_sample = engine(x, torch.ones(len(x), dtype=dtype))
         weights = (1 / per_sample.norms).clamp(max=1.0)
 
         def total(weights, model=model, per_sample=per_sample):
@@ -116,9 +117,10 @@ def longest(made, policy, dtype=torch.float32, sizes=(1e0, 1e3, 1e6, 1e9)):
             per_sample.add_weighted_sum(sums, weights)
             return torch.cat([s.double().flatten() for s in sums.values()])
 
-        without = weights.clone()
-        without[AT] = 0.0
-        found.append(float((total(weights) - total(without)).norm()))
+        for i in which:
+            without = weights.clone()
+            without[i] = 0.0
+            found.append(float((total(weights) - total(without)).norm()))
     return max(found)
 
 
@@ -144,6 +146,23 @@ def check_what_a_standardized_filter_is_blind_to_rounds_nothing_away():
             assert longest(ALONG, policy, dtype) <= 1 + 1e-5, (policy, dtype)
 
 
+def many_along_a_filter(size, model):
+    """But one all are along it."""
+    found = torch.cat([along_a_filter(size, model) for _ in range(512)])[AT::BATCH]
+    found[100] = torch.randn(found.shape[1:])
+    return found
+
+
+def check_nobody_is_rounded_away_by_what_standardized_filters_are_blind_to():
+    for policy in set(POLICIES) - {"ghost"}:
+        made = ALONG[0], many_along_a_filter
+        assert longest(made, policy, sizes=(1e2, 1e3, 1e5), which=(0, 99, 100, 511)) <= 1 + 1e-5, policy
+
+
+def sums_in_float32(patch, real=per_sample._weighted):
+    patch.setattr(per_sample, "_weighted", lambda gradient, weights, select, wide: real(gradient, weights, select, False))
+
+
 def norms_without_rounding(patch):
     for module in (conv, norms, rules, standardized_conv, text_rules):
         patch.setattr(module, "never_short", lambda square, lengths, positions, features, dtype: square)
@@ -156,6 +175,15 @@ def norms_of_exact_squares(patch):
 
     for module in (conv, norms, rules, standardized_conv, text_rules):
         patch.setattr(module, "never_short", lengthened)
+
+
+def norms_without_what_filters_are_blind_to(patch):
+    def exact(module, found):
+        return standardized_conv.norms_through(module, found)[0]
+
+    for kind, rule in rules.RULES.items():
+        if rule.square_norms is not None:
+            patch.setitem(rules.RULES, kind, dataclasses.replace(rule, square_norms=exact))
 
 
 def filters_without_their_sum(patch):
@@ -183,6 +211,7 @@ MUTANTS = {
     check_the_products_of_positions_that_cancel_are_not_exact: [norms_of_exact_squares],
     check_what_a_standardized_filter_is_blind_to_rounds_nothing_away: [
         filters_without_their_sum,
-        norms_without_rounding,
+        norms_without_what_filters_are_blind_to,
     ],
+    check_nobody_is_rounded_away_by_what_standardized_filters_are_blind_to: [sums_in_float32],
 }
