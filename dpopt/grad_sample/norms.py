@@ -13,7 +13,7 @@ from dpopt.machine import have_triton
 
 Gradients = dict[str, Tensor]
 TERMS = 4096  # products that meet in one sum where norms are taken in closed form
-_TREE = 64  # additions to each term of a large sum
+CANCELLED = 64  # times what it adds up to: nothing longer is trusted to cancel; in training it is 1 to 30 times
 _WORKSPACE = {"cpu": 8 << 20, "cuda": 256 << 20}  # bytes of intermediate results that are formed at once
 
 
@@ -102,28 +102,20 @@ def memory_order(gradient: Tensor) -> list[int]:
 
 def position_norms(a: Tensor, g: Tensor, bias: bool) -> Tensor:
     """Squared norms (B,) of Σ a_t·g_tᵀ over positions, and of Σ g_t where there is a bias, never too short."""
-    return never_short(*gram(a, g, bias), a.shape[-2], a.shape[-1] + g.shape[-1], g.dtype)
+    return never_short(*gram(a, g, bias))
 
 
-def never_short(square: Tensor, lengths: Tensor, positions: int, features: int, dtype: torch.dtype) -> Tensor:
-    """Squared norms in closed form, lengthened by what rounding may add where positions cancel.
+def never_short(square: Tensor, lengths: Tensor) -> Tensor:
+    """Squared norms in closed form, no shorter than a `CANCELLED`th of what they are made of.
 
-    A sum of n products has an error of at most n·u·Σ|products|, with u half of a type's ε. An example whose positions
-    cancel has products far longer than its norm, and they round away its own sum and that of others they meet there.
-    The square itself has an error as well, of float64.
+    An example whose positions cancel has products far longer than its norm. They would round away its own sum and that
+    of others they meet there, and the square is exact to 1e-16 of theirs.
 
     Args:
         square: ‖Σ p_t‖² over the products p_t of an example's positions, (B,) float64, from inner products.
         lengths: Σ ‖p_t‖, (B,).
-        positions: of an example.
-        features: that an inner product is summed over.
-        dtype: in which sums are taken, of `TERMS` products at most or of one example.
     """
-    terms = max(positions, min(len(square) * positions, TERMS))
-    of_square = features + positions + _TREE  # over features, over positions twice: in a chain, then in a tree
-    square = square.clamp(min=0) + of_square * torch.finfo(torch.float64).eps / 2 * lengths.double().square()
-    norm = square.sqrt()
-    return (norm + terms * torch.finfo(dtype).eps / 2 * (lengths - norm).clamp(min=0)).square()
+    return torch.maximum(square, (lengths.double() / CANCELLED).square())
 
 
 def gram(a: Tensor, g: Tensor, bias: bool) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.utils._pytree import TreeSpec
 
 from dpopt.grad_sample.choices import Choices, using
@@ -179,6 +178,7 @@ class PerSampleGradients:
                 local = {n: _weighted(g, weight(_layer(tracked, n)), select, wide) for n, g in found.items()}
                 _add(sums, tracked, local)
             for call in self.kept:
+                wide = call.wide or call.tracked.rule.pull_back is not None
                 tracked, (arguments, g) = call.tracked, split_examples(call, self.examples)
                 total: Gradients = {}
                 if self.in_closed_form(call):  # by a rule, for the parameters of one module
@@ -189,9 +189,9 @@ class PerSampleGradients:
                     g = g.mul(_column(weight(layer), g))
                     for at in _parts(call, g):
                         x, y = (part[at].flatten(0, 1)[None] for part in (a, g))
-                        add_up(total, {name: gradient[0] for name, gradient in apply_rule(call, (x,), y).items()})
+                        found = {name: gradient[0] for name, gradient in apply_rule(call, (x,), y).items()}
+                        add_up(total, {n: x.double() for n, x in found.items()} if wide else found)
                 else:
-                    wide = call.wide or tracked.rule.pull_back is not None
                     for at, found in self.gradients_of(call, arguments, g):
                         bad = None if select is None else select[at]
                         local = {n: _weighted(x, weight(_layer(tracked, n))[at], bad, wide) for n, x in found.items()}
@@ -223,9 +223,12 @@ class PerSampleGradients:
 
 
 def _parts(call: LayerCall, g: Tensor) -> list[slice]:
-    """Split examples, by output gradients (B, K, …), so that few products meet in a sum (`never_short`)."""
+    """Split examples, by output gradients (B, K, …), so that few products meet in a sum: who else is in it rounds them.
+
+    Where the chain rule may take most of a sum off, 16 examples meet in one.
+    """
     width = g.shape[2] if isinstance(call.tracked.module, nn.Conv1d | nn.Conv2d) else g.shape[-1]
-    count = max(1, TERMS * width // g[:1].numel())
+    count = 16 if call.tracked.rule.pull_back is not None else max(1, TERMS * width // g[:1].numel())
     return [slice(start, start + count) for start in range(0, len(g), count)]
 
 
@@ -251,27 +254,21 @@ def _layer(tracked: TrackedLayer | None, name: str) -> str:
     return (name if tracked is None else tracked.names[name]).rpartition(".")[0]
 
 
-def _by_model_names(tracked: TrackedLayer | None, found: Gradients, wide: bool = False) -> Gradients:
+def _by_model_names(tracked: TrackedLayer | None, found: Gradients) -> Gradients:
     """Per-sample gradients of the parameters themselves, from at least float32: their sum is pulled back in that."""
     if tracked is None:
         return found
-    if (pull_back := tracked.rule.pull_back) is not None:
-        found = {n: g.double() if wide else g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in found.items()}
-        found = vmap(lambda one: pull_back(tracked.module, one))(found)
+    if tracked.rule.pull_back is not None:
+        found = {n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in found.items()}
+        found = tracked.rule.pull_back(tracked.module, found)
     return {full: found[name] for name, full in tracked.names.items()}
 
 
 def squares_of(tracked: TrackedLayer | None, found: Gradients, scale: Gradients | None = None) -> Gradients:
     """Squared norms (B,) of every layer's gradients, scaled first if need be, in float64."""
-    if tracked is not None and tracked.rule.square_norms is not None and scale is None:
-        return {tracked.name: tracked.rule.square_norms(tracked.module, found)}
-    if tracked is not None and tracked.rule.pull_back is not None and scale is not None:
-        # Pulled back in float64, some examples at a time: a scale may magnify what float32 rounds away.
-        count = at_once(torch.empty(0, dtype=torch.float64, device=next(iter(found.values())).device), size_of(tracked))
-        size = len(next(iter(found.values())))
-        pieces = [{n: g[i : i + count] for n, g in found.items()} for i in range(0, size, count)]
-        parts = [_squares(_by_model_names(tracked, piece, wide=True), scale) for piece in pieces]
-        return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+    if tracked is not None and tracked.rule.square_norms is not None:
+        own = None if scale is None else {name: scale[full] for name, full in tracked.names.items()}
+        return {tracked.name: tracked.rule.square_norms(tracked.module, found, own)}
     return _squares(_by_model_names(tracked, found), scale)
 
 

@@ -47,9 +47,10 @@ class Rule:
             in any memory layout whose outermost dimension is B.
         ghost_norm: the same arguments → the squared norms (B,) of all gradients of the layer together, in float64,
             without the gradients; None where that is not worth it.
-        square_norms: (layer, gradients) → squared norms (B,), in float64, where `gradients` has, as "weight", the
-            gradient of a function of the parameters; then `pull_back` is the chain rule through that function.
-        pull_back: (layer, these gradients summed over examples) → the gradients of the parameters themselves.
+        square_norms: (layer, gradients, scale by parameter name or None) → squared norms (B,) of the (scaled) gradients
+            of the parameters, in float64, where `gradients` has, as "weight", the gradient of a function of the
+            parameters; then `pull_back` is the chain rule through that function.
+        pull_back: (layer, these gradients, of every example or summed) → the gradients of the parameters themselves.
         scaled_ghost_norm: `ghost_norm` of scaled gradients: (layer, input, output gradient, scale by parameter name) →
             (B,), at one position of one view; None where the gradients have to be formed.
         positionwise: whether the layer treats all dimensions before its features alike, so that examples may lie in
@@ -60,7 +61,7 @@ class Rule:
 
     gradients: Callable[[Any, Any, Tensor], Gradients]
     ghost_norm: Callable[[Any, Tensor, Tensor], Tensor] | None = None
-    square_norms: Callable[[Any, Gradients], Tensor] | None = None
+    square_norms: Callable[[Any, Gradients, Gradients | None], Tensor] | None = None
     pull_back: Callable[[Any, Gradients], Gradients] | None = None
     scaled_ghost_norm: Callable[[Any, Tensor, Tensor, Gradients], Tensor] | None = None
     positionwise: bool = False
@@ -144,10 +145,10 @@ def embedding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> G
 
 def embedding_ghost_norm(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
     """Σ g_s·g_t over pairs of positions with the same token."""
-    g, tokens, dtype = without_padding(module, a, g).flatten(1, -2).double(), a.flatten(1), g.dtype
+    g, tokens = without_padding(module, a, g).flatten(1, -2).double(), a.flatten(1)
     products = g @ g.mT
     square = (products * (tokens[:, :, None] == tokens[:, None])).flatten(1).sum(1)
-    return never_short(square, products.diagonal(dim1=-2, dim2=-1).sqrt().sum(1), g.shape[1], g.shape[2], dtype)
+    return never_short(square, products.diagonal(dim1=-2, dim2=-1).sqrt().sum(1))
 
 
 def embedding_bag(module: nn.EmbeddingBag, a: Tensor, g: Tensor) -> Gradients:

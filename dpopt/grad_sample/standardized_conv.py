@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dpopt.grad_sample.conv import by_position, conv_weight, convolve, products_met
-from dpopt.grad_sample.norms import Gradients, kernels, memory_order, never_short, pieces, square_norms, sum_wide
+from dpopt.grad_sample.norms import (
+    Gradients,
+    at_once,
+    by_example,
+    kernels,
+    memory_order,
+    never_short,
+    pieces,
+    square_norms,
+    sum_wide,
+)
 from dpopt.models.layers import StandardizedConv2d
 
 
@@ -47,9 +57,9 @@ def _gain(module: Any) -> Tensor | None:
     return None if getattr(module, "gain", None) is None else module.gain.detach().flatten()
 
 
-def _standardization(module: Any) -> _Standardization:
+def _standardization(module: Any, dtype: torch.dtype) -> _Standardization:
     (floor, extra, factor), gain = _how(module), _gain(module)
-    weight = module.weight.detach().flatten(1)
+    weight = module.weight.detach().flatten(1).to(dtype)
     centered = weight - weight.mean(1, keepdim=True)
     square = centered.square().sum(1)
     length, project = (square.clamp(min=floor) + extra).sqrt(), (square > floor).to(square.dtype)
@@ -67,8 +77,9 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
 
     h·G takes a convolution with h, in fp32 where that is enough, and the norm counts what it may be wrong by.
     """
-    through, a, g = _standardization(module), _padded_to_same(module, a), by_position(module, g)
+    through, a, g = _standardization(module, torch.float64), _padded_to_same(module, a), by_position(module, g)
     positions, fan_in, gradient = g.shape[2], module.weight[0].numel(), g.double()
+    filters = through.direction.view(module.weight.shape)
     inner = products_met(module, a, positions)
     met = inner.diagonal(dim1=-2, dim2=-1)[..., None].clamp(min=0).sqrt()
     products = (met * gradient.abs()).sum(2).flatten(1)  # their lengths, added up for every filter
@@ -78,7 +89,7 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
         return (x * gradient).sum(2).flatten(1)
 
     def along_filters(x: Tensor) -> tuple[Tensor, Tensor]:
-        along = over_positions(by_position(module, convolve(module, x, through.direction.view(module.weight.shape))))
+        along = over_positions(by_position(module, convolve(module, x, filters.to(x.dtype))))
         return along, fan_in * torch.finfo(x.dtype).eps / 2 * products + error_of_sums
 
     square = over_positions(inner @ gradient)
@@ -95,9 +106,9 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
     square = _through(module, through, left.clamp(min=0) + 2 * taken_off, along)
     if module.bias is not None and module.bias.requires_grad:
         square += gradient.sum(2).flatten(1).square().sum(1)
-    lengths = (met[..., 0].square() + float(module.bias is not None)).sqrt() * gradient.square().sum(3).sqrt()
-    lengths = _stretch(module, through).max().clamp(min=1).sqrt() * lengths.flatten(1).sum(1)
-    return never_short(square, lengths, positions, fan_in, g.dtype)
+    by_filter = met.square() * _stretch(module, through).view(gradient.shape[1], 1, -1) + float(module.bias is not None)
+    lengths = (by_filter * gradient.square()).sum(3).sqrt()
+    return never_short(square, lengths.flatten(1).sum(1))
 
 
 def _padded_to_same(module: Any, a: Tensor) -> Tensor:
@@ -108,17 +119,32 @@ def _padded_to_same(module: Any, a: Tensor) -> Tensor:
     return pad_same(a.flatten(0, 1), module.kernel_size, module.stride, module.dilation).unflatten(0, a.shape[:2])
 
 
-def standardized_norms(module: Any, found: Gradients) -> Tensor:
+def standardized_norms(module: Any, found: Gradients, scale: Gradients | None = None) -> Tensor:
     """In closed form from ΣG, ‖G‖² and h·G of every filter: the gradients of weight and gain are never formed.
 
     ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). What is taken off may be far longer than what is left. It is
-    in the sum of G over examples, in float64, and would round others away there. So 100 ε of it count: in float32 it is
-    never longer than 1e5 clip norms.
+    in the sum of G over examples and would round others away there: `never_short`. Scales may differ so much that more
+    is taken off in training, which sums in float64 bear.
     """
-    part = 100 * torch.finfo(torch.promote_types(found["weight"].dtype, torch.float32)).eps
-    squares, longest = norms_through(module, found)
-    norms = squares.sqrt()
-    return (norms + part * (longest.sqrt() - norms).clamp(min=0)).square()
+    if scale is None:
+        squares, longest = norms_through(module, found)
+        return never_short(squares, longest.sqrt())
+    squares, longest = _scaled_norms_through(module, found, scale)
+    return torch.maximum(squares, 1e-18 * longest)
+
+
+def _scaled_norms_through(module: Any, found: Gradients, scale: Gradients) -> tuple[Tensor, Tensor]:
+    """`norms_through` of scaled gradients, formed in float64: a scale may magnify what float32 rounds away."""
+    through, weight = _standardization(module, torch.float64), found["weight"]
+    count, squares = at_once(weight[:0].double(), weight[0].numel()), []
+    for start in range(0, len(weight), count):
+        piece = {name: g[start : start + count].double() for name, g in found.items()}
+        formed = standardized_pull_back(module, piece)
+        scaled = [square_norms(by_example(formed[name] * by)) for name, by in scale.items()]
+        longest = _at_most(module, through, piece["weight"].flatten(2).square().sum(2))
+        squares.append(torch.stack([torch.stack(scaled).sum(0), longest]))
+    square, longest = torch.cat(squares, 1)
+    return square, longest * torch.stack([by.abs().max() for by in scale.values()]).max().double().square()
 
 
 def norms_through(module: Any, found: Gradients) -> tuple[Tensor, Tensor]:
@@ -134,9 +160,9 @@ def norms_through(module: Any, found: Gradients) -> tuple[Tensor, Tensor]:
 
 
 def _by_torch(module: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    through = _standardization(module)
+    through = _standardization(module, torch.float64)
     h, project = through.direction, through.project
-    parts, directions = _by_filter(gradient, h)
+    parts, directions = _by_filter(gradient, h.to(torch.promote_types(gradient.dtype, torch.float32)))
     square, total, along = torch.cat([_filter_sums(piece, directions) for piece in pieces(parts)], 1)
     left = _left_of(through, square, total, along)
     if _unasked(gradient):
@@ -144,7 +170,7 @@ def _by_torch(module: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     elif bool((lost := left < square / 20).any()):
         filters = h.expand(len(gradient), -1, -1)
         left[lost] = _left(gradient[lost].flatten(1), filters[lost], project.expand_as(lost)[lost])
-    return _through(module, through, left, along), (_stretch(module, through) * square).sum(1)
+    return _through(module, through, left, along), _at_most(module, through, square)
 
 
 def _by_kernel(module: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,11 +193,9 @@ def _unasked(x: Tensor) -> bool:
 
 
 def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Tensor) -> Tensor:
-    """‖G − mean(G) − p·h·(h·G)‖² of every filter from ‖G‖², ΣG and h·G, (B, out) float64; Σh is not quite 0."""
-    h = through.direction.double()
-    mean = total / h.shape[1]
-    of_h = (2 - h.square().sum(1)) * along.square() - 2 * h.sum(1) * mean * along
-    return square - total * mean - through.project * of_h
+    """‖G − mean(G) − p·h·(h·G)‖² of every filter from ‖G‖², ΣG and h·G, (B, out) float64."""
+    h = through.direction
+    return square - total.square() / h.shape[1] - through.project * (2 - h.square().sum(1)) * along.square()
 
 
 def _counted(module: Any) -> tuple[bool, bool]:
@@ -194,7 +218,13 @@ def _through(module: Any, through: _Standardization, left: Tensor, along: Tensor
 def _stretch(module: Any, through: _Standardization) -> Tensor:
     """(out,): the chain rule from G to weight and gain, a linear function, lengthens squares by this at most."""
     weight, gain = _counted(module)
-    return weight * through.scale.double().square() + gain * through.gain**2
+    return weight * through.scale.square() + gain * through.gain**2
+
+
+def _at_most(module: Any, through: _Standardization, square: Tensor) -> Tensor:
+    """Bound squared norms (B,) by ‖G‖² of filters (B, out), not read where neither weight nor gain is trained."""
+    stretch = _stretch(module, through)
+    return torch.where(stretch > 0, stretch * square, 0.0).sum(1)
 
 
 def _left(rows: Tensor, h: Tensor, project: Tensor) -> Tensor:
@@ -214,14 +244,14 @@ def _by_filter(gradient: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardized_pull_back(module: Any, sums: Gradients) -> Gradients:
-    """From the standardized weight to weight and gain."""
-    gradient, gain = sums["weight"].flatten(1), _gain(module)
-    if (of := kernels(module.weight)) is not None:
+    """From the standardized weight to weight and gain, of sums or of every example."""
+    gradient, gain = sums["weight"].flatten(-3), _gain(module)
+    if gradient.ndim == 2 and (of := kernels(module.weight)) is not None:
         weight, along = of.standardized_gradients(gradient, module.weight.detach().flatten(1), gain, _how(module))
     else:
-        through = _standardization(module)
-        along = (through.direction * gradient).sum(1)
-        rest = gradient - gradient.mean(1, keepdim=True) - (through.project * along)[:, None] * through.direction
+        through = _standardization(module, gradient.dtype)
+        along = (through.direction * gradient).sum(-1)
+        rest = gradient - gradient.mean(-1, keepdim=True) - (through.project * along)[..., None] * through.direction
         weight, along = through.scale[:, None] * rest, through.gain * along
-    found = {**sums, "weight": weight.view(module.weight.shape)}
-    return found if gain is None else {**found, "gain": along.view(module.gain.shape)}
+    found = {**sums, "weight": weight.view(sums["weight"].shape)}
+    return found if gain is None else {**found, "gain": along.view(*along.shape[:-1], *module.gain.shape)}

@@ -93,9 +93,7 @@ def shared_ghost_norm(reads: Sequence[Read]) -> Tensor:
             square += 2 * ((a[at].double() @ e[at].double().mT) * chosen).flatten(1).sum(1)
         squares.append(square)
         lengths.append(length)
-    positions = sum(g.shape[1:-1].numel() for _, _, g in reads)
-    features = sum(x.shape[-1] for x in (a, g, e) if x is not None)
-    return never_short(torch.cat(squares), torch.cat(lengths), positions, features, like.dtype)
+    return never_short(torch.cat(squares), torch.cat(lengths))
 
 
 def without_padding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Tensor:

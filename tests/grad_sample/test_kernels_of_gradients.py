@@ -8,7 +8,7 @@ from timm.layers import ScaledStdConv2d
 from torch import nn
 
 from dpopt.grad_sample import conv, norms, per_sample, rules
-from dpopt.grad_sample.standardized_conv import norms_through, standardized_pull_back
+from dpopt.grad_sample.standardized_conv import norms_through, standardized_norms, standardized_pull_back
 from dpopt.models.layers import StandardizedConv2d
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,6 +55,7 @@ def test_weighted_sum(kernels, shape, dtype):
         expected -= weights[1].double() * rows[1].double()
         weights[1], rows[1] = 0.0, float("nan")
     torch.testing.assert_close(kernels.weighted_sum(rows, weights).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kernels.weighted_sum(rows, weights, torch.float64), expected, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,6 +116,16 @@ def test_standardized(kernels, monkeypatch, name, layout):
     exact = standardized_pull_back(layer, {"weight": wide["weight"][0]})
     for key, value in sums.items():
         torch.testing.assert_close(value.double(), exact[key], rtol=1e-5, atol=1e-9)
+
+
+def test_what_is_not_trained_may_overflow(monkeypatch):
+    layer = frozen(frozen(StandardizedConv2d(4, 6, 3), "weight"), "gain").to(DEVICE)
+    found = {"weight": torch.full((5, *layer.weight.shape), torch.inf), "bias": torch.ones(5, 6)}
+    found = {name: gradient.to(DEVICE) for name, gradient in found.items()}
+    for _ in range(2):
+        assert standardized_norms(layer, found).tolist() == pytest.approx([6.0] * 5)
+        assert standardized_norms(layer, found, {"bias": 2 * found["bias"][0]}).tolist() == pytest.approx([24.0] * 5)
+        use(monkeypatch, None)
 
 
 def test_standardized_filters_in_16_bits(kernels):

@@ -99,8 +99,21 @@ MODELS = {
 ALONG = lambda: Filter(StandardizedConv2d(16, 8, 3, affine=False)), along_a_filter
 
 
-def longest(made, policy, dtype=torch.float32, sizes=(1e0, 1e3, 1e6, 1e9), which=(AT,)):
-    """The most that an example, one of some, adds next to others, over the clip norm."""
+def blind_to_a_constant():
+    model = Filter(StandardizedConv2d(1, 2, 2, affine=False))
+    with torch.no_grad():
+        model.layer.weight[0] = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    return model
+
+
+def constant(size, model):
+    found = torch.randn(BATCH, 1, *model.layer.weight[0].shape)
+    found[AT] = size
+    return found
+
+
+def longest(made, policy, dtype=torch.float32, sizes=(1e0, 1e3, 1e6, 1e9), which=(AT,), scaled=False):
+    """The most that an example, one of some, adds next to others, over the clip norm, scaled before the clip or not."""
     make, inputs = made
     found = []
     for size in sizes:
@@ -109,13 +122,14 @@ def longest(made, policy, dtype=torch.float32, sizes=(1e0, 1e3, 1e6, 1e9), which
         x = inputs(size, model)
         model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
         engine = GradSampler(model, lambda outputs, targets: outputs * targets, policy)
-        per_sample = engine(x, torch.ones(len(x), dtype=dtype))
+        scales = {n: 10 ** torch.rand_like(p) if scaled else torch.ones_like(p) for n, p in model.named_parameters()}
+        per_sample = engine(x, torch.ones(len(x), dtype=dtype), scales if scaled else None)
         weights = (1 / per_sample.norms).clamp(max=1.0)
 
-        def total(weights, model=model, per_sample=per_sample):
-            sums = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+        def total(weights, scales=scales, per_sample=per_sample):
+            sums = {name: torch.zeros_like(scale) for name, scale in scales.items()}
             per_sample.add_weighted_sum(sums, weights)
-            return torch.cat([s.double().flatten() for s in sums.values()])
+            return torch.cat([(sums[name] * scale).double().flatten() for name, scale in scales.items()])
 
         for i in which:
             without = weights.clone()
@@ -141,57 +155,51 @@ def check_the_products_of_positions_that_cancel_are_not_exact():
 
 
 def check_what_a_standardized_filter_is_blind_to_rounds_nothing_away():
-    for policy in POLICIES:
-        for dtype in (torch.float32, torch.float64):
-            assert longest(ALONG, policy, dtype) <= 1 + 1e-5, (policy, dtype)
+    sizes = 1e0, 1e3, 1e6, 1e9, 2.0**50
+    for made in (ALONG, (blind_to_a_constant, constant)):
+        for policy in POLICIES:
+            for dtype in (torch.float32, torch.float64):
+                for scaled in (False, True):
+                    most = longest(made, policy, dtype, sizes, (0, AT), scaled)
+                    assert most <= 1 + 1e-5, (policy, dtype, scaled, most)
 
 
-def many_along_a_filter(size, model):
-    """But one all are along it."""
-    found = torch.cat([along_a_filter(size, model) for _ in range(512)])[AT::BATCH]
-    found[100] = torch.randn(found.shape[1:])
+def many(inputs, count):
+    """Examples that are not ordinary; 90 to 100 are."""
+
+    def found(size, model):
+        batch = torch.cat([inputs(size, model)[AT:][:1] for _ in range(count)])
+        batch[90:101] = inputs(1.0, model)[:11]
+        return batch
+
     return found
 
 
-def check_nobody_is_rounded_away_by_what_standardized_filters_are_blind_to():
-    for policy in set(POLICIES) - {"ghost"}:
-        made = ALONG[0], many_along_a_filter
-        assert longest(made, policy, sizes=(1e2, 1e3, 1e5), which=(0, 99, 100, 511)) <= 1 + 1e-5, policy
+def check_nobody_is_rounded_away_by_many_others():
+    for name, (make, inputs) in {"along a filter": ALONG, **MODELS}.items():
+        for policy in POLICIES:
+            made = make, many(inputs, 512 if inputs is along_a_filter else 128)
+            most = longest(made, policy, sizes=(1e2, 1e4, 1e9), which=range(88, 101))
+            assert most <= 1 + 1e-5, (name, policy, most)
 
 
 def sums_in_float32(patch, real=per_sample._weighted):
-    patch.setattr(per_sample, "_weighted", lambda gradient, weights, select, wide: real(gradient, weights, select, False))
+    patch.setattr(per_sample, "_weighted", lambda gradient, weights, select, _: real(gradient, weights, select, False))
 
 
 def norms_without_rounding(patch):
     for module in (conv, norms, rules, standardized_conv, text_rules):
-        patch.setattr(module, "never_short", lambda square, lengths, positions, features, dtype: square)
-
-
-def norms_of_exact_squares(patch):
-    def lengthened(square, lengths, positions, features, dtype):
-        norm = square.clamp(min=0).sqrt()
-        return (norm + norms.TERMS * torch.finfo(dtype).eps / 2 * (lengths - norm).clamp(min=0)).square()
-
-    for module in (conv, norms, rules, standardized_conv, text_rules):
-        patch.setattr(module, "never_short", lengthened)
+        patch.setattr(module, "never_short", lambda square, lengths: square)
 
 
 def norms_without_what_filters_are_blind_to(patch):
-    def exact(module, found):
-        return standardized_conv.norms_through(module, found)[0]
+    def exact(module, found, scale):
+        through = standardized_conv.norms_through, standardized_conv._scaled_norms_through
+        return through[0](module, found)[0] if scale is None else through[1](module, found, scale)[0]
 
     for kind, rule in rules.RULES.items():
         if rule.square_norms is not None:
             patch.setitem(rules.RULES, kind, dataclasses.replace(rule, square_norms=exact))
-
-
-def filters_without_their_sum(patch):
-    def left(through, square, total, along):
-        h = through.direction
-        return square - total.square() / h.shape[1] - through.project * (2 - h.square().sum(1)) * along.square()
-
-    patch.setattr(standardized_conv, "_left_of", left)
 
 
 def recomputed_in_another_way(patch, real=PerSampleGradients.add_weighted_sum):
@@ -208,10 +216,9 @@ MUTANTS = {
         norms_without_rounding,
         recomputed_in_another_way,
     ],
-    check_the_products_of_positions_that_cancel_are_not_exact: [norms_of_exact_squares],
+    check_the_products_of_positions_that_cancel_are_not_exact: [norms_without_rounding],
     check_what_a_standardized_filter_is_blind_to_rounds_nothing_away: [
-        filters_without_their_sum,
         norms_without_what_filters_are_blind_to,
     ],
-    check_nobody_is_rounded_away_by_what_standardized_filters_are_blind_to: [sums_in_float32],
+    check_nobody_is_rounded_away_by_many_others: [sums_in_float32, norms_without_rounding],
 }
