@@ -6,6 +6,7 @@ Each figure names its basis; what cannot be said is None.
 import contextlib
 import copy
 import ctypes
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -143,10 +144,14 @@ def _state_on_shapes(model: nn.Module, make_optimizer: Callable[..., torch.optim
 
 
 def _seconds(engine: GradSampler, plan: PrivacyPlan, inputs: Tensor, target: Tensor, micro_batch: int) -> float | None:
-    """Time growing micro-batches until one takes long enough to be believed."""
+    """Time growing micro-batches until one takes long enough to be believed.
+
+    Beside other work a call may wait longer for its threads than it computes. Then twice the examples take about as
+    long, and more are tried.
+    """
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     values = {name: p.detach() for name, p in engine.model.named_parameters() if p.requires_grad}
-    size, elapsed = 1, 0.0
+    size, before = 1, math.inf
     try:
         while True:
             batch = inputs.expand(size, *inputs.shape)
@@ -164,9 +169,10 @@ def _seconds(engine: GradSampler, plan: PrivacyPlan, inputs: Tensor, target: Ten
                     float(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)[0].sum())
                 calls.append(time.perf_counter() - start)
             elapsed = min(calls)
-            if elapsed > _PROBE_SECONDS or 2 * size > micro_batch:
+            enough = _PROBE_SECONDS if elapsed > 1.5 * before else 10 * _PROBE_SECONDS
+            if elapsed > enough or 2 * size > micro_batch:
                 return elapsed / size * plan.batch_size * plan.steps
-            size *= 2
+            size, before = 2 * size, elapsed
     except RuntimeError:
         return None
 
