@@ -103,6 +103,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "noise": lambda: add_noise_kernel(torch.zeros(4096), 1.0, 4.0, 2.0**-20, RandomKey.from_seed(0, "check"), 1),
     "sum": lambda: per_example.weighted_sum(rows(), torch.ones(64)),
     "sum, bf16": lambda: per_example.weighted_sum(rows().bfloat16(), torch.ones(64)),
+    "sum, standardized": lambda: per_example.weighted_sum(rows(), torch.ones(64), torch.float64),
     "norms": lambda: per_example.square_norms(rows()),
     "norms, bf16": lambda: per_example.square_norms(rows().bfloat16()),
     "convolution": lambda: convolution(torch.float32),
@@ -113,7 +114,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
         rows(3).bfloat16(), rows(3).bfloat16(), 16, 1e-5
     ),
     "norms, standardized": lambda: per_example.standardized_square_norms(*(rows(4), *filters(True), (True, True))),
-    "gradients, standardized": lambda: per_example.standardized_gradients(torch.zeros(64, 576), *filters()),
+    "gradients, standardized": lambda: per_example.standardized_gradients(torch.zeros(64, 576).double(), *filters()),
 }
 
 
