@@ -103,7 +103,6 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "noise": lambda: add_noise_kernel(torch.zeros(4096), 1.0, 4.0, 2.0**-20, RandomKey.from_seed(0, "check"), 1),
     "sum": lambda: per_example.weighted_sum(rows(), torch.ones(64)),
     "sum, bf16": lambda: per_example.weighted_sum(rows().bfloat16(), torch.ones(64)),
-    "sum, standardized": lambda: per_example.weighted_sum(rows(), torch.ones(64), torch.float64),
     "norms": lambda: per_example.square_norms(rows()),
     "norms, bf16": lambda: per_example.square_norms(rows().bfloat16()),
     "convolution": lambda: convolution(torch.float32),

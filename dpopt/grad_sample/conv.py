@@ -23,7 +23,8 @@ def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
 def conv_ghost_norm(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
     """As for a linear layer, over what the filters meet: for maps so small that pairs of positions cost little."""
     g = by_position(module, g)
-    return never_short(*of_pairs(products_met(module, a, g.shape[2]), inner_products(g), module.bias is not None))
+    products = of_pairs(products_met(module, a, g.shape[2]), inner_products(g), module.bias is not None)
+    return never_short(*products, g.shape[2], g.dtype)
 
 
 def products_met(module: Any, a: Tensor, positions: int) -> Tensor:

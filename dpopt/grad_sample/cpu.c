@@ -52,36 +52,31 @@ static inline float value(const void *rows, int64_t at, int narrow) {
 }
 
 /* total[j] = sum over rows of weights[i] * rows[i][j]; a row of weight zero is not read. */
-#define ADD_ROWS(name, number)                                                                                         \
-    static inline void name(const void *rows, int64_t count, int64_t begin, int64_t end, int64_t stride, int narrow,   \
-                            const float *weights, number *total) {                                                     \
-        for (int64_t j = begin; j < end; j += TILE) {                                                                  \
-            int64_t n = end - j < TILE ? end - j : TILE;                                                               \
-            number *restrict into = total + j;                                                                         \
-            memset(into, 0, (size_t)n * sizeof(number));                                                               \
-            for (int64_t i = 0; i < count;) { /* four rows at once */                                                  \
-                int64_t from[4], found = 0;                                                                            \
-                number w[4] = {0};                                                                                     \
-                for (; i < count && found < 4; i++)                                                                    \
-                    if (weights[i] != 0) from[found] = i * stride + j, w[found++] = weights[i];                        \
-                if (found == 4)                                                                                        \
-                    for (int64_t l = 0; l < n; l++)                                                                    \
-                        into[l] += (w[0] * value(rows, from[0] + l, narrow) + w[1] * value(rows, from[1] + l, narrow)) + \
-                                   (w[2] * value(rows, from[2] + l, narrow) + w[3] * value(rows, from[3] + l, narrow)); \
-                else                                                                                                   \
-                    for (int64_t k = 0; k < found; k++)                                                                \
-                        for (int64_t l = 0; l < n; l++) into[l] += w[k] * value(rows, from[k] + l, narrow);            \
-            }                                                                                                          \
-        }                                                                                                              \
+static inline void add_rows(const void *rows, int64_t count, int64_t begin, int64_t end, int64_t stride, int narrow,
+                            const float *weights, double *total) {
+    for (int64_t j = begin; j < end; j += TILE) {
+        int64_t n = end - j < TILE ? end - j : TILE;
+        double *restrict into = total + j;
+        memset(into, 0, (size_t)n * sizeof(double));
+        for (int64_t i = 0; i < count;) { /* four rows at once */
+            int64_t from[4], found = 0;
+            double w[4] = {0};
+            for (; i < count && found < 4; i++)
+                if (weights[i] != 0) from[found] = i * stride + j, w[found++] = weights[i];
+            if (found == 4)
+                for (int64_t l = 0; l < n; l++)
+                    into[l] += (w[0] * value(rows, from[0] + l, narrow) + w[1] * value(rows, from[1] + l, narrow)) +
+                               (w[2] * value(rows, from[2] + l, narrow) + w[3] * value(rows, from[3] + l, narrow));
+            else
+                for (int64_t k = 0; k < found; k++)
+                    for (int64_t l = 0; l < n; l++) into[l] += w[k] * value(rows, from[k] + l, narrow);
+        }
     }
-ADD_ROWS(add_rows, float)
-ADD_ROWS(add_rows_in_double, double)
+}
 
 void weighted_sum(const void *rows, int64_t count, int64_t begin, int64_t end, int64_t stride, int narrow,
-                  const float *weights, int wide, void *total) {
-    if (wide && narrow) add_rows_in_double(rows, count, begin, end, stride, 1, weights, total);
-    else if (wide) add_rows_in_double(rows, count, begin, end, stride, 0, weights, total);
-    else if (narrow) add_rows(rows, count, begin, end, stride, 1, weights, total);
+                  const float *weights, double *total) {
+    if (narrow) add_rows(rows, count, begin, end, stride, 1, weights, total);
     else add_rows(rows, count, begin, end, stride, 0, weights, total);
 }
 

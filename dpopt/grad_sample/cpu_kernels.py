@@ -14,17 +14,16 @@ _SOURCE = Path(__file__).with_name("cpu.c")
 _WORTH_A_THREAD = 1 << 18  # values
 
 
-def weighted_sum(rows: Tensor, weights: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Σ weights[i]·rows[i], (n,); a row of weight zero is not read, so that it may hold NaN.
+def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """Σ weights[i]·rows[i], (n,), in float64; a row of weight zero is not read, so that it may hold NaN.
 
     Args:
         rows: (B, n) of float32 or bfloat16, contiguous in n.
         weights: (B,) float32.
-        dtype: float32 or float64, in which to add up.
     """
     rows, weights = _in_rows(rows), weights.contiguous()
-    total = torch.empty(rows.shape[1], dtype=dtype)
-    place = rows.stride(0), _narrow(rows), weights.data_ptr(), dtype == torch.float64, total.data_ptr()
+    total = torch.empty(rows.shape[1], dtype=torch.float64)
+    place = rows.stride(0), _narrow(rows), weights.data_ptr(), total.data_ptr()
 
     def work(begin: int, end: int) -> None:
         _library().weighted_sum(rows.data_ptr(), len(rows), begin, end, *place)
@@ -130,7 +129,7 @@ def _library() -> ctypes.CDLL:
     pointer, count, flag, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     shape: list[Any] = [pointer, *[count] * 8, flag]
     loaded.square_norms.argtypes = [pointer, *[count] * 4, flag, pointer]
-    loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, flag, pointer]
+    loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, pointer]
     loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 4, number, flag, flag, pointer, pointer]
     loaded.standardize.argtypes = [pointer, pointer, *[count] * 3, *[number] * 3, *[pointer] * 4]
     of_sums: list[Any] = [pointer, pointer, count, count, pointer, count, *[number] * 3, pointer, pointer]

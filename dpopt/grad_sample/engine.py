@@ -11,7 +11,7 @@ the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
     store      the per-sample gradients, summed when the weights are known
     recompute  their norms only, a few examples at a time, and once more for the sum: the same bits
     ghost      their norms from inner products of positions, never the gradients; the sum is the ordinary gradient of
-               scaled output gradients, and the norms count what rounding may add to it
+               scaled output gradients, and where positions cancel the norms count what rounding may add to it
 
 A parameter that a module holds next to its submodules (a class token, a position embedding, a skip gain) enters the
 forward as one copy per view. So does the output of a layer that all examples share (an embedding of positions).

@@ -88,6 +88,8 @@ def find_layers(model: nn.Module, whole: Collection[str] = ()) -> tuple[list[Tra
     for tracked in tracked_layers:
         tracked.held_bare = any(name in bare for name in tracked.names.values())
         tracked.tied = any(users[name] > 1 or name in bare for name in tracked.names.values())
+        if tracked.tied and tracked.rule.pull_back is not None:  # gradients of tied weights are added up as they are
+            tracked.rule = BY_VMAP
     return tracked_layers, bare
 
 

@@ -102,20 +102,25 @@ def memory_order(gradient: Tensor) -> list[int]:
 
 def position_norms(a: Tensor, g: Tensor, bias: bool) -> Tensor:
     """Squared norms (B,) of Σ a_t·g_tᵀ over positions, and of Σ g_t where there is a bias, never too short."""
-    return never_short(*gram(a, g, bias))
+    return never_short(*gram(a, g, bias), a.shape[-2], g.dtype)
 
 
-def never_short(square: Tensor, lengths: Tensor) -> Tensor:
-    """Squared norms in closed form, no shorter than a `CANCELLED`th of what they are made of.
+def never_short(square: Tensor, lengths: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    """Squared norms in closed form, lengthened where positions cancel.
 
-    An example whose positions cancel has products far longer than its norm. They would round away its own sum and that
-    of others they meet there, and the square is exact to 1e-16 of theirs.
+    An example whose positions cancel has products far longer than its norm, and rounding in their sum is in proportion
+    to them. A sum of n products has an error of at most n·u·Σ|products|, with u half of a type's ε, which is added to
+    the norm. Others meet these products in the sum, too, so that a norm is at least a `CANCELLED`th of their lengths.
 
     Args:
         square: ‖Σ p_t‖² over the products p_t of an example's positions, (B,) float64, from inner products.
         lengths: Σ ‖p_t‖, (B,).
+        positions: of an example.
+        dtype: in which sums are taken, of `TERMS` products at most or of one example.
     """
-    return torch.maximum(square, (lengths.double() / CANCELLED).square())
+    norm, terms = square.clamp(min=0).sqrt(), max(positions, min(len(square) * positions, TERMS))
+    longer = norm + terms * torch.finfo(dtype).eps / 2 * (lengths - norm).clamp(min=0)
+    return torch.maximum(longer, lengths.double() / CANCELLED).square()
 
 
 def gram(a: Tensor, g: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
@@ -128,10 +133,8 @@ def inner_products(x: Tensor) -> Tensor:
 
     Where positions cancel, float32 would lose the norm, and one too small is not an option.
     """
-    if x.shape[-2] == 1:
-        return square_norms(x.flatten(0, -2)).view(*x.shape[:-1], 1)
     x = x.double()
-    return x @ x.mT
+    return x.square().sum(-1, keepdim=True) if x.shape[-2] == 1 else x @ x.mT
 
 
 def of_pairs(a: Tensor, g: Tensor, bias: bool) -> tuple[Tensor, Tensor]:

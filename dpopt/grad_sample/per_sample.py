@@ -23,7 +23,6 @@ from dpopt.grad_sample.norms import (
     memory_order,
     pieces,
     square_norms,
-    wide_pieces,
 )
 from dpopt.grad_sample.rules import BY_VMAP
 
@@ -174,11 +173,9 @@ class PerSampleGradients:
 
         with exact(weights.device):
             for tracked, found in self.stored:
-                wide = tracked is not None and tracked.rule.pull_back is not None
-                local = {n: _weighted(g, weight(_layer(tracked, n)), select, wide) for n, g in found.items()}
+                local = {n: _weighted(g, weight(_layer(tracked, n)), select) for n, g in found.items()}
                 _add(sums, tracked, local)
             for call in self.kept:
-                wide = call.wide or call.tracked.rule.pull_back is not None
                 tracked, (arguments, g) = call.tracked, split_examples(call, self.examples)
                 total: Gradients = {}
                 if self.in_closed_form(call):  # by a rule, for the parameters of one module
@@ -187,14 +184,18 @@ class PerSampleGradients:
                         a = a.masked_fill(_column(select, a), 0.0) if a.is_floating_point() else a
                         g = g.masked_fill(_column(select, g), 0.0)
                     g = g.mul(_column(weight(layer), g))
-                    for at in _parts(call, g):
+                    parts = _parts(call, g)
+                    for at in parts:
                         x, y = (part[at].flatten(0, 1)[None] for part in (a, g))
-                        found = {name: gradient[0] for name, gradient in apply_rule(call, (x,), y).items()}
-                        add_up(total, {n: x.double() for n, x in found.items()} if wide else found)
+                        for name, gradient in apply_rule(call, (x,), y).items():
+                            if name in total:
+                                total[name] += gradient[0]
+                            else:
+                                total[name] = gradient[0].double() if len(parts) > 1 else gradient[0]
                 else:
                     for at, found in self.gradients_of(call, arguments, g):
                         bad = None if select is None else select[at]
-                        local = {n: _weighted(x, weight(_layer(tracked, n))[at], bad, wide) for n, x in found.items()}
+                        local = {n: _weighted(x, weight(_layer(tracked, n))[at], bad) for n, x in found.items()}
                         add_up(total, local)
                 _add(sums, tracked, total)
 
@@ -225,10 +226,10 @@ class PerSampleGradients:
 def _parts(call: LayerCall, g: Tensor) -> list[slice]:
     """Split examples, by output gradients (B, K, …), so that few products meet in a sum: who else is in it rounds them.
 
-    Where the chain rule may take most of a sum off, 16 examples meet in one.
+    At most 64 examples meet, and 16 where the chain rule may take most of the sum off.
     """
     width = g.shape[2] if isinstance(call.tracked.module, nn.Conv1d | nn.Conv2d) else g.shape[-1]
-    count = 16 if call.tracked.rule.pull_back is not None else max(1, TERMS * width // g[:1].numel())
+    count = max(1, min(TERMS * width // g[:1].numel(), 64 if call.tracked.rule.pull_back is None else 16))
     return [slice(start, start + count) for start in range(0, len(g), count)]
 
 
@@ -255,7 +256,7 @@ def _layer(tracked: TrackedLayer | None, name: str) -> str:
 
 
 def _by_model_names(tracked: TrackedLayer | None, found: Gradients) -> Gradients:
-    """Per-sample gradients of the parameters themselves, from at least float32: their sum is pulled back in that."""
+    """Per-sample gradients of the parameters themselves, pulled back in at least float32."""
     if tracked is None:
         return found
     if tracked.rule.pull_back is not None:
@@ -281,17 +282,17 @@ def _squares(found: Gradients, scale: Gradients | None) -> Gradients:
     return squares
 
 
-def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None, wide: bool) -> Tensor:
-    """Σ weights[i]·gradient[i], (*shape), where `wide` in float64."""
+def _weighted(gradient: Tensor, weights: Tensor, select: Tensor | None) -> Tensor:
+    """Σ weights[i]·gradient[i], (*shape), in float64: in float32 one example may change how others are rounded."""
     rows = by_example(gradient)
-    dtype = torch.float64 if wide else weights.dtype
     if weights.dtype == torch.float32 and rows.dtype != torch.float64 and (found := kernels(rows)) is not None:
-        total = found.weighted_sum(rows, weights, dtype)
+        total = found.weighted_sum(rows, weights)
     else:
         rows = rows if select is None else rows.masked_fill(select[:, None], 0.0)
-        total, done = weights.new_zeros(rows.shape[1], dtype=dtype), 0
-        for piece in pieces(rows) if wide else wide_pieces(rows):
-            total.addmv_(piece.to(dtype).T, weights[done : done + len(piece)].to(dtype))
+        weights = weights.double()
+        total, done = weights.new_zeros(rows.shape[1]), 0
+        for piece in pieces(rows):
+            total.addmv_(piece.double().T, weights[done : done + len(piece)])
             done += len(piece)
     order = memory_order(gradient)
     total = total.view([gradient.shape[i] for i in order])

@@ -145,10 +145,10 @@ def embedding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> G
 
 def embedding_ghost_norm(module: nn.Embedding, a: Tensor, g: Tensor) -> Tensor:
     """Σ g_s·g_t over pairs of positions with the same token."""
-    g, tokens = without_padding(module, a, g).flatten(1, -2).double(), a.flatten(1)
+    g, tokens, dtype = without_padding(module, a, g).flatten(1, -2).double(), a.flatten(1), g.dtype
     products = g @ g.mT
     square = (products * (tokens[:, :, None] == tokens[:, None])).flatten(1).sum(1)
-    return never_short(square, products.diagonal(dim1=-2, dim2=-1).sqrt().sum(1))
+    return never_short(square, products.diagonal(dim1=-2, dim2=-1).sqrt().sum(1), g.shape[1], dtype)
 
 
 def embedding_bag(module: nn.EmbeddingBag, a: Tensor, g: Tensor) -> Gradients:

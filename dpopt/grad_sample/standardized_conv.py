@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from dpopt.grad_sample.conv import by_position, conv_weight, convolve, products_met
 from dpopt.grad_sample.norms import (
+    CANCELLED,
     Gradients,
     at_once,
     by_example,
@@ -108,7 +109,7 @@ def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
         square += gradient.sum(2).flatten(1).square().sum(1)
     by_filter = met.square() * _stretch(module, through).view(gradient.shape[1], 1, -1) + float(module.bias is not None)
     lengths = (by_filter * gradient.square()).sum(3).sqrt()
-    return never_short(square, lengths.flatten(1).sum(1))
+    return never_short(square, lengths.flatten(1).sum(1), positions, g.dtype)
 
 
 def _padded_to_same(module: Any, a: Tensor) -> Tensor:
@@ -123,14 +124,11 @@ def standardized_norms(module: Any, found: Gradients, scale: Gradients | None = 
     """In closed form from ΣG, ‖G‖² and h·G of every filter: the gradients of weight and gain are never formed.
 
     ‖∂/∂w‖² = s²·(‖G‖² − (ΣG)²/n − p·(2 − ‖h‖²)·(h·G)²). What is taken off may be far longer than what is left. It is
-    in the sum of G over examples and would round others away there: `never_short`. Scales may differ so much that more
-    is taken off in training, which sums in float64 bear.
+    in the sum of G over examples and would round others away there, so that a norm is at least a `CANCELLED`th of it.
+    Scales may differ so much that more is taken off in training, which sums in float64 bear.
     """
-    if scale is None:
-        squares, longest = norms_through(module, found)
-        return never_short(squares, longest.sqrt())
-    squares, longest = _scaled_norms_through(module, found, scale)
-    return torch.maximum(squares, 1e-18 * longest)
+    squares, longest = norms_through(module, found) if scale is None else _scaled_norms_through(module, found, scale)
+    return torch.maximum(squares, longest * (CANCELLED**-2 if scale is None else 1e-18))
 
 
 def _scaled_norms_through(module: Any, found: Gradients, scale: Gradients) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,8 @@ def shared_ghost_norm(reads: Sequence[Read]) -> Tensor:
             square += 2 * ((a[at].double() @ e[at].double().mT) * chosen).flatten(1).sum(1)
         squares.append(square)
         lengths.append(length)
-    return never_short(torch.cat(squares), torch.cat(lengths))
+    positions = sum(g.shape[1:-1].numel() for _, _, g in reads)
+    return never_short(torch.cat(squares), torch.cat(lengths), positions, like.dtype)
 
 
 def without_padding(module: nn.Embedding | nn.EmbeddingBag, a: Tensor, g: Tensor) -> Tensor:

@@ -10,16 +10,15 @@ _SUMMED = 32  # rows that a program sums
 _PIECE = 4096  # values of a row that a program squares
 
 
-def weighted_sum(rows: Tensor, weights: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Σ weights[i]·rows[i], (n,); a row of weight zero is not read, so that it may hold NaN.
+def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """Σ weights[i]·rows[i], (n,), in float64; a row of weight zero is not read, so that it may hold NaN.
 
     Args:
         rows: (B, n) of 16- or 32-bit floats, contiguous in n.
         weights: (B,) float32.
-        dtype: float32 or float64, in which to add up.
     """
     size, parts = rows.shape[1], triton.cdiv(len(rows), _SUMMED)
-    totals = torch.empty(parts, size, dtype=dtype, device=rows.device)
+    totals = torch.empty(parts, size, dtype=torch.float64, device=rows.device)
     with torch.cuda.device_of(rows):  # Triton launches on the current device
         _sum_kernel[(triton.cdiv(size, _BLOCK // 2), parts)](
             *(rows, weights, totals, size, len(rows), rows.stride(0)), SUMMED=_SUMMED, ROWS=8, BLOCK=_BLOCK // 2
@@ -184,14 +183,13 @@ def _sum_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(1)
-    number = totals.dtype.element_ty
-    total = tl.zeros((BLOCK,), number)
+    total = tl.zeros((BLOCK,), tl.float64)
     for start in range(part * SUMMED, part * SUMMED + SUMMED, ROWS):
         row = start + tl.arange(0, ROWS)
         weight = tl.load(weights + row, mask=row < count, other=0.0)
         read = (weight != 0.0)[:, None] & (at < size)[None, :]
         value = tl.load(rows + row.to(tl.int64)[:, None] * stride + at[None, :], mask=read, other=0.0)
-        total += tl.sum(weight[:, None].to(number) * value.to(number), 0)
+        total += tl.sum(weight[:, None].to(tl.float64) * value.to(tl.float64), 0)
     tl.store(totals + part.to(tl.int64) * size + at, total, mask=at < size)
 
 

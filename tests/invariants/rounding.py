@@ -154,6 +154,34 @@ def check_the_products_of_positions_that_cancel_are_not_exact():
                 assert longest(nearly, policy, torch.float64) <= 1 + 1e-5, (name, policy, left)
 
 
+def creeping(size, model):
+    """One example alone: a large position, many small ones that all round up next to it, and one that takes it back."""
+    step = 0.55 * 2.0 ** (math.floor(math.log2(size)) - 23)
+    found = torch.full((1, 1, 4096, 1), step)
+    found[..., 0, 0], found[..., -1, 0] = size, 1 - size - 4094 * step
+    return found
+
+
+def check_positions_that_round_one_way_add_no_more_than_the_clip_norm():
+    for policy in POLICIES:
+        made = (lambda: Mean(nn.Linear(1, 1, bias=False), 1)), lambda size, model: 4096 * creeping(size, model)
+        assert longest(made, policy, sizes=(5.0, 31.0, 62.0), which=(0,)) <= 1 + 1e-5, policy
+
+
+def at_a_power_of_two(size, model):
+    """Unit gradients that add up to 255.5, number 256, and 255 small ones, which round up above 256 and down below."""
+    found = torch.full((512, 1, 1), size * 2.0**-15)
+    found[1:257], found[0] = 1.0, 0.5
+    return found
+
+
+def check_how_others_are_rounded_does_not_change():
+    """Beyond how their whole sum is, which is one of float32."""
+    for policy in POLICIES:
+        made = (lambda: nn.Sequential(nn.Linear(1, 1, bias=False), nn.Flatten(0))), at_a_power_of_two
+        assert longest(made, policy, sizes=(0.55, 0.7, 0.9), which=(256,)) <= 1 + 1e-4, policy
+
+
 def check_what_a_standardized_filter_is_blind_to_rounds_nothing_away():
     sizes = 1e0, 1e3, 1e6, 1e9, 2.0**50
     for made in (ALONG, (blind_to_a_constant, constant)):
@@ -183,13 +211,24 @@ def check_nobody_is_rounded_away_by_many_others():
             assert most <= 1 + 1e-5, (name, policy, most)
 
 
-def sums_in_float32(patch, real=per_sample._weighted):
-    patch.setattr(per_sample, "_weighted", lambda gradient, weights, select, _: real(gradient, weights, select, False))
+def sums_in_float32(patch):
+    def add_up(gradient, weights, select):
+        total = torch.zeros_like(gradient[0])
+        for weight, one in zip(weights, gradient, strict=True):
+            total += weight * one
+        return total
+
+    patch.setattr(per_sample, "_weighted", add_up)
+
+
+def norms_that_count_no_rounding(patch):
+    for module in (conv, norms, rules, standardized_conv, text_rules):
+        patch.setattr(module, "never_short", lambda square, lengths, *_: torch.maximum(square, (lengths / 64).square()))
 
 
 def norms_without_rounding(patch):
     for module in (conv, norms, rules, standardized_conv, text_rules):
-        patch.setattr(module, "never_short", lambda square, lengths: square)
+        patch.setattr(module, "never_short", lambda square, lengths, positions, dtype: square)
 
 
 def norms_without_what_filters_are_blind_to(patch):
@@ -220,5 +259,7 @@ MUTANTS = {
     check_what_a_standardized_filter_is_blind_to_rounds_nothing_away: [
         norms_without_what_filters_are_blind_to,
     ],
+    check_positions_that_round_one_way_add_no_more_than_the_clip_norm: [norms_that_count_no_rounding],
+    check_how_others_are_rounded_does_not_change: [sums_in_float32],
     check_nobody_is_rounded_away_by_many_others: [sums_in_float32, norms_without_rounding],
 }
