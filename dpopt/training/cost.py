@@ -146,7 +146,7 @@ def _state_on_shapes(model: nn.Module, make_optimizer: Callable[..., torch.optim
 def _seconds(engine: GradSampler, plan: PrivacyPlan, inputs: Tensor, target: Tensor, micro_batch: int) -> float | None:
     """Time growing micro-batches until one takes long enough to be believed.
 
-    Beside other work a call may wait longer for its threads than it computes. Then twice the examples take about as
+    Next to other work a call may wait longer for its threads than it computes. Then twice the examples take about as
     long, and more are tried.
     """
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
