@@ -224,12 +224,9 @@ class PerSampleGradients:
 
 
 def _parts(call: LayerCall, g: Tensor) -> list[slice]:
-    """Split examples, by output gradients (B, K, …), so that few products meet in a sum: who else is in it rounds them.
-
-    At most 64 examples meet, and 16 where the chain rule may take most of the sum off.
-    """
+    """Split examples, by output gradients (B, K, …), so that few meet in a sum: who else is in it rounds them."""
     width = g.shape[2] if isinstance(call.tracked.module, nn.Conv1d | nn.Conv2d) else g.shape[-1]
-    count = max(1, min(TERMS * width // g[:1].numel(), 64 if call.tracked.rule.pull_back is None else 16))
+    count = max(1, min(TERMS * width // g[:1].numel(), 64))
     return [slice(start, start + count) for start in range(0, len(g), count)]
 
 

@@ -208,7 +208,7 @@ def check_nobody_is_rounded_away_by_many_others():
         for policy in POLICIES:
             made = make, many(inputs, 512 if inputs is along_a_filter else 128)
             most = longest(made, policy, sizes=(1e2, 1e4, 1e9), which=range(88, 101))
-            assert most <= 1 + 1e-5, (name, policy, most)
+            assert most <= 1 + (1e-4 if policy == "ghost" else 1e-5), (name, policy, most)  # ghost sums 64 in float32
 
 
 def sums_in_float32(patch):
