@@ -233,3 +233,15 @@ def test_group_norm_gives_torch_a_weight():
     with Watch():
         engine(inputs, targets)
     assert len(seen) == 1 and isinstance(seen[0], torch.Tensor)
+
+
+@pytest.mark.parametrize("policy", ["auto", "store", "recompute", "ghost"])
+def test_standardized_filters_that_share_a_weight(policy):
+    """The chain rule goes through the weight once for all calls."""
+    torch.manual_seed(0)
+    first, second = StandardizedConv2d(4, 4, 3), StandardizedConv2d(4, 4, 3)
+    second.weight = first.weight
+    model = nn.Sequential(first, nn.Tanh(), second, nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+    x, ones = torch.randn(3, 1, 4, 4, 4), torch.ones(3)
+    found, expected = (GradSampler(model, lambda a, b: a * b, p)(x, ones).norms for p in (policy, "loop"))
+    torch.testing.assert_close(found, expected)
