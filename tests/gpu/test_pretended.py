@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU is here"),
     pytest.mark.skipif(torch.version.cuda is None, reason="this build of torch knows no CUDA"),
 ]
-SHORT = ("experiment=quickstart", "device=cuda", "steps=4", "batch_size=64", "micro_batch=16", "eval_every=10")
-SHORT += ("epsilon=1", "randomness=research", "logger=csv", "holdout=0")
+SHORT = ("experiment=quickstart", "device=cuda", "steps=4", "batch_size=24", "micro_batch=4", "eval_every=10")
+SHORT += ("epsilon=1", "accountant=rdp", "randomness=research", "logger=csv", "holdout=0")
 FLIPPED = ("dataset._target_=gpu.pictures.pictures", "+dataset.size=8", "+dataset.flip=true", "delta=1e-3")
 # Together they have every kind of optimizer, clip rule, filter and estimator, and the built-in models that take digits.
 # Federation is left out: it trains client by client, and each asks how many examples it has.
@@ -39,7 +39,7 @@ RUNS = [
 ]
 
 
-PICTURES = ("dataset._target_=gpu.pictures.pictures", "batch_size=6", "micro_batch=2", "delta=1e-3")
+PICTURES = ("dataset._target_=gpu.pictures.pictures", "steps=3", "batch_size=6", "micro_batch=2", "delta=1e-3")
 # The other models, and a dataset that is read item by item: what each step may copy to the GPU, per micro-batch.
 MODELS = [
     ("model=wrn_40_4", "+dataset.size=16"),

@@ -80,8 +80,8 @@ def test_standardized_convolution_by_hand():
     expected = centered / (centered.square().sum(1, keepdim=True)).sqrt() * conv.gain[:, None]
     torch.testing.assert_close(weight.flatten(1), expected)
     with torch.no_grad():
-        conv.weight.fill_(0.3)  # no variance: the clamp keeps it finite
-    assert (conv.standardized_weight() == 0).all()
+        conv.weight.fill_(0.3)  # no variance: what is left is how the mean was rounded
+    assert conv.standardized_weight().abs().max() <= 2 * 0.3 * torch.finfo(torch.float32).eps / 1e-2
 
 
 def test_nf_resnet_keeps_unit_variance_at_the_start():
