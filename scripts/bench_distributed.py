@@ -13,9 +13,7 @@ counted.
 import argparse
 import io
 import multiprocessing
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from bench_engine import short, warn_if_busy
-from bench_optim import hardware, versions
+from bench_optim import command, hardware, versions
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -229,7 +227,7 @@ def main() -> None:
     parameters = sum(p.numel() for p in MODELS[arguments.model]().parameters())
     header = (
         f"# Several ranks\n\n{machine}, gloo, one thread per rank; {versions()}. "
-        f"`python scripts/bench_distributed.py {shlex.join(sys.argv[1:])}`: {arguments.rounds} rounds, all in turn.\n"
+        f"{command()}: {arguments.rounds} rounds, all in turn.\n"
         f"{arguments.model}, {parameters:,} parameters, a global batch of {arguments.batch} 32 × 32 images. Ratios are "
         "medians within a round. DDP's step is not\nprivate. Bytes are what a rank hands to collective operations in a "
         "step."

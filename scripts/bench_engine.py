@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_optim import hardware, versions
+from bench_optim import command, hardware, versions
 from bench_others import jax_privacy_step, opacus_step, opake_step
 from torch import nn
 
@@ -318,9 +317,8 @@ def main() -> None:
             print(markdown([r for r in rows if (r["model"], r["views"]) == (model, views)], ""), flush=True)
     machine = hardware(arguments.device)
     name = f"bench_engine_{kind}_{short(machine)}_{PRECISION}"
-    command = f"`python scripts/bench_engine.py {shlex.join(sys.argv[1:])}`"
     header = (
-        f"# A private gradient compared with an ordinary one\n\n{machine}, {PRECISION}; {versions()}. {command}: "
+        f"# A private gradient compared with an ordinary one\n\n{machine}, {PRECISION}; {versions()}. {command()}: "
         f"{arguments.rounds} rounds, all variants in turn.\nRatios to the plain step are medians within a round.\n\n"
         f"![]({name}.png)"
     )

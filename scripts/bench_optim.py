@@ -14,7 +14,9 @@ import importlib
 import math
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -270,9 +272,8 @@ def main() -> None:
         rows += bench(name, device, arguments.rounds)
         print(markdown([row for row in rows if row["model"] == name], ""), flush=True)
     machine = hardware(device)
-    command = f"`python scripts/bench_optim.py --models {' '.join(arguments.models)} --rounds {arguments.rounds}`"
     header = (
-        f"# Optimizer step: time and memory\n\n{machine}; {versions()}. {command}: {arguments.rounds} rounds, "
+        f"# Optimizer step: time and memory\n\n{machine}; {versions()}. {command()}: {arguments.rounds} rounds, "
         f"all variants in turn.\nRatios are medians of the ratios within a round.\n\n![](bench_optim_{device.type}.png)"
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -291,6 +292,15 @@ def versions() -> str:
     """Name Python, torch, the commit and how noise is drawn."""
     code = f"commit {short_commit(git_commit() or 'unknown')}, noise version {NOISE_VERSION}"
     return f"Python {platform.python_version()}, torch {torch.__version__}, {code}"
+
+
+def command() -> str:
+    """Quote the command that was typed, without the folder that it wrote to."""
+    words = sys.argv[1:]
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return f"`python scripts/{shlex.join([Path(sys.argv[0]).name, *words])}`"
 
 
 if __name__ == "__main__":

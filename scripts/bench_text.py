@@ -8,8 +8,6 @@ take turns as in bench_engine.py. Opacus and Opake classify only: their losses k
 """
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import bench_engine
 import torch
 import torch.nn.functional as F
 from bench_engine import PLAIN, bench, markdown, serve, short, warn_if_busy
-from bench_optim import hardware, versions
+from bench_optim import command, hardware, versions
 from bench_others import opacus_step, opake_step
 from torch import nn
 
@@ -122,7 +120,7 @@ def main() -> None:
     name = f"bench_text_{torch.device(arguments.device).type}_{short(machine)}_{arguments.precision}"
     header = (
         f"# A private gradient of a transformer compared with an ordinary one\n\n{machine}, {arguments.precision}; "
-        f"{versions()}. `python scripts/bench_text.py {shlex.join(sys.argv[1:])}`: {arguments.rounds} rounds, all "
+        f"{versions()}. {command()}: {arguments.rounds} rounds, all "
         "variants in turn.\nRatios to the plain step are medians within a round. Random weights, texts of 8 to 64 "
         "tokens (MiniLM)\nand of 8 to 100 (SmolLM2-135M), padded to the longest."
     )

@@ -10,15 +10,13 @@ peak of four steps minus what the process has before the model is made: weights,
 
 import argparse
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from bench_engine import PLAIN, bench, markdown, resident, serve, short
-from bench_optim import hardware, versions
+from bench_optim import command, hardware, versions
 from bench_text import SMOLLM2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -144,7 +142,7 @@ def main() -> None:
     machine = hardware(arguments.device)
     header = (
         f"# The whole training step\n\n{machine}, {precision(torch.device(arguments.device))}; {versions()}. "
-        f"`python scripts/bench_training.py {shlex.join(sys.argv[1:])}`: {arguments.rounds} rounds, all variants in "
+        f"{command()}: {arguments.rounds} rounds, all variants in "
         f"turn. Parameters: {', '.join(sizes)}; vit_150m and smollm2 "
         "by ghost norms.\nState in bytes per parameter, Adam and MicroAdam: "
         f"{'; '.join(states)}.\nNot private is Adam; ratios to it are "

@@ -45,6 +45,7 @@ def test_table_and_figure(bench_optim, tmp_path, monkeypatch):
     bench_optim.main()
     (table,) = tmp_path.glob("bench_optim_*.md")
     text = table.read_text()
+    assert "`python scripts/bench_optim --models wrn_16_4 --rounds 3`" in text  # not where it was written
     for row in ("MicroAdam 4-bit", "AdamW (fused)", "paper, per tensor", "noise + MicroAdam 4-bit"):
         assert f"| {row} |" in text
     assert "8.000" in text and table.with_suffix(".png").stat().st_size > 5000
