@@ -3,6 +3,7 @@
 dpopt evaluate runs/digits-cnn-microadam-eps8-seed0-… [DATA_DIR] [--write 64]
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ def evaluate(words: Sequence[str]) -> int:
     """Print test accuracy and loss of a finished run's model; return the exit code."""
     parser = verb_parser("evaluate", __doc__)
     parser.add_argument("run", type=Path, help="a run directory with a model.safetensors")
-    parser.add_argument("data_dir", nargs="?", help="where the dataset is; by default where the run found it")
+    parser.add_argument(
+        "data_dir", nargs="?", help="where the dataset is; by default where the run found it, else DPOPT_DATA_DIR"
+    )
     parser.add_argument(
         "--write", type=int, metavar="N", help="let a language model complete N prompts of the test set"
     )
@@ -41,7 +44,10 @@ def _measure(run: Path, data_dir: str | None, count: int | None, beams: int | No
 
     model = dpopt.load(run)
     config = read_config(run)
-    config = replace(config, data_dir=data_dir or config.data_dir)
+    if data_dir is None:
+        known = Path(config.data_dir).exists()
+        data_dir = config.data_dir if known else os.environ.get("DPOPT_DATA_DIR", config.data_dir)
+    config = replace(config, data_dir=data_dir.removeprefix("data_dir="))
     task = make_task(config)
     test = load_test_set(config, task)
     if count is not None:

@@ -272,7 +272,8 @@ def as_source(data: Any, device: torch.device | str | None = None, workers: int 
                 "dpopt.data.sources.TensorSource with mean and std"
             )
         return TensorSource(inputs.to(device), targets.to(device))
-    if isinstance(data, tuple | list):
+    pairs = isinstance(data, list) and all(isinstance(item, tuple | list) and len(item) == 2 for item in data)
+    if isinstance(data, tuple | list) and not pairs:
         kinds = ", ".join(type(part).__name__ for part in data[:4])
         raise ValueError(f"({kinds}) is not a pair of tensors (inputs, targets): convert it with torch.as_tensor")
     if isinstance(data, IterableDataset | dict | str):

@@ -1,5 +1,6 @@
 """What one optimizer step did, measured from outside: it works for any optimizer and costs nothing between probes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class StepMetrics:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.lr = float(optimizer.param_groups[0]["lr"])
-        self.own = optimizer.step_metrics() if hasattr(optimizer, "step_metrics") else dict
+        self.own = own_metrics(optimizer)
         self.before = [
             (p, p.detach().clone(), _first_moment(optimizer, p), group["lr"])
             for group in optimizer.param_groups
@@ -57,6 +58,22 @@ class StepMetrics:
             "optimizer/grad_norm": grad**0.5,
         }
         return values | self.own()
+
+
+def own_metrics(optimizer: Any) -> Callable[[], dict[str, float]]:
+    """Ask an optimizer before a step for the function that gives its own figures afterwards.
+
+    Raises:
+        ValueError: for a `step_metrics()` that returns anything else.
+    """
+    after = optimizer.step_metrics() if hasattr(optimizer, "step_metrics") else dict
+    if not callable(after):
+        raise ValueError(
+            f"{type(optimizer).__name__}.step_metrics() returned a {type(after).__name__}: return a function, which is "
+            "called after the step and returns the figures by their names"
+        )
+    result: Callable[[], dict[str, float]] = after
+    return result
 
 
 def _first_moment(optimizer: Any, parameter: Tensor) -> Tensor | None:

@@ -87,7 +87,7 @@ def _readme(run: Path, config: Config, spec: DataSpec, library: str) -> str:
         f"{code(about.model)}, trained on {code(about.dataset)} by dpopt: {plain(result.get('guarantee', 'unknown'))}.",
         "",
         *([f"Accuracy {accuracy:.2%} {tested}, which ε does not protect.", ""] if accuracy is not None else []),
-        *_use(library),
+        *_use(library, getattr(spec.inputs, "reads", "image")),
         "",
     ]
     card = (run / CARD).read_text() if (run / CARD).exists() else ""
@@ -122,9 +122,11 @@ def _front_matter(result: dict[str, Any], spec: DataSpec, library: str) -> dict[
     }
 
 
-def _use(library: str) -> list[str]:
+def _use(library: str, reads: str) -> list[str]:
     if library != "dpopt":
         return [f"It loads with plain `{library}`; a new head lies in `head.safetensors`, where there is one."]
+    images, rows = "IMAGES` names the classes of new images", "TABLE.csv` names the class of every row"
+    new = rows if reads == "row" else images
     return [
         "```python",
         "import dpopt",
@@ -132,6 +134,5 @@ def _use(library: str) -> list[str]:
         'model = dpopt.load("FOLDER")  # this folder',
         "```",
         "",
-        "`dpopt predict FOLDER IMAGES` names the classes of new images, prepared as the test set was "
-        f"(`{PREPROCESSING}`).",
+        f"`dpopt predict FOLDER {new}, prepared as the test set was (`{PREPROCESSING}`).",
     ]

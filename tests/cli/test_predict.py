@@ -120,6 +120,23 @@ def test_an_exported_folder_stands_for_the_run(command, run, photos, tmp_path):
     assert again.returncode == 1 and "is not empty: name a new folder" in again.stderr
 
 
+def test_where_the_data_of_an_exported_folder_are(command, run, tmp_path, monkeypatch):
+    """Not where they were on another machine."""
+    from dpopt.training import finished
+
+    seen, load = [], finished.load_test_set
+    monkeypatch.setattr(
+        finished, "load_test_set", lambda config, task: seen.append(config.data_dir) or load(config, task)
+    )
+    assert command("export", str(run), str(tmp_path / "out")).returncode == 0
+    monkeypatch.delenv("DPOPT_DATA_DIR", raising=False)
+    assert command("evaluate", str(tmp_path / "out")).returncode == 0
+    monkeypatch.setenv("DPOPT_DATA_DIR", "there")
+    for words in ((), ("here",), ("data_dir=here",)):
+        assert command("evaluate", str(tmp_path / "out"), *words).returncode == 0
+    assert seen == ["data", "there", "here", "here"]
+
+
 def test_the_model_card_is_one_of_the_hub(command, run, tmp_path):
     assert command("export", str(run), str(tmp_path / "out")).returncode == 0
     result = json.loads((run / "result.json").read_text())
@@ -226,6 +243,7 @@ def test_rows_of_an_own_table(command, tmp_path, monkeypatch):
     }
     front = yaml.safe_load((tmp_path / "out/README.md").read_text()[4:].partition("\n---\n")[0])
     assert "pipeline_tag" not in front
+    assert "`dpopt predict FOLDER TABLE.csv` names the class of every row" in (tmp_path / "out/README.md").read_text()
     monkeypatch.setattr("my_table.Row", lambda: None)
     done = command("predict", str(run), str(tmp_path / "new.csv"))
     assert done.returncode == 1 and "people does not say how a file becomes an input" in done.stderr

@@ -156,6 +156,8 @@ def test_what_is_a_source():
     pair = (torch.zeros(3, 2), torch.zeros(3, dtype=torch.long))
     assert isinstance(as_source(pair), TensorSource) and isinstance(as_source(TensorDataset(*pair)), TensorSource)
     assert isinstance(as_source(Noisy()), MapSource)
+    listed = [(x, int(y)) for x, y in zip(*pair, strict=True)]
+    assert isinstance(as_source(listed), MapSource) and isinstance(as_source(listed[:2]), MapSource)
     with pytest.raises(ValueError, match="3 inputs but 4 targets"):
         as_source((pair[0], torch.zeros(4)))
     with pytest.raises(ValueError, match="neither a pair of tensors nor a map-style"):

@@ -17,6 +17,7 @@ import dpopt
 from dpopt.config.components import build
 from dpopt.config.overrides import from_hydra
 from dpopt.config.schema import Config
+from dpopt.optim.step_metrics import own_metrics
 from dpopt.privacy.private_gradient import PrivateGradient
 
 NAMES = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))
@@ -283,3 +284,14 @@ def test_options_are_checked_and_shown(name):
     with pytest.raises(ValueError, match=r"lr|learning rate"):
         make(name, [nn.Parameter(torch.zeros(3))], lr=-1.0)
     assert "lr" in repr(make(name, [nn.Parameter(torch.zeros(3))]))
+
+
+def test_own_figures_that_cannot_be_taken_are_refused_before_a_run():
+    """Figures themselves, where a function is needed that gives them after the step."""
+
+    class Early(torch.optim.SGD):
+        def step_metrics(self):
+            return {"optimizer/x": 1.0}
+
+    with pytest.raises(ValueError, match=r"Early.step_metrics\(\) returned a dict: return a function"):
+        own_metrics(Early([torch.nn.Parameter(torch.zeros(2))], 0.1))
