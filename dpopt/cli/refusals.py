@@ -1,5 +1,6 @@
 """What Hydra refuses, in one sentence."""
 
+import difflib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from typing import Any
 
 import hydra._internal.utils as hydra_utils
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 _DETAILS = ("full_key:", "reference_type=", "object_type=", "See https://")
@@ -52,6 +54,8 @@ def sentence(error: Exception) -> str:
     text = str(error)
     if "does not support sweep type" in text:
         return _INTERVAL
+    if text.startswith("Could not override") and (said := _unknown_option(error.__cause__)):
+        return said
     if isinstance(error.__cause__, OmegaConfBaseException) and str(error.__cause__) not in text:
         text += f":\n{error.__cause__}"
     lines = [line for line in text.partition("Config search path:")[0].splitlines() if line.strip()]
@@ -62,6 +66,18 @@ def sentence(error: Exception) -> str:
         written += ", " if item else " " if not written or written.endswith((".", ":", ",")) else ". "
         written += line.strip()
     return written.strip() + (_OPTUNA if "'hydra/sweeper/optuna'" in written else "")
+
+
+def _unknown_option(error: Any) -> str:
+    """Name an option that its group does not have, and the one that was meant; empty for any other error."""
+    group, name = getattr(error, "parent_node", None), getattr(error, "key", None)
+    if not isinstance(group, DictConfig) or not isinstance(name, str) or name in group:
+        return ""
+    options = [str(option) for option in group if not str(option).startswith("_")]
+    path, meant = error.full_key, difflib.get_close_matches(name, options, 1)
+    known = f": {path.removesuffix(f'.{name}')} has {', '.join(options)}" if options else ""
+    hint = f": did you mean {path.removesuffix(name)}{meant[0]}?" if meant else known
+    return f"{path} is no option{hint} (+{path}=VALUE adds one that its class takes)"
 
 
 def _raising(error: Exception) -> Callable[[], Any]:
