@@ -273,9 +273,12 @@ def as_source(data: Any, device: torch.device | str | None = None, workers: int 
             )
         return TensorSource(inputs.to(device), targets.to(device))
     pairs = isinstance(data, list) and all(isinstance(item, tuple | list) and len(item) == 2 for item in data)
-    if isinstance(data, tuple | list) and not pairs:
+    if isinstance(data, tuple | list) and not (pairs and data):
         kinds = ", ".join(type(part).__name__ for part in data[:4])
-        raise ValueError(f"({kinds}) is not a pair of tensors (inputs, targets): convert it with torch.as_tensor")
+        raise ValueError(
+            f"({kinds}) is not a pair of tensors (inputs, targets): convert it with torch.as_tensor, or give a list of "
+            "pairs (input, target)"
+        )
     if isinstance(data, IterableDataset | dict | str):
         raise ValueError(
             f"a {name} cannot be sampled example by example: give a pair of tensors or a map-style Dataset, which has "

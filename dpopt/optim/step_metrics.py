@@ -1,6 +1,5 @@
 """What one optimizer step did, measured from outside: it works for any optimizer and costs nothing between probes."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ class StepMetrics:
 
     Args:
         optimizer: any; its first moment is read from `exp_avg`, `momentum_buffer` or a method `first_moment(p)`, and a
-            method `step_metrics()`, called before the step, may return a function that adds figures after it.
+            method `step_metrics()`, called before the step, may return figures, or a function that gives them after it.
 
     Attributes:
         lr: learning rate of the step, of the first parameter group.
@@ -22,7 +21,7 @@ class StepMetrics:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.lr = float(optimizer.param_groups[0]["lr"])
-        self.own = own_metrics(optimizer)
+        self.own = optimizer.step_metrics() if hasattr(optimizer, "step_metrics") else {}
         self.before = [
             (p, p.detach().clone(), _first_moment(optimizer, p), group["lr"])
             for group in optimizer.param_groups
@@ -57,23 +56,7 @@ class StepMetrics:
             "optimizer/moment_fluctuation": (change / size) ** 0.5 if size else 0.0,
             "optimizer/grad_norm": grad**0.5,
         }
-        return values | self.own()
-
-
-def own_metrics(optimizer: Any) -> Callable[[], dict[str, float]]:
-    """Ask an optimizer before a step for the function that gives its own figures afterwards.
-
-    Raises:
-        ValueError: for a `step_metrics()` that returns anything else.
-    """
-    after = optimizer.step_metrics() if hasattr(optimizer, "step_metrics") else dict
-    if not callable(after):
-        raise ValueError(
-            f"{type(optimizer).__name__}.step_metrics() returned a {type(after).__name__}: return a function, which is "
-            "called after the step and returns the figures by their names"
-        )
-    result: Callable[[], dict[str, float]] = after
-    return result
+        return values | (self.own() if callable(self.own) else self.own)
 
 
 def _first_moment(optimizer: Any, parameter: Tensor) -> Tensor | None:

@@ -22,7 +22,6 @@ from dpopt.grad_sample.validate import validate
 from dpopt.models.layers import standardizing
 from dpopt.models.pretrained import is_named_by_configuration
 from dpopt.optim.schedules import ClipRate
-from dpopt.optim.step_metrics import own_metrics
 from dpopt.privacy.canaries import Canaries
 from dpopt.privacy.clipping import Adaptive, ClipRule
 from dpopt.privacy.plan import PrivacyPlan
@@ -146,7 +145,6 @@ def build_components(config: Config) -> Components:
     )
     components.micro_batch = _prepare_engine(components)
     components.private_gradient(plan).update_param_groups(optimizer)  # or refused, before there is a run directory
-    own_metrics(optimizer)
     return components
 
 

@@ -158,6 +158,9 @@ def test_what_is_a_source():
     assert isinstance(as_source(Noisy()), MapSource)
     listed = [(x, int(y)) for x, y in zip(*pair, strict=True)]
     assert isinstance(as_source(listed), MapSource) and isinstance(as_source(listed[:2]), MapSource)
+    for other in ([], [(1.0, 2, 3)] * 4, [pair[0].tolist(), pair[1].tolist()]):  # the last: all inputs, all targets
+        with pytest.raises(ValueError, match="or give a list of pairs"):
+            as_source(other)
     with pytest.raises(ValueError, match="3 inputs but 4 targets"):
         as_source((pair[0], torch.zeros(4)))
     with pytest.raises(ValueError, match="neither a pair of tensors nor a map-style"):

@@ -17,7 +17,7 @@ import dpopt
 from dpopt.config.components import build
 from dpopt.config.overrides import from_hydra
 from dpopt.config.schema import Config
-from dpopt.optim.step_metrics import own_metrics
+from dpopt.optim.step_metrics import StepMetrics
 from dpopt.privacy.private_gradient import PrivateGradient
 
 NAMES = sorted(p.stem for p in (ROOT / "conf/optimizer").glob("*.yaml"))
@@ -286,12 +286,17 @@ def test_options_are_checked_and_shown(name):
     assert "lr" in repr(make(name, [nn.Parameter(torch.zeros(3))]))
 
 
-def test_own_figures_that_cannot_be_taken_are_refused_before_a_run():
-    """Figures themselves, where a function is needed that gives them after the step."""
+@pytest.mark.parametrize("after", [False, True])
+def test_own_figures_of_a_step(after):
+    """Known before it, or measured after it; what there is before a step, gradients for instance, may be read."""
 
-    class Early(torch.optim.SGD):
+    class Own(torch.optim.SGD):
         def step_metrics(self):
-            return {"optimizer/x": 1.0}
+            (parameter,) = self.param_groups[0]["params"]
+            found = {"optimizer/x": float(parameter.grad.sum())}
+            return (lambda: found) if after else found
 
-    with pytest.raises(ValueError, match=r"Early.step_metrics\(\) returned a dict: return a function"):
-        own_metrics(Early([torch.nn.Parameter(torch.zeros(2))], 0.1))
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    metrics = StepMetrics(Own([parameter], 0.1))
+    assert metrics.measure()["optimizer/x"] == 2.0
