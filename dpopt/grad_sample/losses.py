@@ -217,10 +217,12 @@ def _loss_of(loss_fn: LossFn, outputs: Any, targets: Tensor, group: list[int], v
     try:
         loss = loss_fn(chosen, wanted)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        shapes, said = [tuple(x.shape) for x in tensors_in(chosen)], (str(error).splitlines() or [""])[0]
+        shapes = [tuple(x.shape) for x in tensors_in(chosen)]
+        # Not the error's text, which may repeat a target.
+        hint = "; class numbers run from 0 to below the number of outputs" if isinstance(error, IndexError) else ""
         raise ValueError(
-            f"the loss raised {type(error).__name__} ({said}) on outputs of shape {', '.join(map(str, shapes))} and "
-            f"targets of shape {tuple(wanted.shape)} and type {wanted.dtype}: make loss_fn(outputs, targets) take both"
+            f"the loss raised {type(error).__name__} on outputs of shape {', '.join(map(str, shapes))} and targets of "
+            f"shape {tuple(wanted.shape)} and type {wanted.dtype}: make loss_fn(outputs, targets) take both{hint}"
         ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
