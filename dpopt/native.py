@@ -3,6 +3,7 @@
 The name of a library depends on source, flags, compiler and processor.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,6 +22,8 @@ import torch
 from dpopt.machine import cache_folder, processor_features
 
 _FLAGS = "-std=c11 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-strict-aliasing -shared -fPIC"
+_PARTS = 4  # for each thread, so that none waits long for the last
+_SHARE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def library(source: Path, flags: str = "") -> ctypes.CDLL:
@@ -54,13 +57,42 @@ def library(source: Path, flags: str = "") -> ctypes.CDLL:
 
 
 def in_parts(work: Callable[[int, int], Any], count: int, least: int) -> None:
-    """Call work(begin, end) on parts of range(count), a thread of torch's number for each of at least `least`."""
-    threads = max(1, min(torch.get_num_threads(), count // max(1, least)))
-    if threads == 1:
+    """Call work(begin, end) on parts of range(count) of at least `least`, in as many threads as torch has."""
+    threads, parts = torch.get_num_threads(), max(1, count // max(1, least))
+    if threads == 1 or parts == 1:
         work(0, count)
         return
-    borders = [count * i // threads for i in range(threads + 1)]
-    list(_pool(os.getpid(), threads).map(work, borders[:-1], borders[1:]))
+    parts = min(parts, _PARTS * threads)
+    borders = [count * i // parts for i in range(parts + 1)]
+    if (run := _openmp()) is None:
+        list(_pool(os.getpid(), threads).map(work, borders[:-1], borders[1:]))
+        return
+    left, failures = iter(range(parts)), list[BaseException]()
+
+    def share(_: Any) -> None:
+        try:
+            for i in left:
+                work(borders[i], borders[i + 1])
+        except BaseException as failure:  # nothing may leave through the C code
+            failures.append(failure)
+
+    run(_SHARE(share), None, threads, 0)
+    if failures:
+        raise failures[0]
+
+
+@functools.cache
+def _openmp() -> Any:
+    """Find what runs a function in torch's threads; None where torch is built without GNU's OpenMP.
+
+    These threads wait for their next work by spinning, and would slow down any others.
+    """
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        with contextlib.suppress(OSError, AttributeError):
+            run = ctypes.CDLL(str(path)).GOMP_parallel
+            run.argtypes, run.restype = [_SHARE, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+            return run
+    return None
 
 
 @functools.cache

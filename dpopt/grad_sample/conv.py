@@ -101,8 +101,8 @@ def conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
         ways = {"grouped": _grouped, "one by one": _one_by_one, "columns": _by_columns}
         if a.is_cuda:
             ways = {"columns": ways.pop("columns"), **ways}
-        if a.is_cuda and a.dtype == g.dtype != torch.float64 and kernels(a) is not None:
-            ways = {"kernel": _by_kernel, **ways}
+        if (on_chip := kernels(form.a)) is not None and on_chip.convolves(form.a, g, form.groups):
+            ways = {"kernel": functools.partial(_by_kernel, on_chip), **ways}
         found = fastest(form.name(g), a.device, {name: functools.partial(way, form, g) for name, way in ways.items()})
     return found.squeeze(3) if module.weight.ndim == 3 else found
 
@@ -129,10 +129,10 @@ class _Form:
         return f"convolution {how} {tuple(self.a.shape)} {tuple(g.shape)} {self.a.dtype}"
 
 
-def _by_kernel(form: _Form, g: Tensor) -> Tensor:
+def _by_kernel(on_chip: Any, form: _Form, g: Tensor) -> Tensor:
     left, _, above, _ = form.padding
     options = form.kernel, form.stride, form.dilation, (above, left), form.groups
-    found: Tensor = kernels(form.a).conv_weight_gradient(form.a, g, *options)
+    found: Tensor = on_chip.conv_weight_gradient(form.a, g, *options)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Norms and sums of per-example gradients on a CPU in one pass each: `cpu.c` (`dpopt.native` builds it)."""
+"""Norms and sums of per-example gradients on a CPU, and those of convolutions: `cpu.c`, `conv.c`."""
 
 import ctypes
 import functools
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpopt import native
 
-_SOURCE = Path(__file__).with_name("cpu.c")
+_FOLDER = Path(__file__).parent
 _WORTH_A_THREAD = 1 << 18  # values
 
 
@@ -94,6 +94,55 @@ def standardized_gradients(
     return of_weight, of_gain
 
 
+def conv_weight_gradient(
+    a: Tensor,
+    g: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    corner: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """∂/∂weight of every example, (B, out, in, kh, kw), in the type of `a`; its input is not unfolded.
+
+    Args:
+        a: input (B, K, in, h, w), of K views; what `convolves` takes.
+        g: output gradient (B, K, out, h', w').
+        kernel: (kh, kw).
+        stride: (vertical, horizontal).
+        dilation: (vertical, horizontal).
+        corner: zeros (above, left of) the input.
+        groups: 1.
+    """
+    (examples, views, channels, *size), (out, height, width), narrow = a.shape, g.shape[2:], _narrow(a)
+    pairs = 2 if narrow else 1  # rows that are done at once
+    rows = (height - 1) // pairs * pairs * stride[0] + (kernel[0] - 1) * dilation[0] + 1
+    columns = max((width - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1, corner[1] + size[1])
+    numbers = [views, out, height, width, channels, *size, *kernel, *stride, *dilation, *corner, rows, columns]
+    numbers += [*a.stride(), *g.stride()]
+    form, words = (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_int64 * 3)()
+    _convolutions().room_for(form, narrow, words)
+    found = a.new_empty(examples, out, *kernel, channels)
+
+    def work(begin: int, end: int) -> None:
+        room = torch.empty(sum(words), dtype=torch.int32)
+        parts = begin, end, narrow, room.data_ptr(), found.data_ptr()
+        _convolutions().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, *parts)
+
+    native.in_parts(work, examples, 1)
+    return found.permute(0, 1, 4, 2, 3)
+
+
+def convolves(a: Tensor, g: Tensor, groups: int) -> bool:
+    """Whether `conv_weight_gradient` takes these: bfloat16 only from a processor that multiplies it."""
+    if a.dtype != g.dtype or groups > 1:
+        return False
+    try:
+        return a.dtype == torch.float32 or bool(_convolutions().takes_bfloat16())
+    except OSError:
+        return False
+
+
 def supports(x: Tensor) -> bool:
     """Whether the library can be had, and takes the type of a tensor."""
     return x.dtype in (torch.float32, torch.bfloat16) and available()
@@ -125,7 +174,7 @@ def _narrow(x: Tensor) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL:
     # Accumulators may be reordered, hence vectorized; NaN and infinity keep their meaning.
-    loaded = native.library(_SOURCE, "-fassociative-math -fno-signed-zeros -ffp-contract=fast")
+    loaded = native.library(_FOLDER / "cpu.c", "-fassociative-math -fno-signed-zeros -ffp-contract=fast")
     pointer, count, flag, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     shape: list[Any] = [pointer, *[count] * 8, flag]
     loaded.square_norms.argtypes = [pointer, *[count] * 4, flag, pointer]
@@ -142,4 +191,14 @@ def _library() -> ctypes.CDLL:
         loaded.standardized_gradients,
     ):
         function.restype = None
+    return loaded
+
+
+@functools.cache
+def _convolutions() -> ctypes.CDLL:
+    loaded = native.library(_FOLDER / "conv.c", "-ffp-contract=fast")
+    pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    loaded.room_for.argtypes = [pointer, flag, pointer]
+    loaded.conv_weight_gradients.argtypes = [*[pointer] * 3, count, count, flag, pointer, pointer]
+    loaded.room_for.restype = loaded.conv_weight_gradients.restype = None
     return loaded

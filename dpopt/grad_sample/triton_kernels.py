@@ -132,6 +132,11 @@ def conv_weight_gradient(
     return found.permute(0, 1, 4, 2, 3)
 
 
+def convolves(a: Tensor, g: Tensor, groups: int) -> bool:
+    """Whether `conv_weight_gradient` takes these."""
+    return a.dtype == g.dtype != torch.float64
+
+
 def capability(x: Tensor) -> int:
     """Of the GPU that a tensor lies on, 90 for an H100; of a GPU of today where it lies elsewhere."""
     if x.device.type != "cuda":

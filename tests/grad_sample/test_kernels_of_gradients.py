@@ -7,7 +7,8 @@ import torch
 from timm.layers import ScaledStdConv2d
 from torch import nn
 
-from dpopt.grad_sample import conv, norms, per_sample, rules
+from dpopt import native
+from dpopt.grad_sample import conv, cpu_kernels, norms, per_sample, rules
 from dpopt.grad_sample.standardized_conv import norms_through, standardized_norms, standardized_pull_back
 from dpopt.models.layers import StandardizedConv2d
 
@@ -168,6 +169,38 @@ def test_convolution(on_gpu, options, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2)], ids=["rows", "channels", "columns"])
+@pytest.mark.parametrize("channels", [3, 16, 40])
+@pytest.mark.parametrize("options", [options for options in CONVOLUTIONS if "groups" not in options], ids=str)
+def test_convolution_on_a_cpu(options, channels, order, dtype):
+    """As by autograd in float64, whichever dimension is last in memory; in bfloat16 rounded once."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, **options).double()
+    a = torch.randn(6, channels, 19, 21).to(dtype)
+    g = torch.randn_like(layer(a.double())).to(dtype)
+    a, g = (x.permute(order).contiguous().permute([order.index(i) for i in range(4)]) for x in (a, g))
+    a, g = (x.unflatten(0, (3, 2)) for x in (a, g))
+    assert cpu_kernels.convolves(a, g, 1) or dtype != torch.float32
+    for x, y, gradient in zip(a.double(), g.double(), conv.conv(layer, a, g)["weight"], strict=True):
+        (expected,) = torch.autograd.grad(layer(x), layer.weight, y)
+        torch.testing.assert_close(gradient.double(), expected, rtol=5e-3 * (dtype != torch.float32), atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_parts_of_work_are_done_once(monkeypatch, own):
+    """In torch's threads and in others; an error in one of them arrives."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    if own:
+        monkeypatch.setattr(native, "_openmp", lambda: None)
+    done = []
+    native.in_parts(lambda begin, end: done.extend(range(begin, end)), 1000, 7)
+    assert sorted(done) == list(range(1000))
+    with pytest.raises(ZeroDivisionError):
+        native.in_parts(lambda begin, end: 1 / (begin and 0), 100, 7)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_a_row_is_a_convolution_too(on_gpu):
     """Conv1d, with zeros on one side only."""
     torch.manual_seed(0)
@@ -194,8 +227,6 @@ def test_group_norm(on_gpu, dtype):
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here")
 def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path):
     """Quietly: the same but for rounding."""
-    from dpopt.grad_sample import cpu_kernels
-
     rows = torch.randn(5, 999)
     with_compiler = norms.square_norms(rows)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
