@@ -20,6 +20,7 @@ enum { LANES = 16 };
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
+typedef double doubles __attribute__((vector_size(128)));
 typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
 
 /* Sizes and steps in values; rows and columns are those of the input with the zeros around it. */
@@ -54,17 +55,21 @@ INLINE uint32_t one_word(const Line *line, int64_t at) {
     return word;
 }
 
-INLINE words next_words(const Line *line, int64_t at) {
+INLINE words next_words(const Line *line, int64_t at, int64_t count) {
     words found = {0};
 #ifdef __AVX512BF16__
     if (line->narrow) {
+        const __mmask16 some = (__mmask16)((1u << count) - 1);
         const char *lower = line->lower + 2 * at, *upper = line->upper + 2 * at;
-        if (line->lower) found = (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)lower));
-        if (line->upper) found |= (words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)upper)) << 16;
+        if (line->lower) found = (words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, lower));
+        if (line->upper) found |= (words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, upper)) << 16;
         return found;
     }
 #endif
-    memcpy(&found, line->lower + 4 * at, sizeof(found));
+#ifdef __AVX512F__
+    return (words)_mm512_maskz_loadu_epi32((__mmask16)((1u << count) - 1), line->lower + 4 * at);
+#endif
+    memcpy(&found, line->lower + 4 * at, 4 * count);
     return found;
 }
 
@@ -99,21 +104,21 @@ INLINE void put_channels(words found, uint32_t *to, int64_t channel, int64_t col
 INLINE void lay_out(Line line, int64_t channels, int64_t width, uint32_t *to, int64_t block, int64_t by_block) {
     if (!line.lower && !line.upper) return;
     const int64_t whole = channels / LANES * LANES;
-    int64_t done = 0;
-    if (line.by_column == 1)
-        for (; done + LANES <= width; done += LANES)
-            for (int64_t k = 0; k < whole; k += LANES) {
-                words tile[LANES];
-                for (int l = 0; l < LANES; l++) tile[l] = next_words(&line, (k + l) * line.by_channel + done);
-                transpose(tile);
-                for (int l = 0; l < LANES; l++) put_channels(tile[l], to, k, done + l, block, by_block);
-            }
-    else if (line.by_channel == 1)
-        for (; done < width; done++)
-            for (int64_t k = 0; k < whole; k += LANES)
-                put_channels(next_words(&line, k + done * line.by_column), to, k, done, block, by_block);
+    const int in_rows = line.by_column == 1, in_channels = !in_rows && line.by_channel == 1;
+    for (int64_t c = 0; in_rows && c < width; c += LANES) {
+        const int64_t count = width - c < LANES ? width - c : LANES;
+        for (int64_t k = 0; k < whole; k += LANES) {
+            words tile[LANES];
+            for (int l = 0; l < LANES; l++) tile[l] = next_words(&line, (k + l) * line.by_channel + c, count);
+            transpose(tile);
+            for (int l = 0; l < count; l++) put_channels(tile[l], to, k, c + l, block, by_block);
+        }
+    }
+    for (int64_t c = 0; in_channels && c < width; c++)
+        for (int64_t k = 0; k < whole; k += LANES)
+            put_channels(next_words(&line, k + c * line.by_column, LANES), to, k, c, block, by_block);
     for (int64_t c = 0; c < width; c++)
-        for (int64_t k = c < done ? whole : 0; k < channels; k++) {
+        for (int64_t k = in_rows || in_channels ? whole : 0; k < channels; k++) {
             const int64_t at = k * line.by_channel + c * line.by_column;
             to[k / block * by_block + c * block + k % block] = one_word(&line, at);
         }
@@ -142,33 +147,36 @@ INLINE void multiply(const uint32_t *g, const uint32_t *x, int64_t height, int64
     memcpy(sums, found, sizeof(found));
 }
 
-/* Past the caches where `to` is aligned: gradients of all examples are larger than they are. */
-INLINE void write(vector sum, int64_t count, int narrow, char *to) {
+/* Past the caches where `to` is aligned: gradients of all examples are larger than they are. Returns what it writes. */
+INLINE vector write(vector sum, int64_t count, int narrow, char *to) {
     const size_t size = (size_t)(count < LANES ? count : LANES) * (narrow ? 2 : 4);
 #ifdef __AVX512BF16__
     if (narrow) {
         const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)sum);
         if (size == 32 && (uintptr_t)to % 32 == 0) _mm256_stream_si256((__m256i *)to, rounded);
         else memcpy(to, &rounded, size);
-        return;
+        return (vector)((words)_mm512_cvtepu16_epi32(rounded) << 16);
     }
 #endif
 #ifdef __AVX512F__
     if (size == 64 && (uintptr_t)to % 64 == 0) {
         _mm512_stream_ps((float *)to, (__m512)sum);
-        return;
+        return sum;
     }
 #endif
     memcpy(to, &sum, size);
+    return sum;
 }
 
-/* One example's, (out, kernel_height, kernel_width, channels). `kept` is room for sums over the views so far. */
-INLINE void of_example(const char *x, const char *g, const Form *f, int narrow, int wide, uint32_t *x_words,
+/* One example's, (out, kernel_height, kernel_width, channels), and the sum of its squares, which are added up in
+float32 within a task and then in double. `kept` is room for sums over the views so far. */
+INLINE double of_example(const char *x, const char *g, const Form *f, int narrow, int wide, uint32_t *x_words,
                        uint32_t *g_words, float *kept, char *result) {
     const int64_t size = narrow ? 2 : 4, pair = narrow ? 2 : 1, block = wide * LANES;
     const int64_t blocks = (f->channels + block - 1) / block, groups = (f->out + ROWS - 1) / ROWS;
     const int64_t height = (f->height + pair - 1) / pair, places = f->kernel_height * f->kernel_width;
     const int64_t x_block = f->rows * f->columns * block, g_group = height * f->width * ROWS;
+    doubles total = {0};
     for (int64_t view = 0; view < f->views; view++, x += size * f->x_view, g += size * f->g_view) {
         memset(x_words, 0, 4 * blocks * x_block);
         if (groups * ROWS != f->out) memset(g_words, 0, 4 * groups * g_group);
@@ -188,7 +196,7 @@ INLINE void of_example(const char *x, const char *g, const Form *f, int narrow, 
             const int64_t b = task / groups / places, place = task / groups % places, o = task % groups;
             const int64_t row = place / f->kernel_width * f->row_dilation;
             const int64_t column = place % f->kernel_width * f->column_dilation;
-            vector sums[ROWS][WIDE];
+            vector sums[ROWS][WIDE], squares = {0};
             multiply(g_words + o * g_group, x_words + b * x_block + (row * f->columns + column) * block, height,
                      f->width, pair * f->row_stride * f->columns * block, f->column_stride * block, narrow, wide, sums);
             for (int r = 0; r < ROWS && o * ROWS + r < f->out; r++)
@@ -196,12 +204,21 @@ INLINE void of_example(const char *x, const char *g, const Form *f, int narrow, 
                     vector *before = (vector *)(kept + ((task * ROWS + r) * wide + v) * LANES);
                     const int64_t channel = b * block + v * LANES;
                     if (view > 0) sums[r][v] += *before;
-                    if (view < f->views - 1) *before = sums[r][v];
-                    else write(sums[r][v], f->channels - channel, narrow,
-                               result + size * (((o * ROWS + r) * places + place) * f->channels + channel));
+                    if (view < f->views - 1) {
+                        *before = sums[r][v];
+                        continue;
+                    }
+                    const vector written =
+                        write(sums[r][v], f->channels - channel, narrow,
+                              result + size * (((o * ROWS + r) * places + place) * f->channels + channel));
+                    squares += written * written;
                 }
+            total += __builtin_convertvector(squares, doubles);
         }
     }
+    double square = 0;
+    for (int l = 0; l < LANES; l++) square += total[l];
+    return square;
 }
 
 /* Words of room that an example takes: x and g laid out, and, with several views, sums. */
@@ -213,9 +230,10 @@ void room_for(const Form *f, int narrow, int64_t *words) {
     words[2] = f->views > 1 ? groups * ROWS * channels * f->kernel_height * f->kernel_width : 0;
 }
 
-/* Those of examples begin..end, each (out, kernel_height, kernel_width, channels), with room as of `room_for`. */
+/* Those of examples begin..end, each (out, kernel_height, kernel_width, channels), and the sums of their squares, with
+room as of `room_for`. */
 void conv_weight_gradients(const char *x, const char *g, const Form *f, int64_t begin, int64_t end, int narrow,
-                           uint32_t *room, char *result) {
+                           uint32_t *room, char *result, double *squares) {
     int64_t words[3];
     room_for(f, narrow, words);
     uint32_t *g_words = room + words[0];
@@ -225,11 +243,11 @@ void conv_weight_gradients(const char *x, const char *g, const Form *f, int64_t 
         const char *own_x = x + size * e * f->x_example, *own_g = g + size * e * f->g_example;
         char *own = result + size * e * f->out * f->kernel_height * f->kernel_width * f->channels;
         if (f->channels <= LANES || WIDE == 1) {
-            if (narrow) of_example(own_x, own_g, f, 1, 1, room, g_words, kept, own);
-            else of_example(own_x, own_g, f, 0, 1, room, g_words, kept, own);
+            if (narrow) squares[e] = of_example(own_x, own_g, f, 1, 1, room, g_words, kept, own);
+            else squares[e] = of_example(own_x, own_g, f, 0, 1, room, g_words, kept, own);
         } else {
-            if (narrow) of_example(own_x, own_g, f, 1, WIDE, room, g_words, kept, own);
-            else of_example(own_x, own_g, f, 0, WIDE, room, g_words, kept, own);
+            if (narrow) squares[e] = of_example(own_x, own_g, f, 1, WIDE, room, g_words, kept, own);
+            else squares[e] = of_example(own_x, own_g, f, 0, WIDE, room, g_words, kept, own);
         }
     }
 #ifdef __AVX512F__

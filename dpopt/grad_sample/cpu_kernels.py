@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpopt import native
+from dpopt.grad_sample.norms import with_squares
 
 _FOLDER = Path(__file__).parent
 _WORTH_A_THREAD = 1 << 18  # values
@@ -103,7 +104,7 @@ def conv_weight_gradient(
     corner: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """∂/∂weight of every example, (B, out, in, kh, kw), in the type of `a`; its input is not unfolded.
+    """∂/∂weight of every example, (B, out, in, kh, kw), in the type of `a`, with `squares`; its input is not unfolded.
 
     Args:
         a: input (B, K, in, h, w), of K views; what `convolves` takes.
@@ -122,15 +123,15 @@ def conv_weight_gradient(
     numbers += [*a.stride(), *g.stride()]
     form, words = (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_int64 * 3)()
     _convolutions().room_for(form, narrow, words)
-    found = a.new_empty(examples, out, *kernel, channels)
+    found, squares = a.new_empty(examples, out, *kernel, channels), torch.empty(examples, dtype=torch.float64)
 
     def work(begin: int, end: int) -> None:
         room = torch.empty(sum(words), dtype=torch.int32)
-        parts = begin, end, narrow, room.data_ptr(), found.data_ptr()
+        parts = begin, end, narrow, room.data_ptr(), found.data_ptr(), squares.data_ptr()
         _convolutions().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, *parts)
 
     native.in_parts(work, examples, 1)
-    return found.permute(0, 1, 4, 2, 3)
+    return with_squares(found.permute(0, 1, 4, 2, 3), squares)
 
 
 def convolves(a: Tensor, g: Tensor, groups: int) -> bool:
@@ -199,6 +200,6 @@ def _convolutions() -> ctypes.CDLL:
     loaded = native.library(_FOLDER / "conv.c", "-ffp-contract=fast")
     pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.room_for.argtypes = [pointer, flag, pointer]
-    loaded.conv_weight_gradients.argtypes = [*[pointer] * 3, count, count, flag, pointer, pointer]
+    loaded.conv_weight_gradients.argtypes = [*[pointer] * 3, count, count, flag, *[pointer] * 3]
     loaded.room_for.restype = loaded.conv_weight_gradients.restype = None
     return loaded

@@ -51,6 +51,12 @@ def kernels(x: Tensor) -> Any:
     return cpu_kernels if cpu_kernels.supports(x) else None
 
 
+def with_squares(gradient: Tensor, squares: Tensor) -> Tensor:
+    """Attach ‖·‖² of every example (B,) to a gradient (B, *shape); what is made of the gradient does not have it."""
+    gradient.squares = squares  # type: ignore[attr-defined]
+    return gradient
+
+
 def square_norms(rows: Tensor) -> Tensor:
     """‖·‖² of each row of (R, n), in float64.
 

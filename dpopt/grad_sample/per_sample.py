@@ -274,7 +274,9 @@ def _squares(found: Gradients, scale: Gradients | None) -> Gradients:
     squares: Gradients = {}
     for name, gradient in found.items():
         layer = name.rpartition(".")[0]
-        square = square_norms(by_example(gradient if scale is None else gradient * scale[name]))
+        square = getattr(gradient, "squares", None) if scale is None else None
+        if square is None:
+            square = square_norms(by_example(gradient if scale is None else gradient * scale[name]))
         squares[layer] = squares[layer] + square if layer in squares else square
     return squares
 
