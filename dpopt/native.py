@@ -22,6 +22,7 @@ import torch
 from dpopt.machine import cache_folder, processor_features
 
 _FLAGS = "-std=c11 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-strict-aliasing -shared -fPIC"
+_PROCESS = os.getpid()
 _PARTS = 4  # for each thread, so that none waits long for the last
 _SHARE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -64,7 +65,7 @@ def in_parts(work: Callable[[int, int], Any], count: int, least: int) -> None:
         return
     parts = min(parts, _PARTS * threads)
     borders = [count * i // parts for i in range(parts + 1)]
-    if (run := _openmp()) is None:
+    if (run := _openmp(os.getpid())) is None:
         list(_pool(os.getpid(), threads).map(work, borders[:-1], borders[1:]))
         return
     left, failures = iter(range(parts)), list[BaseException]()
@@ -82,11 +83,13 @@ def in_parts(work: Callable[[int, int], Any], count: int, least: int) -> None:
 
 
 @functools.cache
-def _openmp() -> Any:
-    """Find what runs a function in torch's threads; None where torch is built without GNU's OpenMP.
+def _openmp(process: int) -> Any:
+    """Find what runs a function in torch's threads; None in a fork, or where torch is built without GNU's OpenMP.
 
     These threads wait for their next work by spinning, and would slow down any others.
     """
+    if process != _PROCESS:
+        return None
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
         with contextlib.suppress(OSError, AttributeError):
             run = ctypes.CDLL(str(path)).GOMP_parallel

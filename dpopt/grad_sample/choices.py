@@ -55,17 +55,28 @@ def using(choices: Choices | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def fastest(what: str, device: torch.device, ways: dict[str, Callable[[], T]]) -> T:
+def fastest(
+    what: str, device: torch.device, ways: dict[str, Callable[[], T]], then: Callable[[T], Any] | None = None
+) -> T:
     """Compute something in the way that is fastest; in the first way where no `Choices` are used.
 
     Args:
         what: names the computation, with everything that its time depends on but the machine.
         device: on which it runs.
         ways: by name; all give the same but for rounding.
+        then: what the caller does with the result, if it takes longer after one way than after another.
     """
     choices = _current.get()
-    name = next(iter(ways)) if choices is None or len(ways) == 1 else choices.find(what, device, ways)
-    return ways[name]()
+    if choices is None or len(ways) == 1:
+        return next(iter(ways.values()))()
+    timed: dict[str, Callable[[], Any]] = {**ways}
+    if then is not None:
+        timed = {name: functools.partial(_both, way, then) for name, way in ways.items()}
+    return ways[choices.find(what, device, timed)]()
+
+
+def _both(way: Callable[[], T], then: Callable[[T], Any]) -> None:
+    then(way())
 
 
 def _remembered(what: str, device: torch.device, ways: dict[str, Callable[[], Any]]) -> str:

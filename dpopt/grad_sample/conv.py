@@ -1,6 +1,7 @@
 """The rules of convolutions (`dpopt.grad_sample.rules` says what a rule is)."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpopt.grad_sample.choices import fastest
-from dpopt.grad_sample.norms import Gradients, at_once, inner_products, kernels, never_short, of_pairs, sum_wide
+from dpopt.grad_sample.norms import (
+    Gradients,
+    at_once,
+    inner_products,
+    kernels,
+    never_short,
+    of_pairs,
+    squares_with,
+    sum_wide,
+)
 
 
 def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
     """Any stride, padding, dilation and number of groups."""
     found = {"bias": sum_wide(g.flatten(3), (1, 3))}
     if module.weight.requires_grad:
-        found["weight"] = conv_weight(module, a, g)
+        found["weight"] = conv_weight(module, a, g, squares_with)
     return found
 
 
@@ -91,8 +101,13 @@ def _as_2d(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> tuple[Tensor, Any, Any, 
     return a.unsqueeze(3) if row else a, kernel, stride, dilation, [*padding, 0, 0] if row else padding
 
 
-def conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
-    """∂/∂weight (B, *weight shape) of an input (B, K, in, …) and an output gradient (B, K, out, …)."""
+def conv_weight(
+    module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor, then: Callable[[Tensor], Any] | None = None
+) -> Tensor:
+    """∂/∂weight (B, *weight shape) of an input (B, K, in, …) and an output gradient (B, K, out, …).
+
+    `then` is what the caller does with it, for the choice of the fastest way.
+    """
     form = _Form.of(module, a)
     g = g.reshape(*g.shape[:3], -1, g.shape[-1])
     if len(a) == 1:  # the sum of a batch
@@ -103,7 +118,8 @@ def conv_weight(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
             ways = {"columns": ways.pop("columns"), **ways}
         if (on_chip := kernels(form.a)) is not None and on_chip.convolves(form.a, g, form.groups):
             ways = {"kernel": functools.partial(_by_kernel, on_chip), **ways}
-        found = fastest(form.name(g), a.device, {name: functools.partial(way, form, g) for name, way in ways.items()})
+        name = form.name(g) + (f" for {then.__name__}" if then else "")
+        found = fastest(name, a.device, {name: functools.partial(way, form, g) for name, way in ways.items()}, then)
     return found.squeeze(3) if module.weight.ndim == 3 else found
 
 

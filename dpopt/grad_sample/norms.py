@@ -57,6 +57,12 @@ def with_squares(gradient: Tensor, squares: Tensor) -> Tensor:
     return gradient
 
 
+def squares_with(gradient: Tensor) -> Tensor:
+    """Return ‖·‖² of every example of a gradient (B, *shape), (B,) float64: those attached to it, if there are any."""
+    squares: Tensor | None = getattr(gradient, "squares", None)
+    return square_norms(by_example(gradient)) if squares is None else squares
+
+
 def square_norms(rows: Tensor) -> Tensor:
     """‖·‖² of each row of (R, n), in float64.
 

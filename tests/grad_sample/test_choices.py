@@ -55,6 +55,19 @@ def test_the_fastest_is_taken(clock):
         assert fastest("that", CPU, {"only": lambda: 7}) == 7 and "that" not in choices.made
 
 
+def test_what_follows_is_timed_along(clock):
+    """The second way is faster, but takes longer in the end; what follows is left to the caller."""
+    done = []
+
+    def then(name):
+        clock[0] += {"first": 0.01, "second": 0.05}[name]
+        done.append("then")
+
+    with using(Choices()):
+        assert fastest("this", CPU, ways(clock, done, first=[0.03], second=[0.02]), then) == "first"
+    assert done[-1] == "first"
+
+
 def test_slow_ways_are_not_tried_often(clock):
     done = []
     Choices().find("this", CPU, ways(clock, done, slow=[60.0], quick=[0.01]))

@@ -192,7 +192,7 @@ def test_five_steps_equal_those_of_vmap(name, size):
 def test_operations_of_a_private_step(monkeypatch):
     """WRN-16-4 under the store policy: at most 1.10 times those of an ordinary step, weight-standardized or not."""
     # Of a grouped convolution torch counts the operations of a full one.
-    monkeypatch.setattr(conv, "fastest", lambda what, device, ways: ways["one by one"]())
+    monkeypatch.setattr(conv, "fastest", lambda what, device, ways, then: ways["one by one"]())
     model = models.wrn_16_4()
     inputs, targets = torch.randn(4, 1, 3, 32, 32), torch.arange(4)
     with FlopCounterMode(display=False) as plain:

@@ -196,7 +196,7 @@ def test_parts_of_work_are_done_once(monkeypatch, own):
     """In torch's threads and in others; an error in one of them arrives."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     if own:
-        monkeypatch.setattr(native, "_openmp", lambda: None)
+        monkeypatch.setattr(native, "_openmp", lambda process: None)
     done = []
     native.in_parts(lambda begin, end: done.extend(range(begin, end)), 1000, 7)
     assert sorted(done) == list(range(1000))
