@@ -1,6 +1,6 @@
 /* Weight gradients of a convolution on a CPU, one for every example.
 
-For each place of the kernel this is a matrix product over the positions of the output. Both factors are laid out in
+For each place of the kernel this is a matrix product over the positions of the output. Both factors are laid out as
 words of 32 bits, a few channels of one position after another, so that the inner loop reads memory in order; it keeps
 ROWS x WIDE vectors of the result in registers. A word is a float, or two bfloat16: of rows y and y + 1 of the output,
 and of the rows of the input that these meet. */

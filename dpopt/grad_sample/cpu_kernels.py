@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dpopt import native
-from dpopt.grad_sample.norms import with_squares
 
 _FOLDER = Path(__file__).parent
 _WORTH_A_THREAD = 1 << 18  # values
@@ -104,7 +103,9 @@ def conv_weight_gradient(
     corner: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """∂/∂weight of every example, (B, out, in, kh, kw), in the type of `a`, with `squares`; its input is not unfolded.
+    """∂/∂weight of every example, (B, out, in, kh, kw), in the type of `a`; its input is not unfolded.
+
+    Its attribute `squares` is ‖·‖² of every example, (B,) float64; what is made of it does not have it.
 
     Args:
         a: input (B, K, in, h, w), of K views; what `convolves` takes.
@@ -131,7 +132,9 @@ def conv_weight_gradient(
         _convolutions().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, *parts)
 
     native.in_parts(work, examples, 1)
-    return with_squares(found.permute(0, 1, 4, 2, 3), squares)
+    weight = found.permute(0, 1, 4, 2, 3)
+    weight.squares = squares  # type: ignore[attr-defined]
+    return weight
 
 
 def convolves(a: Tensor, g: Tensor, groups: int) -> bool:

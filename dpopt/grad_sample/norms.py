@@ -51,14 +51,8 @@ def kernels(x: Tensor) -> Any:
     return cpu_kernels if cpu_kernels.supports(x) else None
 
 
-def with_squares(gradient: Tensor, squares: Tensor) -> Tensor:
-    """Attach ‖·‖² of every example (B,) to a gradient (B, *shape); what is made of the gradient does not have it."""
-    gradient.squares = squares  # type: ignore[attr-defined]
-    return gradient
-
-
 def squares_with(gradient: Tensor) -> Tensor:
-    """Return ‖·‖² of every example of a gradient (B, *shape), (B,) float64: those attached to it, if there are any."""
+    """Return ‖·‖² of every example of a gradient (B, *shape), (B,) float64: its attribute `squares`, if a kernel set it."""
     squares: Tensor | None = getattr(gradient, "squares", None)
     return square_norms(by_example(gradient)) if squares is None else squares
 
