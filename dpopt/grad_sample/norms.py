@@ -52,7 +52,7 @@ def kernels(x: Tensor) -> Any:
 
 
 def squares_with(gradient: Tensor) -> Tensor:
-    """Return ‖·‖² of every example of a gradient (B, *shape), (B,) float64: its attribute `squares`, if a kernel set it."""
+    """‖·‖² of every example of a gradient (B, *shape), (B,) float64: its attribute `squares`, if a kernel set it."""
     squares: Tensor | None = getattr(gradient, "squares", None)
     return square_norms(by_example(gradient)) if squares is None else squares
 
