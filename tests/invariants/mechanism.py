@@ -234,7 +234,11 @@ def norm_of_the_first_parameter(patch):
 
 
 def variance_for_the_square(patch):
-    patch.setattr(per_sample, "square_norms", lambda rows: rows.double().var(1, correction=0) * rows.shape[1])
+    def spread(gradient):
+        rows = gradient.double().flatten(1)
+        return rows.var(1, correction=0) * rows.shape[1]
+
+    patch.setattr(per_sample, "squares_with", spread)
 
 
 # 5. Noise once per logical step, on the sum.
