@@ -71,11 +71,11 @@ def fastest(
         return next(iter(ways.values()))()
     timed: dict[str, Callable[[], Any]] = {**ways}
     if then is not None:
-        timed = {name: functools.partial(_both, way, then) for name, way in ways.items()}
+        timed = {name: functools.partial(_in_turn, way, then) for name, way in ways.items()}
     return ways[choices.find(what, device, timed)]()
 
 
-def _both(way: Callable[[], T], then: Callable[[T], Any]) -> None:
+def _in_turn(way: Callable[[], T], then: Callable[[T], Any]) -> None:
     then(way())
 
 

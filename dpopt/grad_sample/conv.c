@@ -60,9 +60,9 @@ INLINE words next_words(const Line *line, int64_t at, int64_t count) {
 #ifdef __AVX512BF16__
     if (line->narrow) {
         const __mmask16 some = (__mmask16)((1u << count) - 1);
-        const char *lower = line->lower + 2 * at, *upper = line->upper + 2 * at;
-        if (line->lower) found = (words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, lower));
-        if (line->upper) found |= (words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, upper)) << 16;
+        if (line->lower) found = (words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, line->lower + 2 * at));
+        if (line->upper)
+            found |= (words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, line->upper + 2 * at)) << 16;
         return found;
     }
 #endif
@@ -169,7 +169,8 @@ INLINE vector write(vector sum, int64_t count, int narrow, char *to) {
 }
 
 /* One example's, (out, kernel_height, kernel_width, channels), and the sum of its squares, which are added up in
-float32 within a task and then in double. `kept` is room for sums over the views so far. */
+float32 within a task and then in double. The words around what is laid out are zero, for all examples the same;
+`kept` is room for sums over the views so far. */
 INLINE double of_example(const char *x, const char *g, const Form *f, int narrow, int wide, uint32_t *x_words,
                        uint32_t *g_words, float *kept, char *result) {
     const int64_t size = narrow ? 2 : 4, pair = narrow ? 2 : 1, block = wide * LANES;
@@ -178,8 +179,6 @@ INLINE double of_example(const char *x, const char *g, const Form *f, int narrow
     const int64_t x_block = f->rows * f->columns * block, g_group = height * f->width * ROWS;
     doubles total = {0};
     for (int64_t view = 0; view < f->views; view++, x += size * f->x_view, g += size * f->g_view) {
-        memset(x_words, 0, 4 * blocks * x_block);
-        if (groups * ROWS != f->out) memset(g_words, 0, 4 * groups * g_group);
         for (int64_t r = 0; r < f->rows; r++) {
             const int64_t y = r - f->above, next = y + f->row_stride;
             Line line = {y >= 0 && y < f->in_height ? x + size * y * f->x_row : NULL,
@@ -231,7 +230,7 @@ void room_for(const Form *f, int narrow, int64_t *words) {
 }
 
 /* Those of examples begin..end, each (out, kernel_height, kernel_width, channels), and the sums of their squares, with
-room as of `room_for`. */
+`room` as of `room_for`, all zero. */
 void conv_weight_gradients(const char *x, const char *g, const Form *f, int64_t begin, int64_t end, int narrow,
                            uint32_t *room, char *result, double *squares) {
     int64_t words[3];

@@ -17,7 +17,7 @@ from dpopt.grad_sample.norms import (
     kernels,
     never_short,
     of_pairs,
-    squares_with,
+    squares_by_example,
     sum_wide,
 )
 
@@ -26,7 +26,7 @@ def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
     """Any stride, padding, dilation and number of groups."""
     found = {"bias": sum_wide(g.flatten(3), (1, 3))}
     if module.weight.requires_grad:
-        found["weight"] = conv_weight(module, a, g, squares_with)
+        found["weight"] = conv_weight(module, a, g, squares_by_example)
     return found
 
 

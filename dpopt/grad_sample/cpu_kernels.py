@@ -127,7 +127,7 @@ def conv_weight_gradient(
     found, squares = a.new_empty(examples, out, *kernel, channels), torch.empty(examples, dtype=torch.float64)
 
     def work(begin: int, end: int) -> None:
-        room = torch.empty(sum(words), dtype=torch.int32)
+        room = torch.zeros(sum(words), dtype=torch.int32)
         parts = begin, end, narrow, room.data_ptr(), found.data_ptr(), squares.data_ptr()
         _convolutions().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, *parts)
 
@@ -139,24 +139,20 @@ def conv_weight_gradient(
 
 def convolves(a: Tensor, g: Tensor, groups: int) -> bool:
     """Whether `conv_weight_gradient` takes these: bfloat16 only from a processor that multiplies it."""
-    if a.dtype != g.dtype or groups > 1:
-        return False
-    try:
-        return a.dtype == torch.float32 or bool(_convolutions().takes_bfloat16())
-    except OSError:
-        return False
+    known = a.dtype == torch.float32 or bool(_convolutions().takes_bfloat16())
+    return a.dtype == g.dtype and groups == 1 and known
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the library can be had, and takes the type of a tensor."""
+    """Whether the libraries can be had, and take the type of a tensor."""
     return x.dtype in (torch.float32, torch.bfloat16) and available()
 
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a compiler that builds it."""
+    """Whether there is a compiler that builds them."""
     try:
-        _library()
+        _library(), _convolutions()
     except OSError:
         return False
     return True

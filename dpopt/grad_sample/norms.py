@@ -51,7 +51,7 @@ def kernels(x: Tensor) -> Any:
     return cpu_kernels if cpu_kernels.supports(x) else None
 
 
-def squares_with(gradient: Tensor) -> Tensor:
+def squares_by_example(gradient: Tensor) -> Tensor:
     """‖·‖² of every example of a gradient (B, *shape), (B,) float64: its attribute `squares`, if a kernel set it."""
     squares: Tensor | None = getattr(gradient, "squares", None)
     return square_norms(by_example(gradient)) if squares is None else squares

@@ -22,7 +22,7 @@ from dpopt.grad_sample.norms import (
     kernels,
     memory_order,
     pieces,
-    squares_with,
+    squares_by_example,
 )
 from dpopt.grad_sample.rules import BY_VMAP
 
@@ -274,7 +274,7 @@ def _squares(found: Gradients, scale: Gradients | None) -> Gradients:
     squares: Gradients = {}
     for name, gradient in found.items():
         layer = name.rpartition(".")[0]
-        square = squares_with(gradient if scale is None else gradient * scale[name])
+        square = squares_by_example(gradient if scale is None else gradient * scale[name])
         squares[layer] = squares[layer] + square if layer in squares else square
     return squares
 

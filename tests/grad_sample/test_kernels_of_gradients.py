@@ -191,6 +191,19 @@ def test_convolution_on_a_cpu(options, channels, order, dtype):
         torch.testing.assert_close(gradient.double(), expected, rtol=5e-3 * (dtype != torch.float32), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_examples_of_a_convolution_on_a_cpu_do_not_meet(dtype):
+    """Though they share the room in which they are laid out: one that is not finite leaves the others their bits."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(40, 12, 3, padding=1)
+    a, g = torch.randn(8, 2, 40, 9, 9).to(dtype), torch.randn(8, 2, 12, 9, 9).to(dtype)
+    before = conv.conv_weight(layer, a, g)
+    a[3], g[5] = float("nan"), float("inf")
+    after = conv.conv_weight(layer, a, g)
+    assert [torch.equal(x, y) for x, y in zip(before, after, strict=True)] == [i not in (3, 5) for i in range(8)]
+    assert per_sample.squares_of(None, {"weight": after})[""].isfinite().tolist() == [i not in (3, 5) for i in range(8)]
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_parts_of_work_are_done_once(monkeypatch, own):
     """In torch's threads and in others; an error in one of them arrives."""

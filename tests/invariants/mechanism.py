@@ -238,7 +238,7 @@ def variance_for_the_square(patch):
         rows = gradient.double().flatten(1)
         return rows.var(1, correction=0) * rows.shape[1]
 
-    patch.setattr(per_sample, "squares_with", spread)
+    patch.setattr(per_sample, "squares_by_example", spread)
 
 
 # 5. Noise once per logical step, on the sum.
