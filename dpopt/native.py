@@ -27,11 +27,11 @@ _PARTS = 4  # for each thread, so that none waits long for the last
 _SHARE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def library(source: Path, flags: str = "") -> ctypes.CDLL:
-    """Compile a C file, or load its library from the cache.
+def library(*sources: Path, flags: str = "") -> ctypes.CDLL:
+    """Compile C files, or load their library from the cache.
 
     Args:
-        source: the file; the name of its folder begins the library's.
+        sources: the files; the name of the first one's folder begins the library's.
         flags: of the compiler, in addition to the common ones.
 
     Raises:
@@ -41,15 +41,14 @@ def library(source: Path, flags: str = "") -> ctypes.CDLL:
     if compiler is None:
         raise OSError("no C compiler was found (install gcc or clang, or name one in CC)")
     words = [*_FLAGS.split(), *flags.split()]
-    known = "\n".join(
-        [source.read_text(), " ".join(words), os.path.realpath(compiler), platform.platform(), processor_features()]
-    )
+    known = "\n".join([source.read_text() for source in sources])
+    known += "\n".join([" ".join(words), os.path.realpath(compiler), platform.platform(), processor_features()])
     cache = cache_folder()
-    built = cache / f"{source.parent.name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    built = cache / f"{sources[0].parent.name}-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # on the same disk: other processes see all or nothing
             fresh = Path(folder) / built.name
-            command = [compiler, *words, str(source), "-o", str(fresh), "-lm"]
+            command = [compiler, *words, *map(str, sources), "-o", str(fresh), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")

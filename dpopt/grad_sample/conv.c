@@ -30,6 +30,25 @@ typedef struct {
     int64_t x_example, x_view, x_channel, x_row, x_column, g_example, g_view, g_channel, g_row, g_column;
 } Form;
 
+/* What `standardize` makes of filters, (out, kernel_height, kernel_width, channels), and what is trained. */
+typedef struct {
+    const float *directions;
+    const double *scales, *projects, *twices;
+    double factor;
+    int of_weight, of_gain;
+} Through;
+
+void square_norms(const void *rows, int64_t begin, int64_t end, int64_t size, int64_t stride, int narrow,
+                  double *squares);
+void standardized_square_norms(const void *parts, int64_t begin, int64_t end, int64_t pieces, int64_t filters,
+                               int64_t length, int64_t by_example, int64_t by_piece, int64_t by_filter, int narrow,
+                               const float *directions, const double *scales, const double *projects,
+                               const double *twices, double factor, int of_weight, int of_gain, double *squares,
+                               double *lengths);
+void standardized_gradients(const double *sums, const float *weights, int64_t begin, int64_t end, const float *gains,
+                            int64_t length, double floor, double extra, double factor, float *of_weight,
+                            float *of_gain);
+
 /* A row of an image, and the one whose values go into the upper halves of words; a row that is not there is NULL. */
 typedef struct {
     const char *lower, *upper;
@@ -147,109 +166,183 @@ INLINE void multiply(const uint32_t *g, const uint32_t *x, int64_t height, int64
     memcpy(sums, found, sizeof(found));
 }
 
-/* Past the caches where `to` is aligned: gradients of all examples are larger than they are. Returns what it writes. */
-INLINE vector write(vector sum, int64_t count, int narrow, char *to) {
-    const size_t size = (size_t)(count < LANES ? count : LANES) * (narrow ? 2 : 4);
-#ifdef __AVX512BF16__
-    if (narrow) {
-        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)sum);
-        if (size == 32 && (uintptr_t)to % 32 == 0) _mm256_stream_si256((__m256i *)to, rounded);
-        else memcpy(to, &rounded, size);
-        return (vector)((words)_mm512_cvtepu16_epi32(rounded) << 16);
-    }
-#endif
-#ifdef __AVX512F__
-    if (size == 64 && (uintptr_t)to % 64 == 0) {
-        _mm512_stream_ps((float *)to, (__m512)sum);
-        return sum;
-    }
-#endif
-    memcpy(to, &sum, size);
-    return sum;
+static int64_t wide_of(const Form *f) { return f->channels > LANES ? WIDE : 1; }
+static int64_t groups_of(const Form *f) { return (f->out + ROWS - 1) / ROWS; }
+static int64_t fan_in(const Form *f) { return f->kernel_height * f->kernel_width * f->channels; }
+
+/* Words that an example takes for one view, x and g. */
+static void words_of(const Form *f, int narrow, int64_t *x_words, int64_t *g_words) {
+    const int64_t block = wide_of(f) * LANES, pair = narrow ? 2 : 1;
+    *x_words = f->rows * f->columns * ((f->channels + block - 1) / block * block);
+    *g_words = groups_of(f) * ROWS * ((f->height + pair - 1) / pair) * f->width;
 }
 
-/* One example's, (out, kernel_height, kernel_width, channels), and the sum of its squares, which are added up in
-float32 within a task and then in double. The words around what is laid out are zero, for all examples the same;
-`kept` is room for sums over the views so far. */
-INLINE double of_example(const char *x, const char *g, const Form *f, int narrow, int wide, uint32_t *x_words,
-                       uint32_t *g_words, float *kept, char *result) {
-    const int64_t size = narrow ? 2 : 4, pair = narrow ? 2 : 1, block = wide * LANES;
-    const int64_t blocks = (f->channels + block - 1) / block, groups = (f->out + ROWS - 1) / ROWS;
-    const int64_t height = (f->height + pair - 1) / pair, places = f->kernel_height * f->kernel_width;
-    const int64_t x_block = f->rows * f->columns * block, g_group = height * f->width * ROWS;
-    doubles total = {0};
+/* Words of room: for an example that is laid out, and for the gradient of ROWS filters; and ROWS. */
+void room_for(const Form *f, int narrow, int64_t *words) {
+    int64_t x_words, g_words;
+    words_of(f, narrow, &x_words, &g_words);
+    words[0] = f->views * (x_words + g_words);
+    words[1] = ROWS * fan_in(f);
+    words[2] = ROWS;
+}
+
+/* Lay out one example, in room that is zero: the words around what is laid out are zero, for all examples the same. */
+static void lay_out_example(const char *x, const char *g, const Form *f, int narrow, uint32_t *room) {
+    const int64_t size = narrow ? 2 : 4, pair = narrow ? 2 : 1, block = wide_of(f) * LANES;
+    int64_t x_words, g_words;
+    words_of(f, narrow, &x_words, &g_words);
     for (int64_t view = 0; view < f->views; view++, x += size * f->x_view, g += size * f->g_view) {
         for (int64_t r = 0; r < f->rows; r++) {
             const int64_t y = r - f->above, next = y + f->row_stride;
             Line line = {y >= 0 && y < f->in_height ? x + size * y * f->x_row : NULL,
                          narrow && next >= 0 && next < f->in_height ? x + size * next * f->x_row : NULL, f->x_channel,
                          f->x_column, narrow};
-            lay_out(line, f->channels, f->in_width, x_words + (r * f->columns + f->left) * block, block, x_block);
+            lay_out(line, f->channels, f->in_width, room + (r * f->columns + f->left) * block, block,
+                    f->rows * f->columns * block);
         }
+        room += x_words;
         for (int64_t y = 0; y < f->height; y += pair) {
             Line line = {g + size * y * f->g_row, narrow && y + 1 < f->height ? g + size * (y + 1) * f->g_row : NULL,
                          f->g_channel, f->g_column, narrow};
-            lay_out(line, f->out, f->width, g_words + y / pair * f->width * ROWS, ROWS, g_group);
+            lay_out(line, f->out, f->width, room + y / pair * f->width * ROWS, ROWS, g_words / groups_of(f));
         }
-        for (int64_t task = 0; task < blocks * places * groups; task++) {
-            const int64_t b = task / groups / places, place = task / groups % places, o = task % groups;
+        room += g_words;
+    }
+}
+
+/* rows[ROWS][kernel_height][kernel_width][channels] of one example that is laid out. */
+INLINE void form_rows(const uint32_t *room, const Form *f, int64_t group, int narrow, int wide, float *rows) {
+    const int64_t pair = narrow ? 2 : 1, block = wide * LANES, height = (f->height + pair - 1) / pair;
+    const int64_t blocks = (f->channels + block - 1) / block, places = f->kernel_height * f->kernel_width;
+    int64_t x_words, g_words;
+    words_of(f, narrow, &x_words, &g_words);
+    for (int64_t view = 0; view < f->views; view++, room += x_words + g_words) {
+        const uint32_t *g = room + x_words + group * height * f->width * ROWS;
+        for (int64_t task = 0; task < blocks * places; task++) {
+            const int64_t b = task / places, place = task % places;
             const int64_t row = place / f->kernel_width * f->row_dilation;
             const int64_t column = place % f->kernel_width * f->column_dilation;
-            vector sums[ROWS][WIDE], squares = {0};
-            multiply(g_words + o * g_group, x_words + b * x_block + (row * f->columns + column) * block, height,
-                     f->width, pair * f->row_stride * f->columns * block, f->column_stride * block, narrow, wide, sums);
-            for (int r = 0; r < ROWS && o * ROWS + r < f->out; r++)
+            vector sums[ROWS][WIDE];
+            multiply(g, room + ((b * f->rows + row) * f->columns + column) * block, height, f->width,
+                     pair * f->row_stride * f->columns * block, f->column_stride * block, narrow, wide, sums);
+            for (int r = 0; r < ROWS; r++)
                 for (int v = 0; v < wide && b * block + v * LANES < f->channels; v++) {
-                    vector *before = (vector *)(kept + ((task * ROWS + r) * wide + v) * LANES);
-                    const int64_t channel = b * block + v * LANES;
-                    if (view > 0) sums[r][v] += *before;
-                    if (view < f->views - 1) {
-                        *before = sums[r][v];
-                        continue;
-                    }
-                    const vector written =
-                        write(sums[r][v], f->channels - channel, narrow,
-                              result + size * (((o * ROWS + r) * places + place) * f->channels + channel));
-                    squares += written * written;
+                    const int64_t channel = b * block + v * LANES, left = f->channels - channel;
+                    float *to = rows + (r * places + place) * f->channels + channel;
+                    if (left < LANES)
+                        for (int64_t l = 0; l < left; l++) to[l] = view > 0 ? to[l] + sums[r][v][l] : sums[r][v][l];
+                    else if (view > 0) *(vector *)to += sums[r][v];
+                    else *(vector *)to = sums[r][v];
                 }
-            total += __builtin_convertvector(squares, doubles);
         }
     }
-    double square = 0;
-    for (int l = 0; l < LANES; l++) square += total[l];
-    return square;
 }
 
-/* Words of room that an example takes: x and g laid out, and, with several views, sums. */
-void room_for(const Form *f, int narrow, int64_t *words) {
-    const int64_t block = (f->channels > LANES ? WIDE : 1) * LANES, groups = (f->out + ROWS - 1) / ROWS;
-    const int64_t channels = (f->channels + block - 1) / block * block, pair = narrow ? 2 : 1;
-    words[0] = f->rows * f->columns * channels;
-    words[1] = groups * ROWS * ((f->height + pair - 1) / pair) * f->width;
-    words[2] = f->views > 1 ? groups * ROWS * channels * f->kernel_height * f->kernel_width : 0;
+/* Filters that are taken twice get the same bits. */
+__attribute__((noinline)) static void form(const uint32_t *room, const Form *f, int64_t group, int narrow, float *rows) {
+    if (wide_of(f) == 1) narrow ? form_rows(room, f, group, 1, 1, rows) : form_rows(room, f, group, 0, 1, rows);
+    else narrow ? form_rows(room, f, group, 1, WIDE, rows) : form_rows(room, f, group, 0, WIDE, rows);
 }
 
-/* Those of examples begin..end, each (out, kernel_height, kernel_width, channels), and the sums of their squares, with
-`room` as of `room_for`, all zero. */
+/* Past the caches where `to` is aligned: gradients of all examples are larger than they are. In 16 bits, `rows` are
+rounded, too. */
+static void write_rows(float *rows, int64_t count, int narrow, char *to) {
+    int64_t i = 0;
+#ifdef __AVX512BF16__
+    for (; narrow && i < count; i += LANES) {
+        const int64_t n = count - i < LANES ? count - i : LANES;
+        const __mmask16 some = (__mmask16)((1u << n) - 1);
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, rows + i));
+        if (n == LANES && (uintptr_t)to % 32 == 0) _mm256_stream_si256((__m256i *)(to + 2 * i), rounded);
+        else _mm256_mask_storeu_epi16(to + 2 * i, some, rounded);
+        _mm512_mask_storeu_ps(rows + i, some, (__m512)((words)_mm512_cvtepu16_epi32(rounded) << 16));
+    }
+    if (narrow) return;
+#endif
+#ifdef __AVX512F__
+    for (; (uintptr_t)to % 64 == 0 && i + LANES <= count; i += LANES)
+        _mm512_stream_ps((float *)(to + 4 * i), _mm512_loadu_ps(rows + i));
+#endif
+    memcpy(to + 4 * i, rows + i, 4 * (count - i));
+}
+
+/* Of examples begin..end: the gradients (out, kernel_height, kernel_width, channels) if there is a result, and squared
+norms, of what `through` makes of them if it is there (then `lengths`, too: `standardized_square_norms`). `room` is that
+of `room_for`. */
 void conv_weight_gradients(const char *x, const char *g, const Form *f, int64_t begin, int64_t end, int narrow,
-                           uint32_t *room, char *result, double *squares) {
+                           uint32_t *room, char *result, const Through *through, double *squares, double *lengths) {
     int64_t words[3];
     room_for(f, narrow, words);
-    uint32_t *g_words = room + words[0];
-    float *kept = (float *)(g_words + words[1]);
+    const int64_t size = narrow ? 2 : 4, length = fan_in(f);
+    float *rows = (float *)(room + words[0]);
+    memset(room, 0, 4 * words[0]);
     for (int64_t e = begin; e < end; e++) {
-        const int64_t size = narrow ? 2 : 4;
-        const char *own_x = x + size * e * f->x_example, *own_g = g + size * e * f->g_example;
-        char *own = result + size * e * f->out * f->kernel_height * f->kernel_width * f->channels;
-        if (f->channels <= LANES || WIDE == 1) {
-            if (narrow) squares[e] = of_example(own_x, own_g, f, 1, 1, room, g_words, kept, own);
-            else squares[e] = of_example(own_x, own_g, f, 0, 1, room, g_words, kept, own);
-        } else {
-            if (narrow) squares[e] = of_example(own_x, own_g, f, 1, WIDE, room, g_words, kept, own);
-            else squares[e] = of_example(own_x, own_g, f, 0, WIDE, room, g_words, kept, own);
+        lay_out_example(x + size * e * f->x_example, g + size * e * f->g_example, f, narrow, room);
+        squares[e] = 0;
+        if (through) lengths[e] = 0;
+        for (int64_t group = 0; group < groups_of(f); group++) {
+            const int64_t first = group * ROWS, count = f->out - first < ROWS ? f->out - first : ROWS;
+            double square, long_square;
+            form(room, f, group, narrow, rows);
+            if (result) write_rows(rows, count * length, narrow, result + size * (e * f->out + first) * length);
+            if (through) {
+                const Through *t = through;
+                standardized_square_norms(rows, 0, 1, 1, count, length, 0, 0, length, 0, t->directions + first * length,
+                                          t->scales + first, t->projects + first, t->twices + first, t->factor,
+                                          t->of_weight, t->of_gain, &square, &long_square);
+                lengths[e] += long_square;
+            } else
+                square_norms(rows, 0, 1, count * length, 0, 0, &square);
+            squares[e] += square;
         }
     }
 #ifdef __AVX512F__
     _mm_sfence();
 #endif
+}
+
+/* Lay out examples begin..end, each in its own room. */
+void conv_lay_out(const char *x, const char *g, const Form *f, int64_t begin, int64_t end, int narrow, uint32_t *room) {
+    int64_t words[3];
+    room_for(f, narrow, words);
+    const int64_t size = narrow ? 2 : 4;
+    memset(room + begin * words[0], 0, 4 * (end - begin) * words[0]);
+    for (int64_t e = begin; e < end; e++)
+        lay_out_example(x + size * e * f->x_example, g + size * e * f->g_example, f, narrow, room + e * words[0]);
+}
+
+/* to[filter][j][i] = from[filter][i][j] */
+static void transpose_filters(const float *from, int64_t filters, int64_t rows, int64_t columns, float *to) {
+    for (int64_t k = 0; k < filters; k++, from += rows * columns, to += rows * columns)
+        for (int64_t j = 0; j < columns; j++)
+            for (int64_t i = 0; i < rows; i++) to[j * rows + i] = from[i * columns + j];
+}
+
+/* Sum over examples, which are laid out, of weights[e] * gradient, for groups begin..end of ROWS filters, added up in
+double; an example of weight zero is not read. The result is (out, channels, kernel_height, kernel_width); with
+`filters` it is pulled back to them by `standardized_gradients`, of which the other arguments are. `rows` has room for
+twice ROWS filters, `sums` for ROWS. */
+void conv_weighted_sum(const uint32_t *room, const Form *f, int64_t examples, int64_t begin, int64_t end, int narrow,
+                       const double *weights, float *rows, double *restrict sums, float *result, const float *filters,
+                       const float *gains, double floor, double extra, double factor, float *of_gain) {
+    int64_t words[3];
+    room_for(f, narrow, words);
+    const int64_t length = fan_in(f), places = f->kernel_height * f->kernel_width;
+    float *moved = rows + ROWS * length;
+    for (int64_t group = begin; group < end; group++) {
+        const int64_t first = group * ROWS, count = f->out - first < ROWS ? f->out - first : ROWS;
+        memset(sums, 0, (size_t)(count * length) * sizeof(double));
+        for (int64_t e = 0; e < examples; e++) {
+            if (weights[e] == 0) continue;
+            form(room + e * words[0], f, group, narrow, rows);
+            for (int64_t i = 0; i < count * length; i++) sums[i] += weights[e] * rows[i];
+        }
+        if (filters) {
+            transpose_filters(filters + first * length, count, f->channels, places, rows);
+            standardized_gradients(sums, rows, 0, count, gains ? gains + first : NULL, length, floor, extra, factor,
+                                   moved, of_gain + first);
+        } else
+            for (int64_t i = 0; i < count * length; i++) moved[i] = (float)sums[i];
+        transpose_filters(moved, count, places, f->channels, result + first * length);
+    }
 }

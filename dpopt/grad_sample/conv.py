@@ -24,10 +24,48 @@ from dpopt.grad_sample.norms import (
 
 def conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Gradients:
     """Any stride, padding, dilation and number of groups."""
-    found = {"bias": sum_wide(g.flatten(3), (1, 3))}
+    found = {"bias": bias_gradient(g)}
     if module.weight.requires_grad:
         found["weight"] = conv_weight(module, a, g, squares_by_example)
     return found
+
+
+def formed_on_chip(module: nn.Conv1d | nn.Conv2d, g: Tensor) -> bool:
+    """Whether a kernel forms the gradients of a layer without writing them to memory; of one processor only."""
+    return not g.is_cuda and (on_chip := kernels(g)) is not None and on_chip.convolves(g, g, module.groups)
+
+
+def conv_norms_on_chip(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
+    """Squared norms (B,) of `conv`'s gradients, where they are `formed_on_chip`."""
+    form, squares = Form.of(module, a), torch.zeros(len(a), dtype=torch.float64)
+    if module.weight.requires_grad:
+        squares += kernels(g).conv_square_norms(form.a, in_2d(g), *form.how)[0]
+    if module.bias is not None and module.bias.requires_grad:
+        squares += squares_by_example(bias_gradient(g))
+    return squares
+
+
+def conv_sum_on_chip(
+    module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor, weights: Tensor, filters: Any = None
+) -> Gradients:
+    """Σ weights[i]·gradient, of the same gradients; an example of weight zero may hold NaN.
+
+    Args:
+        module: the layer.
+        a: input.
+        g: output gradient.
+        weights: (B,).
+        filters: what standardized ones are.
+    """
+    form, bias, weights = Form.of(module, a), bias_gradient(g), weights.double()
+    weight, gain = kernels(g).conv_weighted_sum(form.a, in_2d(g), *form.how, weights=weights, filters=filters)
+    bias = weights @ bias.double().masked_fill((weights == 0)[:, None], 0.0)
+    return {"weight": weight.view(module.weight.shape), "gain": gain, "bias": bias}
+
+
+def bias_gradient(g: Tensor) -> Tensor:
+    """(B, out) of an output gradient (B, K, out, …)."""
+    return sum_wide(g.flatten(3), (1, 3))
 
 
 def conv_ghost_norm(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
@@ -82,6 +120,11 @@ def convolve(module: Any, a: Tensor, filters: Tensor) -> Tensor:
     return F.conv2d(x, filters.to(x), None, stride, 0, dilation, module.groups).unflatten(0, a.shape[:2])
 
 
+def in_2d(g: Tensor) -> Tensor:
+    """(B, K, out, h', w') of an output gradient; a Conv1d's has one row."""
+    return g.reshape(*g.shape[:3], -1, g.shape[-1])
+
+
 def by_position(module: Any, x: Tensor) -> Tensor:
     """Arrange (B, K, groups·n, …) by position, (B, groups, T, n)."""
     return x.flatten(3).unflatten(2, (module.groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
@@ -102,14 +145,23 @@ def _as_2d(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> tuple[Tensor, Any, Any, 
 
 
 def conv_weight(
-    module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor, then: Callable[[Tensor], Any] | None = None
+    module: nn.Conv1d | nn.Conv2d,
+    a: Tensor,
+    g: Tensor,
+    then: Callable[[Tensor], Any] | None = None,
+    filters: Any = None,
 ) -> Tensor:
     """∂/∂weight (B, *weight shape) of an input (B, K, in, …) and an output gradient (B, K, out, …).
 
-    `then` is what the caller does with it, for the choice of the fastest way.
+    Args:
+        module: the layer.
+        a: input.
+        g: output gradient.
+        then: what the caller does with the result, for the choice of the fastest way.
+        filters: what standardized ones are, for a kernel that takes their norms, too.
     """
-    form = _Form.of(module, a)
-    g = g.reshape(*g.shape[:3], -1, g.shape[-1])
+    form = Form.of(module, a)
+    g = in_2d(g)
     if len(a) == 1:  # the sum of a batch
         found = _grouped(form, g)
     else:
@@ -117,14 +169,14 @@ def conv_weight(
         if a.is_cuda:
             ways = {"columns": ways.pop("columns"), **ways}
         if (on_chip := kernels(form.a)) is not None and on_chip.convolves(form.a, g, form.groups):
-            ways = {"kernel": functools.partial(_by_kernel, on_chip), **ways}
+            ways = {"kernel": functools.partial(_by_kernel, on_chip, filters), **ways}
         name = form.name(g) + (f" for {then.__name__}" if then else "")
         found = fastest(name, a.device, {name: functools.partial(way, form, g) for name, way in ways.items()}, then)
     return found.squeeze(3) if module.weight.ndim == 3 else found
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """A convolution in two dimensions: its input (B, K, in, h, w), and the zeros left, right, above and below it."""
 
     a: Tensor
@@ -135,9 +187,14 @@ class _Form:
     groups: int
 
     @classmethod
-    def of(cls, module: nn.Conv1d | nn.Conv2d, a: Tensor) -> "_Form":
+    def of(cls, module: nn.Conv1d | nn.Conv2d, a: Tensor) -> "Form":
         a, kernel, stride, dilation, padding = _as_2d(module, a)
         return cls(a, kernel, stride, dilation, tuple(padding), module.groups)
+
+    @property
+    def how(self) -> tuple[tuple[int, int], ...]:
+        """Kernel, stride, dilation, and zeros (above, left of) the input."""
+        return self.kernel, self.stride, self.dilation, (self.padding[2], self.padding[0])
 
     def name(self, g: Tensor) -> str:
         """Of the weight gradient, for `fastest`."""
@@ -145,14 +202,13 @@ class _Form:
         return f"convolution {how} {tuple(self.a.shape)} {tuple(g.shape)} {self.a.dtype}"
 
 
-def _by_kernel(on_chip: Any, form: _Form, g: Tensor) -> Tensor:
-    left, _, above, _ = form.padding
-    options = form.kernel, form.stride, form.dilation, (above, left), form.groups
-    found: Tensor = on_chip.conv_weight_gradient(form.a, g, *options)
+def _by_kernel(on_chip: Any, filters: Any, form: Form, g: Tensor) -> Tensor:
+    options = {} if filters is None or form.a.is_cuda else {"filters": filters}
+    found: Tensor = on_chip.conv_weight_gradient(form.a, g, *form.how, form.groups, **options)
     return found
 
 
-def _grouped(form: _Form, g: Tensor) -> Tensor:
+def _grouped(form: Form, g: Tensor) -> Tensor:
     """Run one big convolution in which every example has its own groups."""
     examples, out, channels = len(g), g.shape[2], form.a.shape[2] // form.groups
     x, y = (t.transpose(0, 1).flatten(1, 2) for t in (form.a, g))  # (K, B·channels, h, w): a view where K is 1
@@ -160,7 +216,7 @@ def _grouped(form: _Form, g: Tensor) -> Tensor:
     return found.view(examples, out, channels, *form.kernel)
 
 
-def _one_by_one(form: _Form, g: Tensor) -> Tensor:
+def _one_by_one(form: Form, g: Tensor) -> Tensor:
     """Make one call for every example."""
     out, channels = g.shape[2], form.a.shape[2] // form.groups
     result = g.new_empty(len(g), out, channels, *form.kernel)
@@ -169,7 +225,7 @@ def _one_by_one(form: _Form, g: Tensor) -> Tensor:
     return result
 
 
-def _weight_gradient(form: _Form, x: Tensor, y: Tensor, shape: tuple[int, int], groups: int) -> Tensor:
+def _weight_gradient(form: Form, x: Tensor, y: Tensor, shape: tuple[int, int], groups: int) -> Tensor:
     """Of an ordinary convolution of (K, groups·in, h, w), by torch."""
     left, right, top, bottom = form.padding
     if left != right or top != bottom:
@@ -179,7 +235,7 @@ def _weight_gradient(form: _Form, x: Tensor, y: Tensor, shape: tuple[int, int], 
     return torch.ops.aten.convolution_backward(y, x, weight, None, *options)[1]
 
 
-def _by_columns(form: _Form, g: Tensor) -> Tensor:
+def _by_columns(form: Form, g: Tensor) -> Tensor:
     """Batched matrix products over what the columns of the kernel meet, channels last.
 
     The input is laid out as (B·groups, sh, K·rows·width, kw·in): rows r, r + sh, … together. Then what row dy of the

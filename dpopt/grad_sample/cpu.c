@@ -80,12 +80,13 @@ void weighted_sum(const void *rows, int64_t count, int64_t begin, int64_t end, i
     else add_rows(rows, count, begin, end, stride, 0, weights, total);
 }
 
-/* Of filters in `pieces` pieces (pieces, filters, length), used as factor * gain * (w - mean(w)) / tau with
+/* Of filters begin..end, in `pieces` pieces (pieces, filters, length), used as factor * gain * (w - mean(w)) / tau with
 tau^2 = max(|w - mean(w)|^2, floor) + extra: h = (w - mean(w)) / tau, filter by filter, factor * gain / tau, whether the
 floor is passed, and if so 2 - |h|^2. */
-void standardize(const float *weights, const float *gains, int64_t pieces, int64_t filters, int64_t length, double floor,
-                 double extra, double factor, float *directions, double *scales, double *projects, double *twices) {
-    for (int64_t f = 0; f < filters; f++) {
+void standardize(const float *weights, int64_t begin, int64_t end, const float *gains, int64_t pieces, int64_t filters,
+                 int64_t length, double floor, double extra, double factor, float *directions, double *scales,
+                 double *projects, double *twices) {
+    for (int64_t f = begin; f < end; f++) {
         double sum = 0, square = 0;
         for (int64_t p = 0; p < pieces; p++)
             for (int64_t j = 0; j < length; j++) sum += weights[(p * filters + f) * length + j];

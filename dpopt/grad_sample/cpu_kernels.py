@@ -1,9 +1,9 @@
-"""Norms and sums of per-example gradients on a CPU, and those of convolutions: `cpu.c`, `conv.c`."""
+"""Norms and sums of per-example gradients on a CPU, and those of convolutions, in C: `cpu.c`, `conv.c`."""
 
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from dpopt import native
 
 _FOLDER = Path(__file__).parent
 _WORTH_A_THREAD = 1 << 18  # values
+# w, (out, in, kh, kw), gain, how and counted, as of `standardized_square_norms`
+Standardized = tuple[Tensor, Tensor | None, tuple[float, float, float], tuple[bool, bool]]
 
 
 def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
@@ -26,7 +28,7 @@ def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
     place = rows.stride(0), _narrow(rows), weights.data_ptr(), total.data_ptr()
 
     def work(begin: int, end: int) -> None:
-        _library().weighted_sum(rows.data_ptr(), len(rows), begin, end, *place)
+        library().weighted_sum(rows.data_ptr(), len(rows), begin, end, *place)
 
     native.in_parts(work, len(total), _WORTH_A_THREAD // max(1, len(rows)))
     return total
@@ -38,7 +40,7 @@ def square_norms(rows: Tensor) -> Tensor:
     squares = torch.empty(len(rows), dtype=torch.float64)
     place = rows.shape[1], rows.stride(0), _narrow(rows), squares.data_ptr()
     native.in_parts(
-        lambda begin, end: _library().square_norms(rows.data_ptr(), begin, end, *place),
+        lambda begin, end: library().square_norms(rows.data_ptr(), begin, end, *place),
         len(rows),
         _WORTH_A_THREAD // max(1, rows.shape[1]),
     )
@@ -60,22 +62,40 @@ def standardized_square_norms(
             τ² = max(‖w − mean(w)‖², floor) + extra.
         counted: whether ∂/∂w and ∂/∂gain are.
     """
-    parts, weight, gain = _in_rows(parts), _in_floats(weight), None if gain is None else _in_floats(gain)
+    parts = _in_rows(parts)
     examples, pieces, out, length = parts.shape
-    direction, numbers = torch.empty(out, pieces, length), torch.empty(3, out, dtype=torch.float64)
-    constants = direction.data_ptr(), *(row.data_ptr() for row in numbers)
-    known = None if gain is None else gain.data_ptr(), pieces, out, length
-    _library().standardize(weight.data_ptr(), *known, *how, *constants)
+    tables = standardize(weight, gain, how)
+    constants = [table.data_ptr() for table in tables]
     squares, lengths = torch.empty(2, examples, dtype=torch.float64)
     shape = pieces, out, length, *parts.stride()[:3], _narrow(parts)
 
     found = squares.data_ptr(), lengths.data_ptr()
 
     def work(begin: int, end: int) -> None:
-        _library().standardized_square_norms(parts.data_ptr(), begin, end, *shape, *constants, how[2], *counted, *found)
+        library().standardized_square_norms(parts.data_ptr(), begin, end, *shape, *constants, how[2], *counted, *found)
 
     native.in_parts(work, examples, _WORTH_A_THREAD // max(1, pieces * out * length))
     return squares, lengths
+
+
+def standardize(weight: Tensor, gain: Tensor | None, how: tuple[float, float, float]) -> list[Tensor]:
+    """Compute what norms need to know about filters: h, in float32, and scales, projects and twices, (out,) float64.
+
+    Args:
+        weight: w, (P, out, m), contiguous.
+        gain: (out,), or None for 1.
+        how: as of `standardized_square_norms`.
+    """
+    weight, (pieces, out, length) = _in_floats(weight), weight.shape
+    tables = [torch.empty(out, pieces, length), *torch.empty(3, out, dtype=torch.float64)]
+    known = None if gain is None else (gain := _in_floats(gain)).data_ptr(), pieces, out, length, *how
+    into = [table.data_ptr() for table in tables]
+
+    def work(begin: int, end: int) -> None:
+        library().standardize(weight.data_ptr(), begin, end, *known, *into)
+
+    native.in_parts(work, out, _WORTH_A_THREAD // max(1, pieces * length))
+    return tables
 
 
 def standardized_gradients(
@@ -88,7 +108,7 @@ def standardized_gradients(
     known = None if gain is None else gain.data_ptr(), gradient.shape[1], *how, of_weight.data_ptr(), of_gain.data_ptr()
 
     def work(begin: int, end: int) -> None:
-        _library().standardized_gradients(gradient.data_ptr(), weight.data_ptr(), begin, end, *known)
+        library().standardized_gradients(gradient.data_ptr(), weight.data_ptr(), begin, end, *known)
 
     native.in_parts(work, len(gradient), _WORTH_A_THREAD // max(1, gradient.shape[1]))
     return of_weight, of_gain
@@ -102,10 +122,12 @@ def conv_weight_gradient(
     dilation: tuple[int, int],
     corner: tuple[int, int],
     groups: int,
+    filters: Standardized | None = None,
 ) -> Tensor:
     """∂/∂weight of every example, (B, out, in, kh, kw), in the type of `a`; its input is not unfolded.
 
-    Its attribute `squares` is ‖·‖² of every example, (B,) float64; what is made of it does not have it.
+    Its attribute `squares` is ‖·‖² of every example, (B,) float64, or, with standardized filters, `through` is what
+    `standardized_square_norms` makes of it; what is made of it has neither.
 
     Args:
         a: input (B, K, in, h, w), of K views; what `convolves` takes.
@@ -115,44 +137,141 @@ def conv_weight_gradient(
         dilation: (vertical, horizontal).
         corner: zeros (above, left of) the input.
         groups: 1.
+        filters: what they are, if they are standardized.
     """
-    (examples, views, channels, *size), (out, height, width), narrow = a.shape, g.shape[2:], _narrow(a)
+    found = a.new_empty(len(a), g.shape[2], *kernel, a.shape[2])
+    weight: Any = found.permute(0, 1, 4, 2, 3)
+    squares, lengths = _convolve(a, g, (kernel, stride, dilation, corner), found, filters)
+    if filters is None:
+        weight.squares = squares
+    else:
+        weight.through = squares, lengths
+    return weight
+
+
+def conv_square_norms(
+    a: Tensor, g: Tensor, *how: tuple[int, int], filters: Standardized | None = None
+) -> tuple[Tensor, Tensor]:
+    """‖∂/∂weight‖² of every example, (B,) float64, of a gradient in float32 that is not written to memory.
+
+    Args:
+        a: as of `conv_weight_gradient`.
+        g: likewise.
+        how: kernel, stride, dilation, corner.
+        filters: what they are, if they are standardized.
+
+    Returns:
+        Squares and, with standardized filters, lengths, as of `standardized_square_norms`.
+    """
+    return _convolve(a, g, how, filters=filters)
+
+
+def conv_weighted_sum(
+    a: Tensor, g: Tensor, *how: tuple[int, int], weights: Tensor, filters: Standardized | None = None
+) -> tuple[Tensor, Tensor]:
+    """Σ weights[i]·(∂/∂weight of example i), of the gradients of `conv_square_norms`, added up in float64.
+
+    An example of weight zero may hold NaN.
+
+    Args:
+        a: as of `conv_weight_gradient`.
+        g: likewise.
+        how: kernel, stride, dilation, corner.
+        weights: (B,).
+        filters: what they are, if they are standardized.
+
+    Returns:
+        ∂/∂w (out, in, kh, kw) and, of standardized filters, ∂/∂gain (out,), in float32.
+    """
+    form, words, narrow = _form(a, g, how)
+    weights, out = weights.double().contiguous(), g.shape[2]
+    found, of_gain = torch.empty(out, a.shape[2], *how[0]), torch.empty(out)
+    w, gain, standardized = None, None, (0.0, 0.0, 0.0)
+    if filters is not None:
+        w, gain, standardized = _in_floats(filters[0]), filters[1], filters[2]
+        gain = None if gain is None else _in_floats(gain)
+    options = found.data_ptr(), *(None if x is None else x.data_ptr() for x in (w, gain)), *standardized
+    room = torch.empty(len(a), words[0], dtype=torch.int32)
+
+    def lay_out(begin: int, end: int) -> None:
+        library().conv_lay_out(a.data_ptr(), g.data_ptr(), form, begin, end, narrow, room.data_ptr())
+
+    def add(begin: int, end: int) -> None:
+        rows, sums = torch.empty(2 * words[1]), torch.empty(words[1], dtype=torch.float64)
+        known = narrow, weights.data_ptr(), rows.data_ptr(), sums.data_ptr(), *options, of_gain.data_ptr()
+        library().conv_weighted_sum(room.data_ptr(), form, len(a), begin, end, *known)
+
+    native.in_parts(lay_out, len(a), 1)
+    native.in_parts(add, -(-out // words[2]), 1)
+    return found, of_gain
+
+
+class _Through(ctypes.Structure):
+    """`Through` of `conv.c`."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("directions", "scales", "projects", "twices")),
+        *(("factor", ctypes.c_double), ("of_weight", ctypes.c_int), ("of_gain", ctypes.c_int)),
+    ]
+
+
+def _form(a: Tensor, g: Tensor, how: tuple[tuple[int, int], ...]) -> tuple[Any, list[int], bool]:
+    """`Form` of `conv.c`; words of an example that is laid out and of the filters formed at once, and their number."""
+    (kernel, stride, dilation, corner), narrow = how, _narrow(a)
+    (views, channels, *size), (out, height, width) = a.shape[1:], g.shape[2:]
     pairs = 2 if narrow else 1  # rows that are done at once
     rows = (height - 1) // pairs * pairs * stride[0] + (kernel[0] - 1) * dilation[0] + 1
     columns = max((width - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1, corner[1] + size[1])
     numbers = [views, out, height, width, channels, *size, *kernel, *stride, *dilation, *corner, rows, columns]
     numbers += [*a.stride(), *g.stride()]
     form, words = (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_int64 * 3)()
-    _convolutions().room_for(form, narrow, words)
-    found, squares = a.new_empty(examples, out, *kernel, channels), torch.empty(examples, dtype=torch.float64)
+    library().room_for(form, narrow, words)
+    return form, list(words), narrow
+
+
+def _convolve(
+    a: Tensor,
+    g: Tensor,
+    how: tuple[tuple[int, int], ...],
+    found: Tensor | None = None,
+    filters: Standardized | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Form gradients example by example, into `found` if it is there; squared norms and lengths (B,) float64."""
+    form, words, narrow = _form(a, g, how)
+    through, tables = None, []
+    if filters is not None:
+        weight, gain, standardized, counted = filters
+        tables = standardize(weight.permute(0, 2, 3, 1).flatten(1)[None], gain, standardized)
+        through = ctypes.byref(_Through(*(table.data_ptr() for table in tables), standardized[2], *counted))
+    squares, lengths = torch.empty(2, len(a), dtype=torch.float64)
+    result = None if found is None else found.data_ptr()
+    known = result, through, squares.data_ptr(), lengths.data_ptr()
 
     def work(begin: int, end: int) -> None:
-        room = torch.zeros(sum(words), dtype=torch.int32)
-        parts = begin, end, narrow, room.data_ptr(), found.data_ptr(), squares.data_ptr()
-        _convolutions().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, *parts)
+        room = torch.empty(words[0] + words[1], dtype=torch.int32)
+        parts = begin, end, narrow, room.data_ptr(), *known
+        library().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, *parts)
 
-    native.in_parts(work, examples, 1)
-    weight = found.permute(0, 1, 4, 2, 3)
-    weight.squares = squares  # type: ignore[attr-defined]
-    return weight
+    native.in_parts(work, len(a), 1)
+    return squares, lengths
 
 
 def convolves(a: Tensor, g: Tensor, groups: int) -> bool:
-    """Whether `conv_weight_gradient` takes these: bfloat16 only from a processor that multiplies it."""
-    known = a.dtype == torch.float32 or bool(_convolutions().takes_bfloat16())
+    """Whether the convolutions here take these: bfloat16 only from a processor that multiplies it."""
+    known = a.dtype == torch.float32 or bool(library().takes_bfloat16())
     return a.dtype == g.dtype and groups == 1 and known
 
 
 def supports(x: Tensor) -> bool:
-    """Whether the libraries can be had, and take the type of a tensor."""
+    """Whether the library can be had, and takes the type of a tensor."""
     return x.dtype in (torch.float32, torch.bfloat16) and available()
 
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a compiler that builds them."""
+    """Whether there is a compiler that builds it."""
     try:
-        _library(), _convolutions()
+        library()
     except OSError:
         return False
     return True
@@ -172,33 +291,28 @@ def _narrow(x: Tensor) -> bool:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """Build and load `cpu.c` and `conv.c`."""
     # Accumulators may be reordered, hence vectorized; NaN and infinity keep their meaning.
-    loaded = native.library(_FOLDER / "cpu.c", "-fassociative-math -fno-signed-zeros -ffp-contract=fast")
+    flags = "-fassociative-math -fno-signed-zeros -ffp-contract=fast"
+    loaded = native.library(_FOLDER / "cpu.c", _FOLDER / "conv.c", flags=flags)
     pointer, count, flag, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     shape: list[Any] = [pointer, *[count] * 8, flag]
     loaded.square_norms.argtypes = [pointer, *[count] * 4, flag, pointer]
     loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, pointer]
     loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 4, number, flag, flag, pointer, pointer]
-    loaded.standardize.argtypes = [pointer, pointer, *[count] * 3, *[number] * 3, *[pointer] * 4]
+    loaded.standardize.argtypes = [pointer, count, count, pointer, *[count] * 3, *[number] * 3, *[pointer] * 4]
     of_sums: list[Any] = [pointer, pointer, count, count, pointer, count, *[number] * 3, pointer, pointer]
     loaded.standardized_gradients.argtypes = of_sums
+    loaded.room_for.argtypes = [pointer, flag, pointer]
+    loaded.conv_weight_gradients.argtypes = [*[pointer] * 3, count, count, flag, *[pointer] * 5]
+    loaded.conv_lay_out.argtypes = [*[pointer] * 3, count, count, flag, pointer]
+    of_filters: list[Any] = [pointer, pointer, *[number] * 3, pointer]
+    loaded.conv_weighted_sum.argtypes = [pointer, pointer, *[count] * 3, flag, *[pointer] * 4, *of_filters]
     for function in (
-        loaded.square_norms,
-        loaded.weighted_sum,
-        loaded.standardize,
-        loaded.standardized_square_norms,
-        loaded.standardized_gradients,
+        *(loaded.square_norms, loaded.weighted_sum, loaded.standardize),
+        *(loaded.standardized_square_norms, loaded.standardized_gradients),
+        *(loaded.room_for, loaded.conv_weight_gradients, loaded.conv_lay_out, loaded.conv_weighted_sum),
     ):
         function.restype = None
-    return loaded
-
-
-@functools.cache
-def _convolutions() -> ctypes.CDLL:
-    loaded = native.library(_FOLDER / "conv.c", "-ffp-contract=fast")
-    pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    loaded.room_for.argtypes = [pointer, flag, pointer]
-    loaded.conv_weight_gradients.argtypes = [*[pointer] * 3, count, count, flag, *[pointer] * 3]
-    loaded.room_for.restype = loaded.conv_weight_gradients.restype = None
     return loaded

@@ -73,6 +73,8 @@ class BackwardCollector:
         if [x._version for x in call.arguments if isinstance(x, Tensor)] != call.versions:
             raise UnsupportedLayerError(tracked.name, "has an input that is changed in place after it was read")
         call.wide = self.per_sample.scale is not None and tracked.rule.pull_back is not None
+        on_chip = tracked.rule.on_chip if call.policy == "recompute" and self.per_sample.scale is None else None
+        call.on_chip = on_chip if on_chip is not None and on_chip.takes(tracked.module, g) else None
         call.output_gradient = g
         with using(self.choices), torch.autocast(g.device.type, enabled=False):
             if call.layout is None:
@@ -143,6 +145,8 @@ def _squares_of_call(
     with exact(g.device):
         if per_sample.in_closed_form(call):
             return {tracked.name: _closed_form(call, arguments[0], g, scale)}
+        if call.on_chip is not None:
+            return {tracked.name: call.on_chip.square_norms(tracked.module, arguments[0], g)}
         parts = [squares_of(tracked, found, scale) for _, found in per_sample.gradients_of(call, arguments, g)]
         return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
 

@@ -24,7 +24,7 @@ from dpopt.grad_sample.norms import (
     pieces,
     squares_by_example,
 )
-from dpopt.grad_sample.rules import BY_VMAP
+from dpopt.grad_sample.rules import BY_VMAP, OnChip
 
 
 @dataclass(eq=False)
@@ -46,6 +46,7 @@ class LayerCall:
         dtype: of that tensor.
         layout: where the examples lie; None until it has been found.
         hint: a layout that fitted an equal call.
+        on_chip: the kernel that recomputes the gradients, if there is one.
         wide: whether to compute in float64, since the norm is taken after a scale that may magnify rounding.
         output: what came out, kept while the layout is not known.
         scaled: gradients of the output under scaled losses.
@@ -66,6 +67,7 @@ class LayerCall:
     dtype: torch.dtype = torch.float32
     layout: Layout | None = None
     hint: Layout | None = None
+    on_chip: OnChip | None = None
     wide: bool = False
     output: Tensor | None = None
     scaled: list[Tensor] = field(default_factory=list)
@@ -192,6 +194,11 @@ class PerSampleGradients:
                                 total[name] += gradient[0]
                             else:
                                 total[name] = gradient[0].double() if len(parts) > 1 else gradient[0]
+                elif call.on_chip is not None:
+                    found = call.on_chip.weighted_sum(tracked.module, arguments[0], g, weight(tracked.name))
+                    for name, full in tracked.names.items():
+                        sums[full] += found[name]
+                    continue
                 else:
                     for at, found in self.gradients_of(call, arguments, g):
                         bad = None if select is None else select[at]
@@ -330,8 +337,9 @@ def split_examples(call: LayerCall, examples: int) -> tuple[tuple[Any, ...], Ten
         leaves = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in call.arguments)
         leaves = tuple(x if d is None else split(x, d, examples) for x, d in zip(leaves, layout.inputs, strict=True))
         return leaves, split(g.to(dtype), layout.output, examples)
-    dtype = g.dtype if call.policy == "store" else torch.promote_types(g.dtype, torch.float32)
-    dtype = torch.float64 if call.wide and call.policy != "store" else dtype
+    dtype = g.dtype
+    if call.policy != "store" and call.on_chip is None:
+        dtype = torch.float64 if call.wide else torch.promote_types(dtype, torch.float32)
     arguments = tuple(
         with_views((x.to(dtype) if x.is_floating_point() else x), layout.output, examples) for x in call.arguments
     )

@@ -122,10 +122,11 @@ def _largest(call: LayerCall) -> int:
 
 
 def _try(call: LayerCall, policy: str, examples: int, choices: Choices) -> None:
-    """Do all that a policy does with a call, on gradients that are one."""
+    """Do all that a policy does with a call, on gradients of any sign: some ways look closer where sums cancel."""
     per_sample = PerSampleGradients(examples)
     weight = next(call.tracked.module.parameters())
-    g = torch.ones(call.shape, dtype=call.dtype, device=weight.device)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    g = torch.randn(call.shape, generator=generator, dtype=call.dtype, device=weight.device)
     BackwardCollector(per_sample, choices).arrived(replace(call, policy=policy), g)
     per_sample.finish(torch.zeros(examples, device=weight.device))
     total = torch.float64 if weight.dtype == torch.float64 else torch.float32

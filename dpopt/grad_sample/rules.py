@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpopt.grad_sample.conv import conv, conv_ghost_norm
+from dpopt.grad_sample.conv import conv, conv_ghost_norm, conv_norms_on_chip, conv_sum_on_chip, formed_on_chip
 from dpopt.grad_sample.norms import Gradients, kernels, never_short, position_norms, sum_wide
 from dpopt.grad_sample.standardized_conv import (
     standardized_conv,
     standardized_ghost_norm,
     standardized_norms,
+    standardized_norms_on_chip,
     standardized_pull_back,
+    standardized_sum_on_chip,
 )
 from dpopt.grad_sample.text_rules import (
     kind_of,
@@ -36,6 +38,22 @@ from dpopt.grad_sample.text_rules import (
     without_padding,
 )
 from dpopt.models.layers import StandardizedConv2d
+
+
+@dataclass(frozen=True)
+class OnChip:
+    """A kernel that forms a layer's gradients twice, for their norms and for their sum, and writes none to memory.
+
+    Attributes:
+        takes: (layer, output gradient) → whether there is one.
+        square_norms: (layer, input, output gradient) → squared norms (B,) of what is trained, in float64.
+        weighted_sum: (layer, input, output gradient, weights (B,)) → Σ weights[i]·gradient by parameter name, added up
+            in float64; an example of weight zero may hold NaN.
+    """
+
+    takes: Callable[[Any, Tensor], bool]
+    square_norms: Callable[[Any, Tensor, Tensor], Tensor]
+    weighted_sum: Callable[[Any, Tensor, Tensor, Tensor], Gradients]
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,7 @@ class Rule:
         pull_back: (layer, these gradients, of every example or summed) → the gradients of the parameters themselves.
         scaled_ghost_norm: `ghost_norm` of scaled gradients: (layer, input, output gradient, scale by parameter name) →
             (B,), at one position of one view; None where the gradients have to be formed.
+        on_chip: what recomputes gradients faster than `gradients`; None where nothing does.
         positionwise: whether the layer treats all dimensions before its features alike, so that examples may lie in
             any of them.
         reads: (layer, arguments, keywords) → the one tensor that the layer reads, where not all arguments matter; None
@@ -64,6 +83,7 @@ class Rule:
     square_norms: Callable[[Any, Gradients, Gradients | None], Tensor] | None = None
     pull_back: Callable[[Any, Gradients], Gradients] | None = None
     scaled_ghost_norm: Callable[[Any, Tensor, Tensor, Gradients], Tensor] | None = None
+    on_chip: OnChip | None = None
     positionwise: bool = False
     reads: Callable[[Any, Sequence[Any], Mapping[str, Any]], Tensor | None] | None = None
 
@@ -167,11 +187,15 @@ def _none(module: nn.Module, a: Tensor, g: Tensor) -> Gradients:
 
 
 BY_VMAP = Rule(_none)
+_CONV = Rule(conv, conv_ghost_norm, on_chip=OnChip(formed_on_chip, conv_norms_on_chip, conv_sum_on_chip))
 RULES: dict[type, Rule] = {
     nn.Linear: Rule(linear, linear_ghost_norm, scaled_ghost_norm=linear_scaled_ghost_norm, positionwise=True),
-    nn.Conv1d: Rule(conv, conv_ghost_norm),
-    nn.Conv2d: Rule(conv, conv_ghost_norm),
-    StandardizedConv2d: Rule(standardized_conv, standardized_ghost_norm, standardized_norms, standardized_pull_back),
+    nn.Conv1d: _CONV,
+    nn.Conv2d: _CONV,
+    StandardizedConv2d: Rule(
+        *(standardized_conv, standardized_ghost_norm, standardized_norms, standardized_pull_back),
+        on_chip=OnChip(formed_on_chip, standardized_norms_on_chip, standardized_sum_on_chip),
+    ),
     nn.GroupNorm: Rule(group_norm),
     nn.LayerNorm: Rule(layer_norm, positionwise=True),
     nn.RMSNorm: Rule(rms_norm, positionwise=True),

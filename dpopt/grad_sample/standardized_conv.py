@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.linalg import vector_norm
 
-from dpopt.grad_sample.conv import by_position, conv_weight, convolve, products_met
+from dpopt.grad_sample.conv import (
+    Form,
+    bias_gradient,
+    by_position,
+    conv_sum_on_chip,
+    conv_weight,
+    convolve,
+    in_2d,
+    products_met,
+)
 from dpopt.grad_sample.norms import (
     CANCELLED,
     Gradients,
@@ -22,7 +31,6 @@ from dpopt.grad_sample.norms import (
     never_short,
     pieces,
     square_norms,
-    sum_wide,
 )
 from dpopt.models.layers import StandardizedConv2d
 
@@ -59,6 +67,11 @@ def _gain(module: Any) -> Tensor | None:
     return None if getattr(module, "gain", None) is None else module.gain.detach().flatten()
 
 
+def _filters(module: Any) -> Any:
+    """All that kernels need to know about them."""
+    return module.weight.detach(), _gain(module), _how(module), _counted(module)
+
+
 def _standardization(module: Any, dtype: torch.dtype) -> _Standardization:
     (floor, extra, factor), gain = _how(module), _gain(module)
     weight = module.weight.detach().flatten(1).to(dtype)
@@ -71,7 +84,26 @@ def _standardization(module: Any, dtype: torch.dtype) -> _Standardization:
 
 def standardized_conv(module: Any, a: Tensor, g: Tensor) -> Gradients:
     """Compute the plain convolution's gradients, with respect to the standardized weight."""
-    return {"bias": sum_wide(g.flatten(3), (1, 3)), "weight": conv_weight(module, _padded_to_same(module, a), g)}
+
+    def standardized_norms(weight: Tensor) -> Any:
+        return _weight_norms_through(module, weight)
+
+    a = _padded_to_same(module, a)
+    return {"bias": bias_gradient(g), "weight": conv_weight(module, a, g, standardized_norms, _filters(module))}
+
+
+def standardized_norms_on_chip(module: Any, a: Tensor, g: Tensor) -> Tensor:
+    """`standardized_norms` of gradients that are `formed_on_chip`."""
+    form = Form.of(module, _padded_to_same(module, a))
+    found = kernels(g).conv_square_norms(form.a, in_2d(g), *form.how, filters=_filters(module))
+    return _not_cancelled(*_with_bias(module, found, bias_gradient(g)))
+
+
+def standardized_sum_on_chip(module: Any, a: Tensor, g: Tensor, weights: Tensor) -> Gradients:
+    """Σ weights[i]·gradient of weight, gain and bias."""
+    found = conv_sum_on_chip(module, _padded_to_same(module, a), g, weights, _filters(module))
+    gain = getattr(module, "gain", None)
+    return found if gain is None else {**found, "gain": found["gain"].view_as(gain)}
 
 
 def standardized_ghost_norm(module: Any, a: Tensor, g: Tensor) -> Tensor:
@@ -128,8 +160,14 @@ def standardized_norms(module: Any, found: Gradients, scale: Gradients | None = 
     in the sum of G over examples and would round others away there, so that a norm is at least a `CANCELLED`th of it.
     Scales may differ so much that more is taken off in training, which sums in float64 bear.
     """
-    squares, longest = norms_through(module, found) if scale is None else _scaled_norms_through(module, found, scale)
-    return torch.maximum(squares, longest * (CANCELLED**-2 if scale is None else 1e-18))
+    if scale is None:
+        return _not_cancelled(*norms_through(module, found))
+    squares, longest = _scaled_norms_through(module, found, scale)
+    return torch.maximum(squares, longest * 1e-18)
+
+
+def _not_cancelled(squares: Tensor, longest: Tensor) -> Tensor:
+    return torch.maximum(squares, longest * CANCELLED**-2)
 
 
 def _scaled_norms_through(module: Any, found: Gradients, scale: Gradients) -> tuple[Tensor, Tensor]:
@@ -151,10 +189,20 @@ def norms_through(module: Any, found: Gradients) -> tuple[Tensor, Tensor]:
 
     Where less than a twentieth of ‖G‖² is left, fp32 may have lost it: these filters are done one by one, in float64.
     """
-    squares = (_by_kernel if kernels(found["weight"]) is not None else _by_torch)(module, found["weight"])
+    return _with_bias(module, _weight_norms_through(module, found["weight"]), found["bias"])
+
+
+def _weight_norms_through(module: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    known: tuple[Tensor, Tensor] | None = getattr(gradient, "through", None)
+    if known is not None:
+        return known
+    return (_by_kernel if kernels(gradient) is not None else _by_torch)(module, gradient)
+
+
+def _with_bias(module: Any, squares: tuple[Tensor, Tensor], gradient: Tensor) -> tuple[Tensor, Tensor]:
     if module.bias is None or not module.bias.requires_grad:
         return squares
-    bias = square_norms(found["bias"])
+    bias = square_norms(gradient)
     return squares[0] + bias, squares[1] + bias
 
 

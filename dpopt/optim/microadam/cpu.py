@@ -79,7 +79,7 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: when there is no compiler, or it fails.
     """
-    loaded = native.library(_SOURCE, "-ffp-contract=off")  # no fused multiply-add: the reference's bits
+    loaded = native.library(_SOURCE, flags="-ffp-contract=off")  # no fused multiply-add: the reference's bits
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     loaded.microadam_step.argtypes = [pointer, count, count, *[pointer] * 7]
     loaded.microadam_dense_step.argtypes = [pointer, count, *[pointer] * 4]
