@@ -12,6 +12,7 @@ from dpopt import native
 
 _FOLDER = Path(__file__).parent
 _WORTH_A_THREAD = 1 << 18  # values
+_ROOM = 1 << 24  # words of examples that are laid out at once
 # w, (out, in, kh, kw), gain, how and counted, as of `standardized_square_norms`
 Standardized = tuple[Tensor, Tensor | None, tuple[float, float, float], tuple[bool, bool]]
 
@@ -184,8 +185,13 @@ def conv_weighted_sum(
         ∂/∂w (out, in, kh, kw) and, of standardized filters, ∂/∂gain (out,), in float32.
     """
     form, words, narrow = _form(a, g, how)
+    if len(a) > (count := max(1, _ROOM // words[0])):
+        batches = zip(a.split(count), g.split(count), weights.split(count), strict=True)
+        parts = [conv_weighted_sum(x, y, *how, weights=some, filters=filters) for x, y, some in batches]
+        of_weight, of_gain = (functools.reduce(lambda x, y: x.double() + y, same) for same in zip(*parts, strict=True))
+        return of_weight.float(), of_gain.float()
     weights, out = weights.double().contiguous(), g.shape[2]
-    found, of_gain = torch.empty(out, a.shape[2], *how[0]), torch.empty(out)
+    found, of_gain = torch.empty(out, a.shape[2], *how[0]), torch.zeros(out)
     w, gain, standardized = None, None, (0.0, 0.0, 0.0)
     if filters is not None:
         w, gain, standardized = _in_floats(filters[0]), filters[1], filters[2]

@@ -9,7 +9,8 @@ computed. Hooks on the layers, there for the time of one forward, see what goes 
 the layer (`dpopt.grad_sample.rules`) makes of it one of three things:
 
     store      the per-sample gradients, summed when the weights are known
-    recompute  their norms only, a few examples at a time, and once more for the sum: the same bits
+    recompute  their norms only, a few examples at a time, and once more for the sum: the same bits; a kernel writes
+               none of them to memory (`rules.OnChip`)
     ghost      their norms from inner products of positions, never the gradients; the sum is the ordinary gradient of
                scaled output gradients, and where positions cancel the norms count what rounding may add to it
 

@@ -1,6 +1,7 @@
 """The kernels of sums and norms: those in C, and those in Triton, under its interpreter where there is no GPU."""
 
 import importlib
+import platform
 
 import pytest
 import torch
@@ -191,6 +192,73 @@ def test_convolution_on_a_cpu(options, channels, order, dtype):
         torch.testing.assert_close(gradient.double(), expected, rtol=5e-3 * (dtype != torch.float32), atol=1e-4)
 
 
+@pytest.fixture(params=["native", "x86-64-v3", "x86-64"])
+def processor(request, monkeypatch):
+    """The kernels as built for this processor, or for one with fewer instructions."""
+    if request.param != "native" and platform.machine() != "x86_64":
+        pytest.skip("another kind of processor")
+    monkeypatch.setattr(native, "_FLAGS", native._FLAGS.replace("-march=native", f"-march={request.param}"))
+    cpu_kernels.library.cache_clear()
+    yield
+    cpu_kernels.library.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here")
+@pytest.mark.parametrize("options", CONVOLUTIONS[:2], ids=str)
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [3, 16, 40])
+def test_recomputed_on_a_cpu(processor, monkeypatch, channels, dtype, views, options):
+    """Norms and sums are those of one gradient, which is autograd's; an example of weight zero may hold NaN."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, **options)
+    a = torch.randn(4, views, channels, 9, 11).to(dtype)
+    g = torch.randn_like(layer(a.flatten(0, 1).float())).unflatten(0, (4, views)).to(dtype)
+    if not conv.formed_on_chip(layer, g):
+        assert dtype == torch.bfloat16
+        return
+    squares, formed = conv.conv_norms_on_chip(layer, a, g), conv.conv(layer, a, g)["weight"]
+    weights, layer = torch.tensor([0.5, 0.0, 2.0, 1.0]), layer.double()
+    exact = [
+        torch.autograd.grad(layer(x), (layer.weight, layer.bias), y)
+        for x, y in zip(a.double(), g.double(), strict=True)
+    ]
+    expected = torch.stack([sum(part.square().sum() for part in one) for one in exact])
+    torch.testing.assert_close(squares, expected, rtol=1e-5, atol=0)
+    a[1], g[1] = float("nan"), float("inf")
+    sums = conv.conv_sum_on_chip(layer, a, g, weights)
+    for i, name in enumerate(("weight", "bias")):
+        total = sum(weight * one[i] for weight, one in zip(weights, exact, strict=True))
+        torch.testing.assert_close(sums[name].double(), total, rtol=1e-5, atol=1e-4)
+    if dtype == torch.float32:
+        assert torch.equal(conv.conv_sum_on_chip(layer, a, g, torch.eye(4)[3])["weight"], formed[3])
+    monkeypatch.setattr(cpu_kernels, "_ROOM", 1)
+    torch.testing.assert_close(conv.conv_sum_on_chip(layer, a, g, weights), sums, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here")
+@pytest.mark.parametrize("name", LAYERS)
+def test_recomputed_through_standardized_filters(name):
+    """Of gradients along a filter, too; norms that are taken as gradients are written are the same."""
+    torch.manual_seed(0)
+    layer, g = LAYERS[name](), torch.zeros(4, 1, 6, 3, 3)
+    a = (layer.weight.detach()[[0, 2, 0, 5]] + 1e-3 * torch.randn(4, 4, 3, 3))[:, None]
+    g[..., 1, 1] = torch.randn(4, 1, 6)  # one position meets the whole input
+    gradient, weights = g[:, 0, :, 1, 1, None, None, None] * a, torch.tensor([0.5, 0.0, 2.0, 1.0])
+    rule = rules.rule_for(layer)
+    found, written = rule.on_chip.square_norms(layer, a, g), rule.gradients(layer, a, g)
+    a[1], g[1] = float("nan"), float("inf")
+    sums = rule.on_chip.weighted_sum(layer, a, g, weights)
+    assert torch.equal(written["weight"], gradient) and written["weight"].through is not None
+    torch.testing.assert_close(standardized_norms(layer, written), found, rtol=1e-14, atol=0)
+    exact = {"weight": gradient.double(), "bias": written["bias"].double()}
+    layer.double()
+    torch.testing.assert_close(standardized_norms(layer, exact), found, rtol=1e-6, atol=0)
+    total = {key: torch.einsum("b,b...->...", weights.double(), value) for key, value in exact.items()}
+    for key, value in standardized_pull_back(layer, total).items():
+        torch.testing.assert_close(sums[key].double(), value, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_examples_of_a_convolution_on_a_cpu_do_not_meet(dtype):
     """Though they share the room in which they are laid out: one that is not finite leaves the others their bits."""
@@ -248,11 +316,11 @@ def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path):
     with_compiler = norms.square_norms(rows)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "no-such-compiler")
-    for known in (cpu_kernels.available, cpu_kernels._library):
+    for known in (cpu_kernels.available, cpu_kernels.library):
         known.cache_clear()
     try:
         assert norms.kernels(rows) is None
         torch.testing.assert_close(norms.square_norms(rows), with_compiler, rtol=1e-6, atol=0)
     finally:
-        for known in (cpu_kernels.available, cpu_kernels._library):
+        for known in (cpu_kernels.available, cpu_kernels.library):
             known.cache_clear()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpopt.grad_sample import conv, norms, per_sample, rules, standardized_conv, text_rules
+from dpopt.grad_sample import conv, cpu_kernels, norms, per_sample, rules, standardized_conv, text_rules
 from dpopt.grad_sample.engine import POLICIES, GradSampler
 from dpopt.grad_sample.per_sample import PerSampleGradients
 from dpopt.models.layers import StandardizedConv2d
@@ -241,6 +241,13 @@ def norms_without_what_filters_are_blind_to(patch):
             patch.setitem(rules.RULES, kind, dataclasses.replace(rule, square_norms=exact))
 
 
+def recomputed_norms_without_what_filters_are_blind_to(patch, real=cpu_kernels.conv_square_norms):
+    def squares(*arguments, **options):
+        return real(*arguments, **options)[0], torch.zeros(())
+
+    patch.setattr(cpu_kernels, "conv_square_norms", squares)
+
+
 def recomputed_in_another_way(patch, real=PerSampleGradients.add_weighted_sum):
     def add(self, sums, weights):
         with pytest.MonkeyPatch.context() as inner:
@@ -258,6 +265,7 @@ MUTANTS = {
     check_the_products_of_positions_that_cancel_are_not_exact: [norms_without_rounding],
     check_what_a_standardized_filter_is_blind_to_rounds_nothing_away: [
         norms_without_what_filters_are_blind_to,
+        recomputed_norms_without_what_filters_are_blind_to,
     ],
     check_positions_that_round_one_way_add_no_more_than_the_clip_norm: [norms_that_count_no_rounding],
     check_how_others_are_rounded_does_not_change: [sums_in_float32],
