@@ -112,7 +112,10 @@ def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choice
     if call.layout is None or not call.layout.sure:  # its examples have not been found yet
         return guess
     device = next(tracked.module.parameters()).device
-    return choices.find(name, device, {way: functools.partial(_try, call, way, examples, choices) for way in ways})
+    # Of any sign: some ways look closer where sums cancel.
+    generator = torch.Generator(device).manual_seed(0)
+    g = torch.randn(call.shape, generator=generator, dtype=call.dtype, device=device)
+    return choices.find(name, device, {way: functools.partial(_try, call, way, g, examples, choices) for way in ways})
 
 
 def _largest(call: LayerCall) -> int:
@@ -121,12 +124,10 @@ def _largest(call: LayerCall) -> int:
     return torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else _LARGEST
 
 
-def _try(call: LayerCall, policy: str, examples: int, choices: Choices) -> None:
-    """Do all that a policy does with a call, on gradients of any sign: some ways look closer where sums cancel."""
+def _try(call: LayerCall, policy: str, g: torch.Tensor, examples: int, choices: Choices) -> None:
+    """Do all that a policy does with a call, on an output gradient."""
     per_sample = PerSampleGradients(examples)
     weight = next(call.tracked.module.parameters())
-    generator = torch.Generator(weight.device).manual_seed(0)
-    g = torch.randn(call.shape, generator=generator, dtype=call.dtype, device=weight.device)
     BackwardCollector(per_sample, choices).arrived(replace(call, policy=policy), g)
     per_sample.finish(torch.zeros(examples, device=weight.device))
     total = torch.float64 if weight.dtype == torch.float64 else torch.float32
