@@ -31,7 +31,7 @@ def library(*sources: Path, flags: str = "") -> ctypes.CDLL:
     """Compile C files, or load their library from the cache.
 
     Args:
-        sources: the files; the name of the first one's folder begins the library's.
+        sources: the files, headers as well; the name of the first one's folder begins the library's.
         flags: of the compiler, in addition to the common ones.
 
     Raises:
@@ -48,7 +48,8 @@ def library(*sources: Path, flags: str = "") -> ctypes.CDLL:
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:  # on the same disk: other processes see all or nothing
             fresh = Path(folder) / built.name
-            command = [compiler, *words, *map(str, sources), "-o", str(fresh), "-lm"]
+            files = [str(source) for source in sources if source.suffix == ".c"]
+            command = [compiler, *words, *files, "-o", str(fresh), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 raise OSError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -135,7 +135,7 @@ def _now(device: torch.device) -> float:
 @functools.cache
 def _machine(kind: str) -> str:
     """Hash what times depend on: the ways' code, processor, threads, torch, and the GPU's kind."""
-    parts = [path.read_text() for path in sorted(_CODE.iterdir()) if path.suffix in (".py", ".c")]
+    parts = [path.read_text() for path in sorted(_CODE.iterdir()) if path.suffix in (".py", ".c", ".h")]
     parts += [processor_features(), torch.__version__, str(torch.get_num_threads())]
     if kind == "cuda":
         parts.append(torch.cuda.get_device_name())

@@ -5,49 +5,19 @@ words of 32 bits, a few channels of one position after another, so that the inne
 ROWS x WIDE vectors of the result in registers. A word is a float, or two bfloat16: of rows y and y + 1 of the output,
 and of the rows of the input that these meet. */
 
-#include <stdint.h>
 #include <string.h>
+
+#include "conv.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-#ifdef __AVX512F__
-enum { ROWS = 8, WIDE = 2 };
-#else
-enum { ROWS = 4, WIDE = 1 };
-#endif
 enum { LANES = 16 };
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
 typedef double doubles __attribute__((vector_size(128)));
 typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
-
-/* Sizes and steps in values; rows and columns are those of the input with the zeros around it. */
-typedef struct {
-    int64_t views, out, height, width, channels, in_height, in_width, kernel_height, kernel_width;
-    int64_t row_stride, column_stride, row_dilation, column_dilation, above, left, rows, columns;
-    int64_t x_example, x_view, x_channel, x_row, x_column, g_example, g_view, g_channel, g_row, g_column;
-} Form;
-
-/* What `standardize` makes of filters, (out, kernel_height, kernel_width, channels), and what is trained. */
-typedef struct {
-    const float *directions;
-    const double *scales, *projects, *twices;
-    double factor;
-    int of_weight, of_gain;
-} Through;
-
-void square_norms(const void *rows, int64_t begin, int64_t end, int64_t size, int64_t stride, int narrow,
-                  double *squares);
-void standardized_square_norms(const void *parts, int64_t begin, int64_t end, int64_t pieces, int64_t filters,
-                               int64_t length, int64_t by_example, int64_t by_piece, int64_t by_filter, int narrow,
-                               const float *directions, const double *scales, const double *projects,
-                               const double *twices, double factor, int of_weight, int of_gain, double *squares,
-                               double *lengths);
-void standardized_gradients(const double *sums, const float *weights, int64_t begin, int64_t end, const float *gains,
-                            int64_t length, double floor, double extra, double factor, float *of_weight,
-                            float *of_gain);
 
 /* A row of an image, and the one whose values go into the upper halves of words; a row that is not there is NULL. */
 typedef struct {
@@ -168,7 +138,6 @@ INLINE void multiply(const uint32_t *g, const uint32_t *x, int64_t height, int64
 
 static int64_t wide_of(const Form *f) { return f->channels > LANES ? WIDE : 1; }
 static int64_t groups_of(const Form *f) { return (f->out + ROWS - 1) / ROWS; }
-static int64_t fan_in(const Form *f) { return f->kernel_height * f->kernel_width * f->channels; }
 
 /* Words that an example takes for one view, x and g. */
 static void words_of(const Form *f, int narrow, int64_t *x_words, int64_t *g_words) {
@@ -177,13 +146,12 @@ static void words_of(const Form *f, int narrow, int64_t *x_words, int64_t *g_wor
     *g_words = groups_of(f) * ROWS * ((f->height + pair - 1) / pair) * f->width;
 }
 
-/* Words of room: for an example that is laid out, and for the gradient of ROWS filters; and ROWS. */
 void room_for(const Form *f, int narrow, int64_t *words) {
     int64_t x_words, g_words;
     words_of(f, narrow, &x_words, &g_words);
     words[0] = f->views * (x_words + g_words);
     words[1] = ROWS * fan_in(f);
-    words[2] = ROWS;
+    words[2] = groups_of(f);
 }
 
 /* Lay out one example, in room that is zero: the words around what is laid out are zero, for all examples the same. */
@@ -238,8 +206,7 @@ INLINE void form_rows(const uint32_t *room, const Form *f, int64_t group, int na
     }
 }
 
-/* Filters that are taken twice get the same bits. */
-__attribute__((noinline)) static void form(const uint32_t *room, const Form *f, int64_t group, int narrow, float *rows) {
+__attribute__((noinline)) void form_filters(const uint32_t *room, const Form *f, int64_t group, int narrow, float *rows) {
     if (wide_of(f) == 1) narrow ? form_rows(room, f, group, 1, 1, rows) : form_rows(room, f, group, 0, 1, rows);
     else narrow ? form_rows(room, f, group, 1, WIDE, rows) : form_rows(room, f, group, 0, WIDE, rows);
 }
@@ -283,7 +250,7 @@ void conv_weight_gradients(const char *x, const char *g, const Form *f, int64_t 
         for (int64_t group = 0; group < groups_of(f); group++) {
             const int64_t first = group * ROWS, count = f->out - first < ROWS ? f->out - first : ROWS;
             double square, long_square;
-            form(room, f, group, narrow, rows);
+            form_filters(room, f, group, narrow, rows);
             if (result) write_rows(rows, count * length, narrow, result + size * (e * f->out + first) * length);
             if (through) {
                 const Through *t = through;
@@ -309,40 +276,4 @@ void conv_lay_out(const char *x, const char *g, const Form *f, int64_t begin, in
     memset(room + begin * words[0], 0, 4 * (end - begin) * words[0]);
     for (int64_t e = begin; e < end; e++)
         lay_out_example(x + size * e * f->x_example, g + size * e * f->g_example, f, narrow, room + e * words[0]);
-}
-
-/* to[filter][j][i] = from[filter][i][j] */
-static void transpose_filters(const float *from, int64_t filters, int64_t rows, int64_t columns, float *to) {
-    for (int64_t k = 0; k < filters; k++, from += rows * columns, to += rows * columns)
-        for (int64_t j = 0; j < columns; j++)
-            for (int64_t i = 0; i < rows; i++) to[j * rows + i] = from[i * columns + j];
-}
-
-/* Sum over examples, which are laid out, of weights[e] * gradient, for groups begin..end of ROWS filters, added up in
-double; an example of weight zero is not read. The result is (out, channels, kernel_height, kernel_width); with
-`filters` it is pulled back to them by `standardized_gradients`, of which the other arguments are. `rows` has room for
-twice ROWS filters, `sums` for ROWS. */
-void conv_weighted_sum(const uint32_t *room, const Form *f, int64_t examples, int64_t begin, int64_t end, int narrow,
-                       const double *weights, float *rows, double *restrict sums, float *result, const float *filters,
-                       const float *gains, double floor, double extra, double factor, float *of_gain) {
-    int64_t words[3];
-    room_for(f, narrow, words);
-    const int64_t length = fan_in(f), places = f->kernel_height * f->kernel_width;
-    float *moved = rows + ROWS * length;
-    for (int64_t group = begin; group < end; group++) {
-        const int64_t first = group * ROWS, count = f->out - first < ROWS ? f->out - first : ROWS;
-        memset(sums, 0, (size_t)(count * length) * sizeof(double));
-        for (int64_t e = 0; e < examples; e++) {
-            if (weights[e] == 0) continue;
-            form(room + e * words[0], f, group, narrow, rows);
-            for (int64_t i = 0; i < count * length; i++) sums[i] += weights[e] * rows[i];
-        }
-        if (filters) {
-            transpose_filters(filters + first * length, count, f->channels, places, rows);
-            standardized_gradients(sums, rows, 0, count, gains ? gains + first : NULL, length, floor, extra, factor,
-                                   moved, of_gain + first);
-        } else
-            for (int64_t i = 0; i < count * length; i++) moved[i] = (float)sums[i];
-        transpose_filters(moved, count, places, f->channels, result + first * length);
-    }
 }

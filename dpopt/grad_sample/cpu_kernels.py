@@ -1,16 +1,15 @@
-"""Norms and sums of per-example gradients on a CPU, and those of convolutions, in C: `cpu.c`, `conv.c`."""
+"""Norms and sums of per-example gradients on a CPU, and those of convolutions, in C."""
 
 import ctypes
-import functools
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dpopt import native
+from dpopt.grad_sample.c_library import available, library
 
-_FOLDER = Path(__file__).parent
 _WORTH_A_THREAD = 1 << 18  # values
 _ROOM = 1 << 24  # words of examples that are laid out at once
 # w, (out, in, kh, kw), gain, how and counted, as of `standardized_square_norms`
@@ -162,9 +161,15 @@ def conv_square_norms(
         filters: what they are, if they are standardized.
 
     Returns:
-        Squares and, with standardized filters, lengths, as of `standardized_square_norms`.
+        Squares and, of standardized filters, lengths, as of `standardized_square_norms`.
     """
-    return _convolve(a, g, how, filters=filters)
+    found = []
+    for x, y in _batches(how, a, g):
+        by_group = torch.zeros(2, _form(x, y, how)[1][2], len(x), dtype=torch.float64)
+        _recompute(library().conv_square_norms, x, y, how, filters, *by_group)
+        found.append(by_group.sum(1))
+    squares, lengths = torch.cat(found, 1)
+    return squares, lengths
 
 
 def conv_weighted_sum(
@@ -172,7 +177,8 @@ def conv_weighted_sum(
 ) -> tuple[Tensor, Tensor]:
     """Σ weights[i]·(∂/∂weight of example i), of the gradients of `conv_square_norms`, added up in float64.
 
-    An example of weight zero may hold NaN.
+    An example of weight zero may hold NaN. Where the examples take too much room, batches of them are rounded to
+    float32.
 
     Args:
         a: as of `conv_weight_gradient`.
@@ -184,36 +190,58 @@ def conv_weighted_sum(
     Returns:
         ∂/∂w (out, in, kh, kw) and, of standardized filters, ∂/∂gain (out,), in float32.
     """
+    found = []
+    for x, y, some in _batches(how, a, g, weights.double().contiguous()):
+        found.append((torch.empty(g.shape[2], a.shape[2], *how[0]), torch.zeros(g.shape[2])))
+        _recompute(library().conv_weighted_sum, x, y, how, filters, some, *found[-1])
+    if len(found) > 1:
+        weight, gain = (sum(x.double() for x in same).float() for same in zip(*found, strict=True))
+        return weight, gain
+    return found[0]
+
+
+def _batches(how: tuple[tuple[int, int], ...], *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Split input, output gradient and more into examples that are laid out at once."""
+    count = max(1, _ROOM // _form(tensors[0], tensors[1], how)[1][0])
+    return zip(*(x.split(count) for x in tensors), strict=True)
+
+
+def _recompute(function: Any, a: Tensor, g: Tensor, how: Any, filters: Standardized | None, *more: Tensor) -> None:
+    """Lay out examples, and call a function of `conv_recompute.c` on all filters; `more` are its last arguments."""
     form, words, narrow = _form(a, g, how)
-    if len(a) > (count := max(1, _ROOM // words[0])):
-        batches = zip(a.split(count), g.split(count), weights.split(count), strict=True)
-        parts = [conv_weighted_sum(x, y, *how, weights=some, filters=filters) for x, y, some in batches]
-        of_weight, of_gain = (functools.reduce(lambda x, y: x.double() + y, same) for same in zip(*parts, strict=True))
-        return of_weight.float(), of_gain.float()
-    weights, out = weights.double().contiguous(), g.shape[2]
-    found, of_gain = torch.empty(out, a.shape[2], *how[0]), torch.zeros(out)
-    w, gain, standardized = None, None, (0.0, 0.0, 0.0)
-    if filters is not None:
-        w, gain, standardized = _in_floats(filters[0]), filters[1], filters[2]
-        gain = None if gain is None else _in_floats(gain)
-    options = found.data_ptr(), *(None if x is None else x.data_ptr() for x in (w, gain)), *standardized
     room = torch.empty(len(a), words[0], dtype=torch.int32)
+    standardized, kept = None, []  # in memory
+    if filters is not None:
+        kept = [_in_floats(x) for x in filters[:2] if x is not None]
+        standardized = ctypes.byref(_Filters(*_addresses(kept), *[None] * (2 - len(kept)), *filters[2], *filters[3]))
 
     def lay_out(begin: int, end: int) -> None:
         library().conv_lay_out(a.data_ptr(), g.data_ptr(), form, begin, end, narrow, room.data_ptr())
 
-    def add(begin: int, end: int) -> None:
-        rows, sums = torch.empty(2 * words[1]), torch.empty(words[1], dtype=torch.float64)
-        known = narrow, weights.data_ptr(), rows.data_ptr(), sums.data_ptr(), *options, of_gain.data_ptr()
-        library().conv_weighted_sum(room.data_ptr(), form, len(a), begin, end, *known)
+    def work(begin: int, end: int) -> None:
+        rows = torch.empty(4 * words[1])
+        function(room.data_ptr(), form, len(a), begin, end, narrow, standardized, *_addresses([rows, *more]))
 
     native.in_parts(lay_out, len(a), 1)
-    native.in_parts(add, -(-out // words[2]), 1)
-    return found, of_gain
+    native.in_parts(work, words[2], 1)
+
+
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
+
+
+class _Filters(ctypes.Structure):
+    """`Filters` of `conv.h`."""
+
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("weights", "gains")),
+        *((name, ctypes.c_double) for name in ("floor", "extra", "factor")),
+        *((name, ctypes.c_int) for name in ("of_weight", "of_gain")),
+    ]
 
 
 class _Through(ctypes.Structure):
-    """`Through` of `conv.c`."""
+    """`Through` of `conv.h`."""
 
     _fields_: ClassVar = [
         *((name, ctypes.c_void_p) for name in ("directions", "scales", "projects", "twices")),
@@ -222,7 +250,7 @@ class _Through(ctypes.Structure):
 
 
 def _form(a: Tensor, g: Tensor, how: tuple[tuple[int, int], ...]) -> tuple[Any, list[int], bool]:
-    """`Form` of `conv.c`; words of an example that is laid out and of the filters formed at once, and their number."""
+    """`Form`; words of an example that is laid out and of a group of filters, how many groups; whether in 16 bits."""
     (kernel, stride, dilation, corner), narrow = how, _narrow(a)
     (views, channels, *size), (out, height, width) = a.shape[1:], g.shape[2:]
     pairs = 2 if narrow else 1  # rows that are done at once
@@ -248,7 +276,7 @@ def _convolve(
     if filters is not None:
         weight, gain, standardized, counted = filters
         tables = standardize(weight.permute(0, 2, 3, 1).flatten(1)[None], gain, standardized)
-        through = ctypes.byref(_Through(*(table.data_ptr() for table in tables), standardized[2], *counted))
+        through = ctypes.byref(_Through(*_addresses(tables), standardized[2], *counted))
     squares, lengths = torch.empty(2, len(a), dtype=torch.float64)
     result = None if found is None else found.data_ptr()
     known = result, through, squares.data_ptr(), lengths.data_ptr()
@@ -273,16 +301,6 @@ def supports(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.bfloat16) and available()
 
 
-@functools.cache
-def available() -> bool:
-    """Whether there is a compiler that builds it."""
-    try:
-        library()
-    except OSError:
-        return False
-    return True
-
-
 def _in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -294,31 +312,3 @@ def _in_floats(x: Tensor) -> Tensor:
 
 def _narrow(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Build and load `cpu.c` and `conv.c`."""
-    # Accumulators may be reordered, hence vectorized; NaN and infinity keep their meaning.
-    flags = "-fassociative-math -fno-signed-zeros -ffp-contract=fast"
-    loaded = native.library(_FOLDER / "cpu.c", _FOLDER / "conv.c", flags=flags)
-    pointer, count, flag, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    shape: list[Any] = [pointer, *[count] * 8, flag]
-    loaded.square_norms.argtypes = [pointer, *[count] * 4, flag, pointer]
-    loaded.weighted_sum.argtypes = [pointer, *[count] * 4, flag, pointer, pointer]
-    loaded.standardized_square_norms.argtypes = [*shape, *[pointer] * 4, number, flag, flag, pointer, pointer]
-    loaded.standardize.argtypes = [pointer, count, count, pointer, *[count] * 3, *[number] * 3, *[pointer] * 4]
-    of_sums: list[Any] = [pointer, pointer, count, count, pointer, count, *[number] * 3, pointer, pointer]
-    loaded.standardized_gradients.argtypes = of_sums
-    loaded.room_for.argtypes = [pointer, flag, pointer]
-    loaded.conv_weight_gradients.argtypes = [*[pointer] * 3, count, count, flag, *[pointer] * 5]
-    loaded.conv_lay_out.argtypes = [*[pointer] * 3, count, count, flag, pointer]
-    of_filters: list[Any] = [pointer, pointer, *[number] * 3, pointer]
-    loaded.conv_weighted_sum.argtypes = [pointer, pointer, *[count] * 3, flag, *[pointer] * 4, *of_filters]
-    for function in (
-        *(loaded.square_norms, loaded.weighted_sum, loaded.standardize),
-        *(loaded.standardized_square_norms, loaded.standardized_gradients),
-        *(loaded.room_for, loaded.conv_weight_gradients, loaded.conv_lay_out, loaded.conv_weighted_sum),
-    ):
-        function.restype = None
-    return loaded

@@ -53,7 +53,7 @@ def code_hash(named: Iterable[str]) -> str:
 
     Installed packages are left out.
     """
-    digests, seen = [_digest(file) for file in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c"))], set()
+    digests, seen = [_digest(file) for file in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.[ch]"))], set()
     names = [name.rpartition(".")[0] for name in named]
     while names:
         name = names.pop()

@@ -44,7 +44,7 @@ def install(checkout: Path, kind: str) -> Path:
 def test_a_wheel_trains_outside_a_checkout(checkout, tmp_path):
     site = install(checkout, "wheel")
     for source, target in ((CONF, "conf"), (ROOT / "dpopt", ".")):
-        names = {p.relative_to(source) for p in source.rglob("*") if p.suffix in (".yaml", ".py", ".c", ".typed")}
+        names = {p.relative_to(source) for p in source.rglob("*") if p.suffix in (".yaml", ".py", ".c", ".h", ".typed")}
         assert all((site / "dpopt" / target / name).is_file() for name in names) and len(names) > 50
     assert {path.name.partition("-")[0] for path in site.iterdir()} == {"dpopt"}  # no tests, no conf at the top
     assert "dpopt = dpopt.cli:main" in next(site.glob("*.dist-info/entry_points.txt")).read_text()

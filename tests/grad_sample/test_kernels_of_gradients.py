@@ -9,7 +9,7 @@ from timm.layers import ScaledStdConv2d
 from torch import nn
 
 from dpopt import native
-from dpopt.grad_sample import conv, cpu_kernels, norms, per_sample, rules
+from dpopt.grad_sample import c_library, conv, cpu_kernels, norms, per_sample, rules
 from dpopt.grad_sample.standardized_conv import norms_through, standardized_norms, standardized_pull_back
 from dpopt.models.layers import StandardizedConv2d
 
@@ -198,9 +198,9 @@ def processor(request, monkeypatch):
     if request.param != "native" and platform.machine() != "x86_64":
         pytest.skip("another kind of processor")
     monkeypatch.setattr(native, "_FLAGS", native._FLAGS.replace("-march=native", f"-march={request.param}"))
-    cpu_kernels.library.cache_clear()
+    c_library.library.cache_clear()
     yield
-    cpu_kernels.library.cache_clear()
+    c_library.library.cache_clear()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is here")
@@ -316,11 +316,11 @@ def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path):
     with_compiler = norms.square_norms(rows)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "no-such-compiler")
-    for known in (cpu_kernels.available, cpu_kernels.library):
+    for known in (c_library.available, c_library.library):
         known.cache_clear()
     try:
         assert norms.kernels(rows) is None
         torch.testing.assert_close(norms.square_norms(rows), with_compiler, rtol=1e-6, atol=0)
     finally:
-        for known in (cpu_kernels.available, cpu_kernels.library):
+        for known in (c_library.available, c_library.library):
             known.cache_clear()
