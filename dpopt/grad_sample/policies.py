@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -118,9 +118,10 @@ def _fastest(call: LayerCall, examples: int, memory: int | None, choices: Choice
         generator = torch.Generator(device).manual_seed(0)
         return torch.randn(call.shape, generator=generator, dtype=call.dtype, device=device)
 
-    return choices.find(
-        name, device, {way: lambda way=way: _try(call, way, gradient(), examples, choices) for way in ways}
-    )
+    tries: dict[str, Callable[[], None]] = {
+        way: functools.partial(_try, call, way, gradient, examples, choices) for way in ways
+    }
+    return choices.find(name, device, tries)
 
 
 def _largest(call: LayerCall) -> int:
@@ -129,11 +130,11 @@ def _largest(call: LayerCall) -> int:
     return torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else _LARGEST
 
 
-def _try(call: LayerCall, policy: str, g: torch.Tensor, examples: int, choices: Choices) -> None:
+def _try(call: LayerCall, policy: str, g: Callable[[], torch.Tensor], examples: int, choices: Choices) -> None:
     """Do all that a policy does with a call, on an output gradient."""
     per_sample = PerSampleGradients(examples)
     weight = next(call.tracked.module.parameters())
-    BackwardCollector(per_sample, choices).arrived(replace(call, policy=policy), g)
+    BackwardCollector(per_sample, choices).arrived(replace(call, policy=policy), g())
     per_sample.finish(torch.zeros(examples, device=weight.device))
     total = torch.float64 if weight.dtype == torch.float64 else torch.float32
     sums = {
