@@ -233,9 +233,9 @@ static void write_rows(float *rows, int64_t count, int narrow, char *to) {
     memcpy(to + 4 * i, rows + i, 4 * (count - i));
 }
 
-/* Of examples begin..end: the gradients (out, kernel_height, kernel_width, channels) if there is a result, and squared
-norms, of what `through` makes of them if it is there (then `lengths`, too: `standardized_square_norms`). `room` is that
-of `room_for`. */
+/* Of examples begin..end: the gradients (out, kernel_height, kernel_width, channels), and squared norms, of what
+`through` makes of them if it is there (then `lengths`, too: `standardized_square_norms`). `room` is that of
+`room_for`. */
 void conv_weight_gradients(const char *x, const char *g, const Form *f, int64_t begin, int64_t end, int narrow,
                            uint32_t *room, char *result, const Through *through, double *squares, double *lengths) {
     int64_t words[3];
@@ -251,7 +251,7 @@ void conv_weight_gradients(const char *x, const char *g, const Form *f, int64_t 
             const int64_t first = group * ROWS, count = f->out - first < ROWS ? f->out - first : ROWS;
             double square, long_square;
             form_filters(room, f, group, narrow, rows);
-            if (result) write_rows(rows, count * length, narrow, result + size * (e * f->out + first) * length);
+            write_rows(rows, count * length, narrow, result + size * (e * f->out + first) * length);
             if (through) {
                 const Through *t = through;
                 standardized_square_norms(rows, 0, 1, 1, count, length, 0, 0, length, 0, t->directions + first * length,

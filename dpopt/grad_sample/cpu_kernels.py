@@ -65,7 +65,7 @@ def standardized_square_norms(
     parts = _in_rows(parts)
     examples, pieces, out, length = parts.shape
     tables = standardize(weight, gain, how)
-    constants = [table.data_ptr() for table in tables]
+    constants = _addresses(tables)
     squares, lengths = torch.empty(2, examples, dtype=torch.float64)
     shape = pieces, out, length, *parts.stride()[:3], _narrow(parts)
 
@@ -89,10 +89,9 @@ def standardize(weight: Tensor, gain: Tensor | None, how: tuple[float, float, fl
     weight, (pieces, out, length) = _in_floats(weight), weight.shape
     tables = [torch.empty(out, pieces, length), *torch.empty(3, out, dtype=torch.float64)]
     known = None if gain is None else (gain := _in_floats(gain)).data_ptr(), pieces, out, length, *how
-    into = [table.data_ptr() for table in tables]
 
     def work(begin: int, end: int) -> None:
-        library().standardize(weight.data_ptr(), begin, end, *known, *into)
+        library().standardize(weight.data_ptr(), begin, end, *known, *_addresses(tables))
 
     native.in_parts(work, out, _WORTH_A_THREAD // max(1, pieces * length))
     return tables
@@ -139,9 +138,22 @@ def conv_weight_gradient(
         groups: 1.
         filters: what they are, if they are standardized.
     """
+    form, words, narrow = _form(a, g, (kernel, stride, dilation, corner))
+    through, tables = None, []
+    if filters is not None:
+        w, gain, how, counted = filters
+        tables = standardize(w.permute(0, 2, 3, 1).flatten(1)[None], gain, how)
+        through = ctypes.byref(_Through(*_addresses(tables), how[2], *counted))
     found = a.new_empty(len(a), g.shape[2], *kernel, a.shape[2])
+    squares, lengths = torch.empty(2, len(a), dtype=torch.float64)
+
+    def work(begin: int, end: int) -> None:
+        room = torch.empty(words[0] + words[1], dtype=torch.int32)
+        where = room.data_ptr(), found.data_ptr(), through, squares.data_ptr(), lengths.data_ptr()
+        library().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, begin, end, narrow, *where)
+
+    native.in_parts(work, len(a), 1)
     weight: Any = found.permute(0, 1, 4, 2, 3)
-    squares, lengths = _convolve(a, g, (kernel, stride, dilation, corner), found, filters)
     if filters is None:
         weight.squares = squares
     else:
@@ -261,33 +273,6 @@ def _form(a: Tensor, g: Tensor, how: tuple[tuple[int, int], ...]) -> tuple[Any, 
     form, words = (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_int64 * 3)()
     library().room_for(form, narrow, words)
     return form, list(words), narrow
-
-
-def _convolve(
-    a: Tensor,
-    g: Tensor,
-    how: tuple[tuple[int, int], ...],
-    found: Tensor | None = None,
-    filters: Standardized | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Form gradients example by example, into `found` if it is there; squared norms and lengths (B,) float64."""
-    form, words, narrow = _form(a, g, how)
-    through, tables = None, []
-    if filters is not None:
-        weight, gain, standardized, counted = filters
-        tables = standardize(weight.permute(0, 2, 3, 1).flatten(1)[None], gain, standardized)
-        through = ctypes.byref(_Through(*_addresses(tables), standardized[2], *counted))
-    squares, lengths = torch.empty(2, len(a), dtype=torch.float64)
-    result = None if found is None else found.data_ptr()
-    known = result, through, squares.data_ptr(), lengths.data_ptr()
-
-    def work(begin: int, end: int) -> None:
-        room = torch.empty(words[0] + words[1], dtype=torch.int32)
-        parts = begin, end, narrow, room.data_ptr(), *known
-        library().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, *parts)
-
-    native.in_parts(work, len(a), 1)
-    return squares, lengths
 
 
 def convolves(a: Tensor, g: Tensor, groups: int) -> bool:
