@@ -57,6 +57,11 @@ def library(*sources: Path, flags: str = "") -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
+def room(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Make a tensor for C code, whatever type and device torch makes tensors of by default."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def in_parts(work: Callable[[int, int], Any], count: int, least: int) -> None:
     """Call work(begin, end) on parts of range(count) of at least `least`, in as many threads as torch has."""
     threads, parts = torch.get_num_threads(), max(1, count // max(1, least))

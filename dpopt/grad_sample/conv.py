@@ -37,7 +37,7 @@ def formed_on_chip(module: nn.Conv1d | nn.Conv2d, g: Tensor) -> bool:
 
 def conv_norms_on_chip(module: nn.Conv1d | nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
     """Squared norms (B,) of `conv`'s gradients, where they are `formed_on_chip`."""
-    form, squares = Form.of(module, a), torch.zeros(len(a), dtype=torch.float64)
+    form, squares = Form.of(module, a), torch.zeros(len(a), dtype=torch.float64, device=a.device)
     if module.weight.requires_grad:
         squares += kernels(g).conv_square_norms(form.a, in_2d(g), *form.how)[0]
     if module.bias is not None and module.bias.requires_grad:

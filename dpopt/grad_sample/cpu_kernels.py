@@ -24,7 +24,7 @@ def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
         weights: (B,) float32.
     """
     rows, weights = _in_rows(rows), weights.contiguous()
-    total = torch.empty(rows.shape[1], dtype=torch.float64)
+    total = native.room(rows.shape[1], dtype=torch.float64)
     place = rows.stride(0), _narrow(rows), weights.data_ptr(), total.data_ptr()
 
     def work(begin: int, end: int) -> None:
@@ -37,7 +37,7 @@ def weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
 def square_norms(rows: Tensor) -> Tensor:
     """‖·‖² of each row of (R, n) of float32 or bfloat16, in float64."""
     rows = _in_rows(rows)
-    squares = torch.empty(len(rows), dtype=torch.float64)
+    squares = native.room(len(rows), dtype=torch.float64)
     place = rows.shape[1], rows.stride(0), _narrow(rows), squares.data_ptr()
     native.in_parts(
         lambda begin, end: library().square_norms(rows.data_ptr(), begin, end, *place),
@@ -66,7 +66,7 @@ def standardized_square_norms(
     examples, pieces, out, length = parts.shape
     tables = standardize(weight, gain, how)
     constants = _addresses(tables)
-    squares, lengths = torch.empty(2, examples, dtype=torch.float64)
+    squares, lengths = native.room(2, examples, dtype=torch.float64)
     shape = pieces, out, length, *parts.stride()[:3], _narrow(parts)
 
     found = squares.data_ptr(), lengths.data_ptr()
@@ -87,7 +87,7 @@ def standardize(weight: Tensor, gain: Tensor | None, how: tuple[float, float, fl
         how: as of `standardized_square_norms`.
     """
     weight, (pieces, out, length) = _in_floats(weight), weight.shape
-    tables = [torch.empty(out, pieces, length), *torch.empty(3, out, dtype=torch.float64)]
+    tables = [native.room(out, pieces, length), *native.room(3, out, dtype=torch.float64)]
     known = None if gain is None else (gain := _in_floats(gain)).data_ptr(), pieces, out, length, *how
 
     def work(begin: int, end: int) -> None:
@@ -103,7 +103,7 @@ def standardized_gradients(
     """∂/∂w (out, n) and ∂/∂gain (out,), in float32, of G (out, n), of any type; w is (out, n)."""
     gradient, weight = gradient.double().contiguous(), _in_floats(weight)
     gain = None if gain is None else _in_floats(gain)
-    of_weight, of_gain = torch.empty_like(weight), torch.empty(len(weight))
+    of_weight, of_gain = torch.empty_like(weight), native.room(len(weight))
     known = None if gain is None else gain.data_ptr(), gradient.shape[1], *how, of_weight.data_ptr(), of_gain.data_ptr()
 
     def work(begin: int, end: int) -> None:
@@ -145,10 +145,10 @@ def conv_weight_gradient(
         tables = standardize(w.permute(0, 2, 3, 1).flatten(1)[None], gain, how)
         through = ctypes.byref(_Through(*_addresses(tables), how[2], *counted))
     found = a.new_empty(len(a), g.shape[2], *kernel, a.shape[2])
-    squares, lengths = torch.empty(2, len(a), dtype=torch.float64)
+    squares, lengths = native.room(2, len(a), dtype=torch.float64)
 
     def work(begin: int, end: int) -> None:
-        room = torch.empty(words[0] + words[1], dtype=torch.int32)
+        room = native.room(words[0] + words[1], dtype=torch.int32)
         where = room.data_ptr(), found.data_ptr(), through, squares.data_ptr(), lengths.data_ptr()
         library().conv_weight_gradients(a.data_ptr(), g.data_ptr(), form, begin, end, narrow, *where)
 
@@ -177,7 +177,7 @@ def conv_square_norms(
     """
     found = []
     for x, y in _batches(how, a, g):
-        by_group = torch.zeros(2, _form(x, y, how)[1][2], len(x), dtype=torch.float64)
+        by_group = native.room(2, _form(x, y, how)[1][2], len(x), dtype=torch.float64).zero_()
         _recompute(library().conv_square_norms, x, y, how, filters, *by_group)
         found.append(by_group.sum(1))
     squares, lengths = torch.cat(found, 1)
@@ -204,7 +204,7 @@ def conv_weighted_sum(
     """
     found = []
     for x, y, some in _batches(how, a, g, weights.double().contiguous()):
-        found.append((torch.empty(g.shape[2], a.shape[2], *how[0]), torch.zeros(g.shape[2])))
+        found.append((native.room(g.shape[2], a.shape[2], *how[0]), native.room(g.shape[2]).zero_()))
         _recompute(library().conv_weighted_sum, x, y, how, filters, some, *found[-1])
     if len(found) > 1:
         weight, gain = (sum(x.double() for x in same).float() for same in zip(*found, strict=True))
@@ -221,7 +221,7 @@ def _batches(how: tuple[tuple[int, int], ...], *tensors: Tensor) -> Iterable[tup
 def _recompute(function: Any, a: Tensor, g: Tensor, how: Any, filters: Standardized | None, *more: Tensor) -> None:
     """Lay out examples, and call a function of `conv_recompute.c` on all filters; `more` are its last arguments."""
     form, words, narrow = _form(a, g, how)
-    room = torch.empty(len(a), words[0], dtype=torch.int32)
+    room = native.room(len(a), words[0], dtype=torch.int32)
     standardized, kept = None, []  # in memory
     if filters is not None:
         kept = [_in_floats(x) for x in filters[:2] if x is not None]
@@ -231,7 +231,7 @@ def _recompute(function: Any, a: Tensor, g: Tensor, how: Any, filters: Standardi
         library().conv_lay_out(a.data_ptr(), g.data_ptr(), form, begin, end, narrow, room.data_ptr())
 
     def work(begin: int, end: int) -> None:
-        rows = torch.empty(4 * words[1])
+        rows = native.room(4 * words[1])
         function(room.data_ptr(), form, len(a), begin, end, narrow, standardized, *_addresses([rows, *more]))
 
     native.in_parts(lay_out, len(a), 1)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dpopt.grad_sample.engine import GradSampler
 from dpopt.grad_sample.layout import same_outputs
 from dpopt.grad_sample.validate import validate_against_autograd
+from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.clipping import PerLayer
 from dpopt.privacy.private_gradient import PrivateGradient
 from dpopt.privacy.sampling import PoissonBatch
@@ -318,16 +319,24 @@ def test_a_model_that_fails_says_so_in_one_sentence():
     engine(torch.randn(3, 1, 5), torch.arange(3))
 
 
+CONVOLUTIONS = {"plain": lambda: nn.Conv2d(20, 40, 3), "standardized": lambda: StandardizedConv2d(20, 40, 3)}
+
+
+@pytest.mark.parametrize("policy", ["store", "recompute"])
+@pytest.mark.parametrize("name", ["text", *CONVOLUTIONS])
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
-def test_the_default_dtype_changes_nothing(kind):
+def test_the_default_dtype_changes_nothing(kind, name, policy):
     torch.manual_seed(0)
-    model = Masked(layers=1)
-    x, y = tokens([8, 8, 3, 5]), torch.arange(4) % 3
+    y = torch.arange(4) % 3
+    if name == "text":
+        model, x = Masked(layers=1), tokens([8, 8, 3, 5])
+    else:
+        model, x = nn.Sequential(CONVOLUTIONS[name](), nn.Flatten()), torch.randn(4, 1, 20, 6, 6)
     results = []
     for default in (torch.float32, kind):
         torch.set_default_dtype(default)
         try:
-            engine = GradSampler(model, F.cross_entropy)
+            engine = GradSampler(model, F.cross_entropy, policy)
             per_sample = engine(x, y)
             sums = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
             per_sample.add_weighted_sum(sums, torch.ones(4, dtype=torch.float32))

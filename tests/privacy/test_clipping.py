@@ -9,6 +9,7 @@ from helpers import batch_of, make_plan
 from torch import nn
 
 from dpopt.grad_sample.engine import GradSampler
+from dpopt.models.layers import StandardizedConv2d
 from dpopt.privacy.bounded import clip_weights
 from dpopt.privacy.clipping import PSAC, PSASC, Adaptive, Automatic, Flat, PerLayer, Slack
 from dpopt.privacy.private_gradient import PrivateGradient
@@ -68,6 +69,26 @@ def test_no_gradient_is_longer_than_the_sensitivity_once_weighted(rule, policy):
     assert (lengths <= rule.sensitivity * (1 + 1e-6)).all()
     assert (weights[~finite] == 0).all()
     assert lengths.max() > rule.sensitivity * 0.99  # and the bound is not an idle one
+
+
+@pytest.mark.parametrize("policy", ["store", "recompute"])
+@pytest.mark.parametrize("make", [nn.Conv2d, StandardizedConv2d])
+def test_every_convolution_is_clipped_by_its_own_norm(make, policy):
+    """Per layer, of one example alone, with parameters that are frozen, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(make(3, 20, 3), make(20, 20, 3), make(20, 20, 3), make(20, 20, 3), nn.Flatten(1))
+    model[1].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    engine = GradSampler(model, nn.functional.cross_entropy, policy)
+    for i in range(3):
+        per_sample = engine(1e3 * torch.randn(3, 1, 3, 12, 12), torch.arange(3))
+        sums = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+        weights = torch.zeros(3, 4)
+        weights[i] = PerLayer(4.0).weight(per_sample.layer_norms)[i]
+        per_sample.add_weighted_sum(sums, weights)
+        for layer, norm in zip(per_sample.layers, per_sample.layer_norms[i], strict=True):
+            found = torch.cat([total.flatten() for name, total in sums.items() if name.startswith(f"{layer}.")]).norm()
+            assert float(found) == pytest.approx(min(2.0, float(norm)), rel=1e-5)
 
 
 def test_weights_by_hand():

@@ -53,10 +53,11 @@ def step_packed(
     tensors = torch.tensor(
         [(v.data_ptr(), g.data_ptr(), v.numel(), packed.first[p]) for p, (v, g) in parameters.items()],
         dtype=torch.int64,
+        device="cpu",
     )
     if form.window is None:
         rates = [rate for beta in betas for rate in (beta, 1 - beta)] + [1 / (1 - beta**step) for beta in betas]
-        constants = torch.tensor(rates, dtype=torch.float32)
+        constants = torch.tensor(rates, dtype=torch.float32, device="cpu")
         moments = [t.data_ptr() for t in (state["exp_avg"], state["exp_avg_sq"], constants)]
         library().microadam_dense_step(tensors.data_ptr(), len(tensors), *moments, ctypes.byref(options))
         return
@@ -64,7 +65,7 @@ def step_packed(
     shared = [state[name].data_ptr() if name in state else None for name in ("feedback", "ranges", "indices", "values")]
 
     def work(begin: int, end: int) -> None:
-        scratch = torch.empty(4 * form.size + window * form.k)
+        scratch = native.room(4 * form.size + window * form.k)
         library().microadam_step(
             *(tensors.data_ptr(), begin, end, *shared, weights.data_ptr(), scratch.data_ptr(), ctypes.byref(options))
         )

@@ -196,3 +196,21 @@ def test_under_opacus():
             optimizer.step()
     assert float((model(inputs).argmax(1) == (inputs[:, 0] > 0)).float().mean()) > 0.9
     assert any("ranges" in state for state in optimizer.original_optimizer.state.values())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(default):
+    found = []
+    for dtype in (torch.float32, default):
+        torch.manual_seed(0)
+        parameter, gradients = torch.nn.Parameter(torch.randn(50_000)), torch.randn(5, 50_000)
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer = MicroAdam([parameter], lr=1e-3)
+            for gradient in gradients:
+                parameter.grad = gradient.clone()
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(parameter.detach())
+    assert torch.equal(*found)
